@@ -1,0 +1,48 @@
+"""Random inputs of the awkward shapes that every operator is tested on."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Case:
+    """Flat sequences with heads of policy and reference. Sizes: N tokens, H hidden, V vocabulary, S sequences."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor
+    target: Tensor
+    cu_seqlens: Tensor
+    token_weights: Tensor
+    ref_hidden: Tensor
+    ref_weight: Tensor
+    ref_bias: Tensor
+
+
+def make_case(lengths=(3, 5, 1, 7), H=6, V=11, ignored=(), dtype=torch.float64, seed=0) -> Case:
+    g = torch.Generator().manual_seed(seed)
+    N = sum(lengths)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+
+    target = torch.randint(0, V, (N,), generator=g)
+    target[list(ignored)] = -100
+    weights = torch.rand(N, generator=g, dtype=torch.float64).to(dtype) * 2
+    cu = torch.tensor([0, *lengths]).cumsum(0)
+    return Case(normal(N, H), normal(V, H), normal(V), target, cu, weights, normal(N, H), normal(V, H), normal(V))
+
+
+# name: (lengths of chosen_0, rejected_0, chosen_1, ...; ignored positions). One token a side, odd sizes, an empty completion on one
+# side and on both, a whole sequence ignored, everything ignored.
+SHAPES = {
+    "plain": ((3, 5, 1, 7), ()),
+    "one_token": ((1, 1), ()),
+    "ignored": ((4, 3, 2, 6), (0, 5, 9)),
+    "empty_side": ((0, 4, 3, 2), ()),
+    "empty_pair": ((2, 3, 0, 0, 4, 1), ()),
+    "ignored_sequence": ((2, 3, 4, 2), (2, 3, 4)),
+    "all_ignored": ((2, 1), (0, 1, 2)),
+}

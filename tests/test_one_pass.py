@@ -1,0 +1,252 @@
+"""One pass, two passes and autograd of the reference: the same loss and the same gradients in float64, for every option."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from cases import SHAPES, make_case
+
+import tisdpo
+from tisdpo import Objective, reference
+from tisdpo.ops import backend
+
+TRANSFORMS = {
+    "plain": {},
+    "scaled": {"logit_scale": 0.7, "temperature": 1.3},
+    "softcap": {"softcap": 2.0, "logit_scale": 1.1, "temperature": 0.8},
+}
+OBJECTIVES = {
+    "dpo": Objective(),
+    "reverse": Objective(kl="reverse", alpha=0.7),
+    "forward": Objective(kl="forward", alpha=0.7),
+    "tdpo2": Objective.preset("tdpo2"),
+    "reverse_detached": Objective(kl="reverse", detach_chosen_kl=True),
+    "smoothed": Objective(label_smoothing=0.2, beta=0.5),
+    "hinge": Objective(loss="hinge", beta=0.3),
+    "ipo": Objective(loss="ipo", kl="reverse"),
+    "robust": Objective(loss="robust", label_smoothing=0.1, kl="forward"),
+}
+
+
+def loss_and_gradients(case, objective, transform, *, bias=True, weighted=True, plan="reference", frozen=False, reduction="mean"):
+    hidden = case.hidden.clone().requires_grad_()
+    weight = case.weight.clone().requires_grad_(not frozen)
+    b = case.bias.clone().requires_grad_(not frozen) if bias else None
+    weights = case.token_weights if weighted else None
+    rb = case.ref_bias if bias else None
+    if plan == "reference":
+        losses = reference.tis_dpo_losses(
+            reference.linear_logits(hidden, weight, b, **transform), reference.linear_logits(case.ref_hidden, case.ref_weight, rb, **transform),
+            case.target, case.cu_seqlens, weights, kl=objective.kl, alpha=objective.alpha, detach_chosen_kl=objective.detach_chosen_kl,
+            loss=objective.loss, beta=objective.beta, label_smoothing=objective.label_smoothing,
+        )  # fmt: skip
+        loss = losses.mean() if reduction == "mean" else losses.sum()
+        output = None
+    else:
+        output = tisdpo.linear_tis_dpo_loss(
+            hidden, weight, case.target, case.cu_seqlens, token_weights=weights, bias=b, ref_hidden=case.ref_hidden, ref_weight=case.ref_weight,
+            ref_bias=rb, objective=objective, plan=plan, reduction=reduction, **transform,
+        )  # fmt: skip
+        loss = output.loss
+    (loss * 1.7).backward()
+    return loss.detach(), [x.grad for x in (hidden, weight, b) if x is not None], output
+
+
+def assert_same(actual, expected, tolerance=1e-12):
+    (loss, grads, _), (true_loss, true_grads, _) = actual, expected
+    assert abs(loss - true_loss) <= tolerance * max(1, abs(true_loss)), (loss, true_loss)
+    for grad, true in zip(grads, true_grads, strict=True):
+        assert (grad is None) == (true is None)
+        if true is not None:
+            assert grad.shape == true.shape
+            assert (grad - true).abs().max() <= tolerance * max(1, true.abs().max()), (grad - true).abs().max()
+
+
+@pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_option_equals_autograd_of_the_reference(objective, transform, plan):
+    for shape, (bias, weighted) in itertools.product(["plain", "ignored", "empty_side", "empty_pair"], [(True, True), (False, False)]):
+        case = make_case(*SHAPES[shape][:1], ignored=SHAPES[shape][1])
+        args = (case, OBJECTIVES[objective], TRANSFORMS[transform])
+        options = dict(bias=bias, weighted=weighted)
+        assert_same(loss_and_gradients(*args, **options, plan=plan), loss_and_gradients(*args, **options))
+
+
+@pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_awkward_shapes(shape, plan):
+    lengths, ignored = SHAPES[shape]
+    for kl in (None, "reverse", "forward"):
+        args = (make_case(lengths, ignored=ignored), Objective(kl=kl), {})
+        assert_same(loss_and_gradients(*args, plan=plan), loss_and_gradients(*args))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 6, 9, 100])
+@pytest.mark.parametrize("kl", [None, "reverse", "forward"])
+def test_chunks_and_recomputed_long_pairs_change_nothing(rows, kl, monkeypatch):
+    """6 rows hold some pairs and not others; with 1 and 2 every pair is longer than the chunk and is computed twice."""
+    monkeypatch.setattr(backend, "chunk_rows", lambda *a: rows)
+    monkeypatch.setattr(backend, "longest_held", lambda rows, device: rows)
+    monkeypatch.setattr(backend, "block_rows", lambda *a: 2)
+    args = (make_case((3, 5, 1, 2, 2, 4, 1, 1), ignored=(1, 9)), Objective(kl=kl), {"softcap": 3.0})
+    truth = loss_and_gradients(*args)
+    for plan in ("one_pass", "two_pass"):
+        assert_same(loss_and_gradients(*args, plan=plan), truth)
+
+
+@pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
+def test_frozen_head_and_sum_reduction(plan):
+    args = (make_case(), Objective(kl="reverse"), {})
+    actual = loss_and_gradients(*args, plan=plan, frozen=True, reduction="sum")
+    assert actual[1][1] is None and actual[1][2] is None
+    assert_same(actual, loss_and_gradients(*args, frozen=True, reduction="sum"))
+
+
+@pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
+def test_normalizer_splits_a_batch_into_parts_that_add_up(plan):
+    case = make_case((3, 5, 1, 7))
+    whole = tisdpo.linear_tis_dpo_loss(
+        case.hidden, case.weight, case.target, case.cu_seqlens, ref_hidden=case.ref_hidden, ref_weight=case.ref_weight, plan=plan
+    )
+    parts = 0.0
+    for tokens, normalizer in ((slice(0, 8), 2), (slice(8, 16), torch.tensor(2.0))):
+        cu = torch.tensor([0, 3, 8]) if tokens.start == 0 else torch.tensor([0, 1, 8])
+        parts += tisdpo.linear_tis_dpo_loss(
+            case.hidden[tokens],
+            case.weight,
+            case.target[tokens],
+            cu,
+            ref_hidden=case.ref_hidden[tokens],
+            ref_weight=case.ref_weight,
+            normalizer=normalizer,
+            plan=plan,
+        ).loss
+    assert abs(parts - whole.loss) < 1e-14
+
+
+@pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
+@pytest.mark.parametrize("objective", ["dpo", "reverse", "forward", "tdpo2"])
+def test_output_fields(objective, plan):
+    case, objective = make_case((3, 5, 1, 7), ignored=(4,)), OBJECTIVES[objective]
+    output = loss_and_gradients(case, objective, {}, plan=plan)[2]
+    logits, ref_logits = (
+        reference.linear_logits(case.hidden, case.weight, case.bias),
+        reference.linear_logits(case.ref_hidden, case.ref_weight, case.ref_bias),
+    )
+    logps = reference.token_logps(logits, case.target)
+    sums = reference.segment_sums(logps, case.cu_seqlens)
+    torch.testing.assert_close(output.chosen_logps, sums[0::2])
+    torch.testing.assert_close(output.rejected_logps, sums[1::2])
+    weights = case.token_weights * (case.target >= 0)
+    D = reference.segment_sums(weights * (logps - reference.token_logps(ref_logits, case.target)), case.cu_seqlens)
+    K = (
+        None
+        if objective.kl is None
+        else reference.segment_sums(weights * reference.token_kl(logits, ref_logits, objective.kl), case.cu_seqlens)
+    )
+    rewards = objective.beta * reference.scores(D, K, objective.kl, objective.alpha)
+    torch.testing.assert_close(output.chosen_rewards, rewards[0::2])
+    torch.testing.assert_close(output.logits, rewards[0::2] - rewards[1::2])
+    torch.testing.assert_close(output.losses.mean(), output.loss.detach())
+    assert (output.chosen_kl is None) == (objective.kl is None)
+    if K is not None:
+        torch.testing.assert_close(output.rejected_kl, K[1::2])
+    assert output.loss.requires_grad and not any(x.requires_grad for x in output[1:] if x is not None)
+
+
+def test_policy_equal_to_reference_gives_ln_2_whatever_the_weights():
+    case = make_case()
+    for kl in (None, "reverse", "forward"):
+        output = tisdpo.linear_tis_dpo_loss(
+            case.hidden,
+            case.weight,
+            case.target,
+            case.cu_seqlens,
+            token_weights=case.token_weights,
+            ref_hidden=case.hidden,
+            ref_weight=case.weight,
+            objective=Objective(kl=kl),
+        )
+        assert abs(output.loss - math.log(2)) < 1e-15
+        assert (output.chosen_rewards == 0).all()
+
+
+def test_scaling_the_weights_is_scaling_beta():
+    case = make_case()
+    args = dict(ref_hidden=case.ref_hidden, ref_weight=case.ref_weight)
+    a = tisdpo.linear_tis_dpo_loss(
+        case.hidden,
+        case.weight,
+        case.target,
+        case.cu_seqlens,
+        token_weights=3 * case.token_weights,
+        objective=Objective(kl="reverse"),
+        **args,
+    )
+    b = tisdpo.linear_tis_dpo_loss(
+        case.hidden,
+        case.weight,
+        case.target,
+        case.cu_seqlens,
+        token_weights=case.token_weights,
+        objective=Objective(kl="reverse", beta=0.3),
+        **args,
+    )
+    torch.testing.assert_close(a.loss, b.loss, rtol=1e-13, atol=0)
+
+
+def test_precomputed_reference_equals_the_online_one():
+    case = make_case(ignored=(2,))
+    ref = tisdpo.linear_token_logps(case.ref_hidden, case.ref_weight, case.target).logps
+    outputs = []
+    for kwargs in (dict(ref_logps=ref), dict(ref_hidden=case.ref_hidden, ref_weight=case.ref_weight)):
+        for plan in ("one_pass", "two_pass"):
+            hidden = case.hidden.clone().requires_grad_()
+            loss = tisdpo.linear_tis_dpo_loss(hidden, case.weight, case.target, case.cu_seqlens, plan=plan, **kwargs).loss
+            loss.backward()
+            outputs.append((loss.detach(), hidden.grad))
+    for loss, grad in outputs[1:]:
+        torch.testing.assert_close(loss, outputs[0][0], rtol=1e-13, atol=0)
+        torch.testing.assert_close(grad, outputs[0][1], rtol=1e-12, atol=1e-15)
+
+
+def test_a_second_backward_gives_the_same_and_a_second_derivative_raises():
+    case = make_case()
+    hidden = case.hidden.clone().requires_grad_()
+    loss = tisdpo.linear_tis_dpo_loss(
+        hidden, case.weight, case.target, case.cu_seqlens, ref_hidden=case.ref_hidden, ref_weight=case.ref_weight
+    ).loss
+    first = torch.autograd.grad(loss, hidden, retain_graph=True)[0]
+    assert torch.equal(first, torch.autograd.grad(loss, hidden, retain_graph=True)[0])
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+
+
+def test_nothing_needs_a_gradient_under_no_grad():
+    case = make_case()
+    hidden = case.hidden.clone().requires_grad_()
+    with torch.no_grad():
+        output = tisdpo.linear_tis_dpo_loss(
+            hidden, case.weight, case.target, case.cu_seqlens, ref_hidden=case.ref_hidden, ref_weight=case.ref_weight
+        )
+    assert not output.loss.requires_grad
+
+
+def test_no_pairs_at_all():
+    hidden = torch.zeros(0, 4, requires_grad=True)
+    weight = torch.randn(7, 4, requires_grad=True)
+    for plan in ("one_pass", "two_pass"):
+        output = tisdpo.linear_tis_dpo_loss(
+            hidden, weight, torch.zeros(0, dtype=torch.long), torch.zeros(1, dtype=torch.long), ref_logps=torch.zeros(0), plan=plan
+        )
+        output.loss.backward()
+        assert output.loss == 0 and (weight.grad == 0).all()
+
+
+def test_rerun_is_bitwise_equal():
+    case = make_case((30, 50, 10, 70), H=32, V=501, dtype=torch.float32)
+    results = [loss_and_gradients(case, Objective(kl="reverse"), {}, plan="one_pass") for _ in range(2)]
+    assert torch.equal(results[0][0], results[1][0])
+    assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1]))

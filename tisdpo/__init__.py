@@ -1,0 +1,51 @@
+"""tisdpo: preference training with a weight for every token.
+
+TIS-DPO (arXiv 2410.04350) and its relatives, exact and without the [tokens, vocabulary] logits. The parts, and who may import whom
+(an import goes from right to left, never against the arrows; tests/test_arrows.py holds them):
+
+    losses, weighting -> ops -> checks -> functional -> contrastive, hf, data -> trainer -> evaluate, report -> pipeline -> cli
+
+`reference` is the mathematics in plain PyTorch, the oracle of the tests: it imports nothing of the package, nothing imports it.
+Importing `tisdpo` loads torch alone; the trainer (and transformers) come with the first use of `TISDPOTrainer` or `TISDPOConfig`.
+"""
+
+from importlib import import_module
+
+from tisdpo.functional import (
+    SequenceSums,
+    TokenStats,
+    linear_tis_dpo_loss,
+    linear_token_logps,
+    sequence_sums,
+    tis_dpo_loss,
+    token_logps,
+    token_weights,
+)
+from tisdpo.losses import Objective, PreferenceOutput
+from tisdpo.weighting import Weighting
+
+__version__ = "0.1.0"
+
+_LAZY = {"TISDPOConfig": "tisdpo.trainer", "TISDPOTrainer": "tisdpo.trainer"}
+
+__all__ = [
+    "Objective",
+    "PreferenceOutput",
+    "SequenceSums",
+    "TISDPOConfig",
+    "TISDPOTrainer",
+    "TokenStats",
+    "Weighting",
+    "linear_tis_dpo_loss",
+    "linear_token_logps",
+    "sequence_sums",
+    "tis_dpo_loss",
+    "token_logps",
+    "token_weights",
+]
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'tisdpo' has no attribute {name!r}")

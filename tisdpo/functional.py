@@ -1,0 +1,409 @@
+"""The public functions: they check what comes in, choose a plan and call the registered operators.
+
+Sizes: P pairs, S = 2P sequences interleaved chosen_0, rejected_0, chosen_1, ...; N completion tokens of all sequences; H hidden; V
+vocabulary. Log-probs and KL are in nats. Results are float32, and float64 for float64 inputs.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tisdpo import checks
+from tisdpo.losses import KL_DIRECTIONS, Objective, PairSums, PreferenceOutput, preference_output, resolve_normalizer
+from tisdpo.ops import backend as backends
+from tisdpo.ops import pairwise, token_stats, values
+from tisdpo.ops import sequence_sums as sums_op
+from tisdpo.ops.products import accumulation_dtype
+from tisdpo.weighting import Weighting, chosen_tokens, contrast_weights
+
+PLANS = ("auto", "one_pass", "two_pass")
+
+
+class TokenStats(NamedTuple):
+    """Per token, in the shape of `target`: log-probs of the policy (differentiable), of the reference (constant), KL (differentiable)."""
+
+    logps: Tensor
+    ref_logps: Tensor | None
+    kl: Tensor | None
+
+
+class SequenceSums(NamedTuple):
+    """Per sequence [S]: weighted log-ratio D_s and weighted KL K_s (None without `kl`)."""
+
+    logratio: Tensor
+    kl: Tensor | None
+
+
+def token_logps(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    ref_logits: Tensor | None = None,
+    kl: str | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    backend: str = "auto",
+) -> TokenStats:
+    """Log-prob of every target token, and the KL to a reference, from logits.
+
+    With z = softcap(logit_scale * logits) / temperature, the same as::
+
+        logps = z.float().log_softmax(-1).gather(-1, target[..., None])[..., 0]        # log pi(y_t | x, y_<t)
+        kl = (p * (p.log() - q.log())).sum(-1)     # "reverse", KL(pi || pi_ref); "forward" has p and q exchanged
+
+    logits [..., V], target [...] (int64, 0..V-1 or ignore_index), ref_logits [..., V]; results have target's shape. Ignored
+    positions give 0 and no gradient. Gradients reach `logits` through `logps` and `kl`, for any upstream gradient; a reference
+    that requires a gradient raises. Memory: the gradient, plus float32 copies of a block of rows. Needs `ref_logits` for `kl`.
+
+    Raises TypeError and ValueError that name the argument, what was expected and what came.
+    """
+    checks.floating("logits", logits, min_dim=1)
+    checks.target(target, logits.shape[:-1], logits.shape[-1], ignore_index, "logits without its last dimension")
+    checks.same_device(logits=logits, target=target, ref_logits=ref_logits)
+    transform = checks.transform(logit_scale, softcap, temperature)
+    _check_kl(kl, ref_logits, "ref_logits")
+    checks.same("ref_logits", ref_logits, "logits", logits)
+    checks.constants(ref_logits=ref_logits)
+    name = backends.resolve(backend, logits.device.type)
+    out = token_stats.token_stats(_rows(logits), target.reshape(-1), _rows(ref_logits), kl, *transform, ignore_index, name)
+    return _token_stats(out, target.shape, ref_logits is not None, kl)
+
+
+def linear_token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    kl: str | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    backend: str = "auto",
+) -> TokenStats:
+    """`token_logps` of ``F.linear(hidden, weight, bias)`` without the [N, V] logits: an ordinary differentiable op for any loss on top.
+
+    hidden [..., H], weight [V, H] (the LM head), bias [V], target [...] (int64); ref_hidden [..., H] with ref_weight [V, H'] and
+    ref_bias [V] (both default to the policy's, which must then be frozen). Gradients reach hidden, weight and bias through `logps`
+    and `kl`, for any upstream gradient (two passes: the backward computes the logits again).
+
+    Cost: 4 products of 2 N H V FLOP, forward and backward together; with KL 6. With frozen head one less. Memory: a chunk of
+    logits (a byte budget) and, with a trainable head, a [V, H] float32 accumulator. N counts only positions that are not ignored.
+
+    Raises TypeError and ValueError that name the argument, what was expected and what came.
+    """
+    transform = checks.transform(logit_scale, softcap, temperature)
+    head = _head(hidden, weight, bias, target, ref_hidden, ref_weight, ref_bias, ignore_index)
+    _check_kl(kl, ref_hidden, "ref_hidden")
+    name = backends.resolve(backend, hidden.device.type)
+    out = token_stats.linear_token_stats(*head, kl, *transform, ignore_index, name)
+    return _token_stats(out, target.shape, ref_hidden is not None, kl)
+
+
+def token_weights(
+    pos_logps: Tensor,
+    neg_logps: Tensor,
+    is_chosen: Tensor,
+    weighting: Weighting | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    is_eos: Tensor | None = None,
+) -> Tensor:
+    """Weight of every token from the log-probs of the contrastive pair; by default TIS-DPO's rule (arXiv 2410.04350)::
+
+        r = pos_logps - neg_logps
+        w = k * torch.exp(torch.where(is_chosen, mu_chosen, mu_rejected) * r.clamp(lower, upper))
+
+    pos_logps, neg_logps [N] (nats), is_chosen [N] (bool) -> weights [N], non-negative, float32 (float64 for float64). Rules that
+    look at whole sequences need cu_seqlens [S+1]; `eos_weight` needs is_eos [N]. Weights are constants: no gradient flows back.
+    Raises ValueError for shapes that differ and for log-probs that are not finite.
+    """
+    weighting = weighting or Weighting()
+    checks.floating("pos_logps", pos_logps)
+    checks.same("neg_logps", neg_logps, "pos_logps", pos_logps, dtype=False)
+    checks.mask("is_chosen", is_chosen, pos_logps.shape)
+    if is_eos is not None:
+        checks.mask("is_eos", is_eos, pos_logps.shape)
+    if cu_seqlens is not None:
+        checks.cu_seqlens(cu_seqlens, pos_logps.numel())
+    dtype = accumulation_dtype(pos_logps.dtype)
+    contrast = pos_logps.detach().to(dtype) - neg_logps.detach().to(dtype)
+    if not torch.compiler.is_compiling():  # a compiled graph must not depend on values
+        values.finite("pos_logps - neg_logps", contrast)
+    return contrast_weights(contrast, is_chosen, weighting, cu_seqlens=cu_seqlens, is_eos=is_eos)
+
+
+def sequence_sums(
+    logps: Tensor,
+    ref_logps: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    token_weights: Tensor | None = None,
+    pos_logps: Tensor | None = None,
+    neg_logps: Tensor | None = None,
+    weighting: Weighting | None = None,
+    kl: Tensor | None = None,
+    backend: str = "auto",
+) -> SequenceSums:
+    """D_s = sum_t w_t (logps_t - ref_logps_t) and K_s = sum_t w_t kl_t of every sequence.
+
+    logps, ref_logps, kl [N] (nats), cu_seqlens [S+1] (int32 or int64, 0 first, N last). The weights: `token_weights` [N], or formed
+    from pos_logps and neg_logps [N] by `weighting`, or 1. The same as::
+
+        D = torch.stack([(w * (logps - ref_logps))[a:b].sum() for a, b in zip(cu_seqlens[:-1], cu_seqlens[1:])])
+
+    Differentiable in logps and kl; weights and reference are constants. Summed in a fixed order.
+    Raises ValueError for shapes, decreasing cu_seqlens, negative or non-finite weights.
+    """
+    weights = _weights(logps, ref_logps, cu_seqlens, token_weights, pos_logps, neg_logps, weighting)
+    if kl is not None:
+        checks.same("kl", kl, "logps", logps, dtype=False)
+    name = backends.resolve(backend, logps.device.type)
+    dtype = accumulation_dtype(logps.dtype)
+    kl = None if kl is None else kl.to(dtype)
+    D, K, _ = sums_op.sequence_sums(logps.to(dtype), ref_logps.detach().to(dtype), kl, cu_seqlens, *weights, name)
+    return SequenceSums(D, None if kl is None else K)
+
+
+def tis_dpo_loss(
+    logps: Tensor,
+    ref_logps: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    token_weights: Tensor | None = None,
+    pos_logps: Tensor | None = None,
+    neg_logps: Tensor | None = None,
+    weighting: Weighting | None = None,
+    kl: Tensor | None = None,
+    objective: Objective | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    ignored: Tensor | None = None,
+) -> PreferenceOutput:
+    """TIS-DPO's loss (arXiv 2410.04350, Eqs. 16-17) from per-token log-probs of the completions::
+
+        score = D - alpha * K                            # of every sequence, see `sequence_sums`; "forward": D + alpha * K
+        loss = -logsigmoid(beta * (score[0::2] - score[1::2])).mean()
+
+    logps, ref_logps, kl [N] (nats); sequences interleaved chosen_0, rejected_0, chosen_1, ... in cu_seqlens [S+1]. `kl` is given
+    exactly when `objective.kl` is set. With weights 1 and no KL this is DPO. `normalizer` replaces the number of pairs that the
+    sum of losses is divided by (pairs in the global batch, for accumulation and data parallelism); reduction "mean" or "sum".
+    `ignored` [N] (bool) marks positions that are not tokens, for losses that count tokens (ipo).
+    """
+    objective = objective or Objective()
+    if (kl is None) != (objective.kl is None):
+        raise ValueError(
+            f"objective.kl is {objective.kl!r}, but kl is {'missing: pass the per-token KL' if kl is None else 'given: drop it or set objective.kl'}"
+        )
+    sums = sequence_sums(
+        logps, ref_logps, cu_seqlens, token_weights=token_weights, pos_logps=pos_logps, neg_logps=neg_logps, weighting=weighting, kl=kl
+    )
+    _check_pairs(cu_seqlens)
+    dtype = sums.logratio.dtype
+    ones = torch.ones_like(logps, dtype=dtype) if ignored is None else (~ignored).to(dtype)
+    plain, lengths = (sums_op.segment_sums(x, cu_seqlens) for x in (logps.detach().to(dtype), ones))
+    return preference_output(None, PairSums(sums.logratio, sums.kl, plain, lengths), objective, reduction, normalizer)
+
+
+def linear_tis_dpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    token_weights: Tensor | None = None,
+    bias: Tensor | None = None,
+    ref_logps: Tensor | None = None,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    objective: Objective | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    plan: str = "auto",
+    backend: str = "auto",
+) -> PreferenceOutput:
+    """TIS-DPO's loss from hidden states and the LM head, in one pass and without [N, V] logits. The same as::
+
+        stats = linear_token_logps(hidden, weight, target, ref_hidden=ref_hidden, ref_weight=ref_weight, kl=objective.kl)
+        output = tis_dpo_loss(stats.logps, stats.ref_logps, cu_seqlens, token_weights=token_weights, kl=stats.kl, objective=objective)
+
+    hidden [N, H], weight [V, H], bias [V], target [N] (int64; ignore_index positions count for nothing), cu_seqlens [S+1] with
+    sequences interleaved chosen_0, rejected_0, chosen_1, ...; token_weights [N] >= 0 (None: 1). The reference is either `ref_logps`
+    [N], or `ref_hidden` [N, H'] with ref_weight [V, H'] and ref_bias [V] (default: the policy's head, which must then be frozen);
+    the KL term needs the latter.
+
+    Cost in products of 2 N H V FLOP, forward and backward together: trainable head 3, with KL or online reference 4; frozen head 2
+    and 3. plan="two_pass" (recompute in the backward, 4 and 6) is for comparison and for second derivatives. Memory: a byte budget of
+    logits and a [V, H] float32 accumulator; the gradients are computed in the forward, and skipped where none is needed. A pair
+    longer than the budget is computed twice.
+
+    Raises TypeError and ValueError that name the argument, what was expected and what came.
+    """
+    objective = objective or Objective()
+    if plan not in PLANS:
+        raise ValueError(f"plan must be one of {', '.join(PLANS)}, got {plan!r}")
+    if hidden.dim() != 2:
+        raise ValueError(
+            f"hidden must be [N, H] over flat sequences, got shape {tuple(hidden.shape)}; see tisdpo.data.flatten_batch for padded batches"
+        )
+    transform = checks.transform(logit_scale, softcap, temperature)
+    head = _head(hidden, weight, bias, target, ref_hidden, ref_weight, ref_bias, ignore_index)
+    hidden, weight, bias, target, ref_hidden, ref_weight, ref_bias = head
+    checks.cu_seqlens(cu_seqlens, len(target))
+    _check_pairs(cu_seqlens)
+    ref_logps = _reference_logps(ref_logps, ref_hidden, objective, target)
+    dtype = accumulation_dtype(hidden.dtype)
+    if token_weights is not None:
+        token_weights = checks.weights(token_weights, target).to(dtype)
+    checks.same_device(
+        hidden=hidden, cu_seqlens=cu_seqlens if cu_seqlens.device.type != "cpu" else None, token_weights=token_weights, ref_logps=ref_logps
+    )
+    divisor = resolve_normalizer(normalizer, reduction, (len(cu_seqlens) - 1) // 2)
+    name = backends.resolve(backend, hidden.device.type)
+
+    if plan == "two_pass":
+        stats = _token_stats(
+            token_stats.linear_token_stats(*head, objective.kl, *transform, ignore_index, name),
+            target.shape,
+            ref_hidden is not None,
+            objective.kl,
+        )
+        reference = stats.ref_logps if ref_logps is None else ref_logps.masked_fill(target == ignore_index, 0)
+        return tis_dpo_loss(
+            stats.logps, reference, cu_seqlens.to(hidden.device), token_weights=token_weights, kl=stats.kl, objective=objective,
+            reduction=reduction, normalizer=normalizer, ignored=target == ignore_index,
+        )  # fmt: skip
+
+    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    divisor = (
+        divisor.to(hidden.device, dtype) if isinstance(divisor, Tensor) else torch.full((), divisor, dtype=dtype, device=hidden.device)
+    )
+    o = objective
+    loss, sums, *_ = pairwise.linear_pairwise(
+        hidden, weight, bias, target, cu_seqlens, token_weights, ref_logps, ref_hidden, ref_weight, ref_bias, divisor,
+        o.loss, o.beta, o.kl, o.alpha, o.detach_chosen_kl, o.label_smoothing, *transform, ignore_index, needs, name,
+    )  # fmt: skip
+    return preference_output(loss, PairSums(sums[0], None if o.kl is None else sums[1], sums[2], sums[3]), o, reduction, normalizer)
+
+
+def _token_stats(out, shape, has_ref: bool, kl: str | None) -> TokenStats:
+    logps, _, ref_logps, _, divergence = out
+    return TokenStats(
+        logps.reshape(shape), ref_logps.reshape(shape) if has_ref else None, divergence.reshape(shape) if kl is not None else None
+    )
+
+
+def _head(hidden, weight, bias, target, ref_hidden, ref_weight, ref_bias, ignore_index):
+    """The checked inputs of the head operators, flattened to [N, ...], in the dtype autocast asks for."""
+    checks.floating("hidden", hidden, min_dim=1)
+    checks.head("weight", weight, "bias", bias, "hidden", hidden)
+    checks.target(target, hidden.shape[:-1], len(weight), ignore_index, "hidden without its last dimension")
+    if ref_hidden is None and (ref_weight is not None or ref_bias is not None):
+        raise ValueError("ref_weight and ref_bias go with ref_hidden, which is missing")
+    if ref_hidden is not None:
+        if ref_weight is None:
+            if weight.requires_grad or (bias is not None and bias.requires_grad):
+                raise ValueError(
+                    "ref_weight is missing and weight requires a gradient: the reference's head must not move with the policy's, pass ref_weight"
+                )
+            ref_weight, ref_bias = weight, bias if ref_bias is None else ref_bias
+        checks.floating("ref_hidden", ref_hidden, min_dim=1)
+        if ref_hidden.shape[:-1] != hidden.shape[:-1]:
+            raise ValueError(f"ref_hidden must have the leading shape {tuple(hidden.shape[:-1])} of hidden, got {tuple(ref_hidden.shape)}")
+        checks.head("ref_weight", ref_weight, "ref_bias", ref_bias, "ref_hidden", ref_hidden)
+        if len(ref_weight) != len(weight):
+            raise ValueError(f"ref_weight must have the vocabulary of weight, {len(weight)} rows, got {len(ref_weight)}")
+        checks.constants(ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias)
+    checks.same_device(
+        hidden=hidden, weight=weight, bias=bias, target=target, ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias
+    )
+    tensors = (_rows(hidden), weight, bias, _rows(ref_hidden), ref_weight, ref_bias)
+    hidden, weight, bias, ref_hidden, ref_weight, ref_bias = (_autocast(x) for x in tensors)
+    checks.same_dtype(hidden=hidden, weight=weight, bias=bias)
+    checks.same_dtype(ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias)
+    return hidden, weight, bias, target.reshape(-1), ref_hidden, ref_weight, ref_bias
+
+
+def _rows(x: Tensor | None) -> Tensor | None:
+    """[..., H] as [N, H]."""
+    return None if x is None else x.reshape(-1, x.shape[-1])
+
+
+def _autocast(x: Tensor | None) -> Tensor | None:
+    """What F.linear would do: inside an autocast region the product runs in its dtype."""
+    if x is None or x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
+
+
+def _reference_logps(ref_logps, ref_hidden, objective, target):
+    if (ref_logps is None) == (ref_hidden is None):
+        raise ValueError(
+            f"the reference is ref_logps or ref_hidden, exactly one of them; {'neither' if ref_logps is None else 'both'} came"
+        )
+    if ref_logps is None:
+        return None
+    if objective.kl is not None:
+        raise ValueError(
+            f"objective.kl={objective.kl!r} needs the reference's distribution: pass ref_hidden and ref_weight instead of ref_logps"
+        )
+    checks.floating("ref_logps", ref_logps)
+    if ref_logps.shape != target.shape:
+        raise ValueError(f"ref_logps must have the shape {tuple(target.shape)} of target, got {tuple(ref_logps.shape)}")
+    checks.constants(ref_logps=ref_logps)
+    return ref_logps.to(torch.float64 if ref_logps.dtype == torch.float64 else torch.float32)
+
+
+def _check_kl(kl, reference, name):
+    if kl not in KL_DIRECTIONS:
+        raise ValueError(f"kl must be None, 'reverse' or 'forward', got {kl!r}")
+    if kl is not None and reference is None:
+        raise ValueError(f"kl={kl!r} needs a reference: pass {name}")
+
+
+def _check_pairs(cu_seqlens: Tensor) -> None:
+    if len(cu_seqlens) % 2 == 0:
+        raise ValueError(
+            f"cu_seqlens must bound an even number of sequences (chosen_0, rejected_0, ...), got {len(cu_seqlens) - 1} sequences"
+        )
+
+
+def _weights(logps, ref_logps, cu_seqlens, token_weights, pos_logps, neg_logps, weighting):
+    """(token_weights, pos_logps, neg_logps, k, mu_chosen, mu_rejected, lower, upper) for the operator, checked."""
+    checks.floating("logps", logps)
+    if logps.dim() != 1:
+        raise ValueError(f"logps must be [N] over flat sequences, got shape {tuple(logps.shape)}")
+    checks.same("ref_logps", ref_logps, "logps", logps, dtype=False)
+    checks.constants(ref_logps=ref_logps)
+    checks.cu_seqlens(cu_seqlens, len(logps))
+    if (pos_logps is None) != (neg_logps is None):
+        raise ValueError(f"pos_logps and neg_logps go together; {'neg_logps' if neg_logps is None else 'pos_logps'} is missing")
+    if token_weights is not None and pos_logps is not None:
+        raise ValueError("the weights are token_weights or pos_logps and neg_logps, not both")
+    if weighting is not None and pos_logps is None:
+        raise ValueError("weighting has no effect without pos_logps and neg_logps")
+    w = weighting or Weighting()
+    if token_weights is not None:
+        token_weights = checks.weights(token_weights, logps)
+    elif pos_logps is not None:
+        checks.same("pos_logps", pos_logps, "logps", logps, dtype=False)
+        checks.same("neg_logps", neg_logps, "logps", logps, dtype=False)
+        if w.transform != "exp" or not w.elementwise:  # rules that the fused kernel does not know
+            contrast = (pos_logps - neg_logps).detach().to(accumulation_dtype(logps.dtype))
+            token_weights = contrast_weights(contrast, chosen_tokens(cu_seqlens, len(logps)), w, cu_seqlens=cu_seqlens)
+            pos_logps = neg_logps = None
+        else:
+            pos_logps, neg_logps = pos_logps.detach(), neg_logps.detach()
+    return token_weights, pos_logps, neg_logps, w.k, w.mu_chosen, w.mu_rejected, w.lower, w.upper

@@ -1,0 +1,176 @@
+"""The preference mathematics on [pairs]-sized tensors. It exists once: both plans and every trainer call it.
+
+Sizes: P pairs, S = 2P sequences interleaved chosen_0, rejected_0, chosen_1, rejected_1, ...
+"""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LOSSES = ("sigmoid", "hinge", "ipo", "robust")
+KL_DIRECTIONS = (None, "reverse", "forward")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is made of the weighted log-ratios D_s and the weighted sequence KL K_s of a pair.
+
+    The score of a sequence is D_s - alpha K_s (`kl="reverse"`, KL(policy || reference), TIS-DPO's u - eta) or D_s + alpha K_s
+    (`kl="forward"`, KL(reference || policy), TDPO); z = beta * (score_chosen - score_rejected).
+
+    loss              "sigmoid": -(1-e) log sigmoid(z) - e log sigmoid(-z), e = label_smoothing (DPO, conservative DPO)
+                      "hinge": max(0, 1 - z) (SLiC)
+                      "ipo": (score_w / T_w - score_l / T_l - 1 / (2 beta))^2 with T the token counts (IPO as its authors ran it)
+                      "robust": (-(1-e) log sigmoid(z) + e log sigmoid(-z)) / (1 - 2e) (robust DPO)
+    beta              > 0, strength of the pull towards the reference
+    kl                None, "reverse" or "forward"; direction and sign are this one setting
+    alpha             >= 0, factor of the sequence KL
+    detach_chosen_kl  no gradient through the chosen sequence's KL (TDPO2)
+    label_smoothing   e in [0, 0.5), the share of flipped labels; only for "sigmoid" and "robust"
+
+    Raises ValueError for anything outside these ranges, and for options that would have no effect.
+    """
+
+    loss: str = "sigmoid"
+    beta: float = 0.1
+    kl: str | None = None
+    alpha: float = 1.0
+    detach_chosen_kl: bool = False
+    label_smoothing: float = 0.0
+
+    def __post_init__(self):
+        if self.loss not in LOSSES:
+            raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
+        if self.kl not in KL_DIRECTIONS:
+            raise ValueError(f"kl must be None, 'reverse' or 'forward', got {self.kl!r}")
+        if not self.beta > 0:
+            raise ValueError(f"beta must be positive, got {self.beta}")
+        if not self.alpha >= 0:
+            raise ValueError(f"alpha must not be negative, got {self.alpha}")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
+        if self.label_smoothing and self.loss not in ("sigmoid", "robust"):
+            raise ValueError(f"label_smoothing has no effect with loss={self.loss!r}; use loss='sigmoid' or 'robust'")
+        if self.detach_chosen_kl and self.kl is None:
+            raise ValueError("detach_chosen_kl has no effect with kl=None; set kl='forward' (TDPO2) or 'reverse'")
+
+    @classmethod
+    def preset(cls, name: str, **changes) -> "Objective":
+        """`paper`, `official-code`, `dpo`, `tdpo1` or `tdpo2`; keyword arguments change single fields.
+
+        `paper` has the sequence KL with factor 1; `official-code` is what the authors' released code runs (no KL). The weights
+        that belong to them come from `Weighting.preset` of the same name.
+        """
+        if name not in _PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(_PRESETS)}, got {name!r}")
+        return replace(_PRESETS[name], **changes)
+
+    @property
+    def kl_sign(self) -> float:
+        """Factor of K_s in the score: -alpha, +alpha, or 0 without KL."""
+        return {None: 0.0, "reverse": -self.alpha, "forward": self.alpha}[self.kl]
+
+
+_PRESETS = {
+    "paper": Objective(kl="reverse", alpha=1.0),
+    "official-code": Objective(),
+    "dpo": Objective(),
+    "tdpo1": Objective(kl="forward", alpha=1.0),
+    "tdpo2": Objective(kl="forward", alpha=0.5, detach_chosen_kl=True),
+}
+
+
+class PreferenceOutput(NamedTuple):
+    """What a preference loss returns. `loss` is a scalar and carries the gradient; everything else is detached, one value a pair.
+
+    losses [P]; logits [P] = chosen_rewards - rejected_rewards, the argument z of the loss; rewards [P] = beta * score;
+    logps [P] plain, unweighted sums of the policy's log-probs (nats); kl [P] weighted sequence KL (nats), None without KL.
+    """
+
+    loss: Tensor
+    losses: Tensor
+    logits: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+    chosen_logps: Tensor
+    rejected_logps: Tensor
+    chosen_kl: Tensor | None
+    rejected_kl: Tensor | None
+
+
+def sequence_scores(logratio: Tensor, kl: Tensor | None, objective: Objective) -> Tensor:
+    """D_s + kl_sign * K_s, [S] -> [S]; with `detach_chosen_kl` the chosen K carries no gradient."""
+    if objective.kl is None:
+        return logratio
+    if objective.detach_chosen_kl:
+        kl = torch.where(chosen_mask(len(kl), kl.device), kl.detach(), kl)
+    return logratio + objective.kl_sign * kl
+
+
+def pairwise_losses(scores: Tensor, lengths: Tensor, objective: Objective) -> Tensor:
+    """The loss of every pair: scores [S] and completion lengths [S] (tokens) -> [P]. The formulas are in `Objective`."""
+    z = objective.beta * (scores[0::2] - scores[1::2])
+    e = objective.label_smoothing
+    if objective.loss == "sigmoid":
+        return -(1 - e) * F.logsigmoid(z) - e * F.logsigmoid(-z)
+    if objective.loss == "hinge":
+        return torch.relu(1 - z)
+    if objective.loss == "ipo":
+        mean = scores / lengths.clamp(min=1)
+        return (mean[0::2] - mean[1::2] - 1 / (2 * objective.beta)) ** 2
+    return (-(1 - e) * F.logsigmoid(z) + e * F.logsigmoid(-z)) / (1 - 2 * e)  # robust
+
+
+def preference_output(loss: Tensor | None, sums: "PairSums", objective: Objective, reduction: str, normalizer) -> PreferenceOutput:
+    """Rewards, losses and statistics of `sums`; `loss` is formed here unless a one-pass operator has formed it already."""
+    scores = sequence_scores(sums.logratio, sums.kl, objective)
+    losses = pairwise_losses(scores, sums.lengths.to(scores.dtype), objective)
+    if loss is None:
+        loss = losses.sum() / resolve_normalizer(normalizer, reduction, len(losses))
+    rewards = objective.beta * scores.detach()
+    chosen, rejected = rewards[0::2], rewards[1::2]
+    logps, kl = sums.logps.detach(), None if sums.kl is None else sums.kl.detach()
+    return PreferenceOutput(
+        loss,
+        losses.detach(),
+        chosen - rejected,
+        chosen,
+        rejected,
+        logps[0::2],
+        logps[1::2],
+        *((None, None) if kl is None else (kl[0::2], kl[1::2])),
+    )
+
+
+class PairSums(NamedTuple):
+    """Per sequence [S]: weighted log-ratio D, weighted KL K (or None), plain sum of log-probs, number of tokens."""
+
+    logratio: Tensor
+    kl: Tensor | None
+    logps: Tensor
+    lengths: Tensor
+
+
+def chosen_mask(sequences: int, device=None) -> Tensor:
+    """[S] bool: True for the chosen sequences of the interleaved order."""
+    return torch.arange(sequences, device=device) % 2 == 0
+
+
+def resolve_normalizer(normalizer, reduction: str, pairs: int):
+    """What the sum over pairs is divided by: `normalizer` if given (pairs in the global batch), else P for "mean", 1 for "sum"."""
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}; per-pair losses are in the output's `losses`")
+    if normalizer is None:
+        return float(max(pairs, 1)) if reduction == "mean" else 1.0
+    if reduction == "sum":
+        raise ValueError("normalizer goes with reduction='mean'; with reduction='sum' divide the loss yourself")
+    if isinstance(normalizer, Tensor):
+        if normalizer.numel() != 1:
+            raise ValueError(f"normalizer must be one number, got a tensor of shape {tuple(normalizer.shape)}")
+        return normalizer.detach().reshape(())
+    if not normalizer > 0:
+        raise ValueError(f"normalizer must be positive (pairs in the global batch), got {normalizer}")
+    return float(normalizer)

@@ -1,0 +1,166 @@
+"""The one-pass plan: loss and gradients of a pairwise loss in a single walk over the logits.
+
+The upstream gradient of every token of a pair is (one scalar per sequence, known once the pair's sums are known) x w_t. So chunks hold
+whole pairs: logits -> statistics -> D = dscore_t/dlogits in place, unscaled -> the pair sums -> the pairwise loss and its gradient with
+respect to the scores -> dHidden = c * (D @ W), dWeight += D^T @ (c * hidden), c_t = w_t * dloss/dscore. Nothing is recomputed, except
+for a pair that is longer than a chunk may be.
+
+Cost in head-sized products (u = 2 N H V FLOP): policy logits 1, reference logits 1 (KL or online reference), dHidden 1, dWeight 1
+(none with a frozen head). Memory: the chunk's logits + one [V, H] accumulator in float32.
+"""
+
+
+import torch
+from torch import Tensor
+
+from tisdpo.losses import Objective, pairwise_losses, sequence_scores
+from tisdpo.ops import backend as backends
+from tisdpo.ops import fold, values
+from tisdpo.ops.products import accumulation_dtype
+from tisdpo.ops.rows import GradientSums, Tiles, heads, kept_rows, row_ranges
+from tisdpo.ops.sequence_sums import segment_sums
+from tisdpo.ops.token_stats import gradient_shapes
+
+
+@torch.library.custom_op("tisdpo::linear_pairwise", mutates_args=())
+def linear_pairwise(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, cu_seqlens: Tensor, token_weights: Tensor | None,
+    ref_logps: Tensor | None, ref_hidden: Tensor | None, ref_weight: Tensor | None, ref_bias: Tensor | None, normalizer: Tensor,
+    loss: str, beta: float, kl: str | None, alpha: float, detach_chosen_kl: bool, label_smoothing: float,
+    logit_scale: float, softcap: float | None, temperature: float, ignore_index: int, needs: list[bool], backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(loss [], sums [4, S]: weighted log-ratio, weighted KL, log-prob, tokens; gradients of hidden, weight, bias or empty ones).
+
+    hidden [N, H], weight [V, H], bias [V], target [N], cu_seqlens [S+1], token_weights [N]; the reference as ref_logps [N] or as
+    ref_hidden [N, H], ref_weight, ref_bias. `normalizer` [] divides the sum over pairs. `needs`: which of the three gradients.
+    """
+    objective = Objective(loss, beta, kl, alpha, detach_chosen_kl, label_smoothing)
+    values.target(target, len(weight), ignore_index)
+    values.token_weights(token_weights)
+    values.cu_seqlens(cu_seqlens, len(target))
+    index = kept_rows(target, ignore_index)
+    if index is not None:
+        cu_seqlens = torch.searchsorted(index, cu_seqlens.to(index.dtype))  # how many kept rows lie before each boundary
+        target, token_weights, ref_logps = (None if x is None else x[index] for x in (target, token_weights, ref_logps))
+    policy, reference = heads(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, index)
+    walk = _Walk(
+        policy, reference, target, token_weights, ref_logps, objective, fold.Transform(logit_scale, softcap, temperature), any(needs)
+    )
+    grads = GradientSums(policy, tuple(needs))
+    total, sums = hidden.new_zeros((), dtype=walk.dtype), []
+    for bounds in _whole_pairs(cu_seqlens.tolist(), walk.rows):
+        part, part_sums = walk.chunk(bounds, normalizer, grads)
+        total += part
+        sums.append(part_sums)
+    sums = torch.cat(sums, 1) if sums else total.new_zeros(4, 0)
+    return total, sums, *grads.result()
+
+
+@linear_pairwise.register_fake
+def _(hidden, weight, bias, target, cu_seqlens, token_weights, ref_logps, ref_hidden, ref_weight, ref_bias, normalizer,
+      loss, beta, kl, alpha, detach_chosen_kl, label_smoothing, logit_scale, softcap, temperature, ignore_index, needs, backend):  # fmt: skip
+    dtype = accumulation_dtype(hidden.dtype)
+    sums = hidden.new_empty((4, cu_seqlens.shape[0] - 1), dtype=dtype)
+    return hidden.new_empty((), dtype=dtype), sums, *gradient_shapes(hidden, weight, needs)
+
+
+def _whole_pairs(bounds: list[int], rows: int) -> list[list[int]]:
+    """Split the boundaries of all sequences into those of chunks: whole pairs, at most `rows` rows unless a single pair has more."""
+    chunks, start = [], 0
+    for end in range(2, len(bounds), 2):
+        following = bounds[end + 2] if end + 2 < len(bounds) else None
+        if following is None or following - bounds[start] > rows:
+            chunks.append(bounds[start : end + 1])
+            start = end
+    return chunks
+
+
+class _Walk:
+    """What stays the same from chunk to chunk."""
+
+    def __init__(self, policy, reference, target, token_weights, ref_logps, objective, transform, with_gradient):
+        self.policy, self.reference = policy, reference
+        self.target, self.token_weights, self.ref_logps = target, token_weights, ref_logps
+        self.objective, self.transform, self.with_gradient = objective, transform, with_gradient
+        self.dtype = accumulation_dtype(policy.hidden.dtype)
+        self.rows = policy.chunk_rows(1 if reference is None else 2)
+        self.longest = backends.longest_held(self.rows, policy.hidden.device.type)
+        self.tiles: Tiles | None = None
+
+    def chunk(self, bounds: list[int], normalizer: Tensor, grads: GradientSums) -> tuple[Tensor, Tensor]:
+        """Loss [] and sums [4, s] of the sequences with these boundaries; adds their gradients."""
+        start, stop = bounds[0], bounds[-1]
+        rows = stop - start if stop - start <= self.longest else self.rows
+        ranges = row_ranges(start, stop, max(rows, 1))
+        if self.tiles is None or len(self.tiles.z) < min(rows, stop - start):
+            self.tiles = None  # free the smaller buffers first
+            self.tiles = Tiles(self.policy, self.reference, min(rows, stop - start))
+        cu = torch.tensor(bounds, device=self.target.device) - start
+        sequence = torch.repeat_interleave(torch.arange(len(bounds) - 1, device=cu.device), cu.diff(), output_size=stop - start)
+        kl_sign = self._token_kl_sign(sequence)
+
+        held, stats = None, []
+        for a, b in ranges:
+            z, ref_z = self.tiles.logits(a, b)
+            stats.append(fold.statistics(z, self.target[a:b], ref_z, self.objective.kl, self.transform))
+            if self.with_gradient and len(ranges) == 1:
+                held = self._unscaled_gradient(a, b, z, ref_z, stats[0], kl_sign)
+
+        loss, sums, g_scores = self._pairs(fold.concatenated(stats, self.dtype, cu.device), start, stop, cu, normalizer)
+        if self.with_gradient:
+            coefficient = g_scores[sequence]
+            if self.token_weights is not None:
+                coefficient = coefficient * self.token_weights[start:stop]
+            for (a, b), s in zip(ranges, stats):
+                place = slice(a - start, b - start)
+                d = (
+                    held
+                    if held is not None
+                    else self._unscaled_gradient(a, b, *self.tiles.logits(a, b), s, None if kl_sign is None else kl_sign[place])
+                )
+                grads.add(a, b, d, coefficient[place])
+        return loss, sums
+
+    def _token_kl_sign(self, sequence: Tensor) -> Tensor | None:
+        """Factor of KL_t in the gradient of the token's score: -/+ alpha, 0 where the chosen KL is detached."""
+        if self.objective.kl is None:
+            return None
+        sign = torch.full(sequence.shape, self.objective.kl_sign, dtype=self.dtype, device=sequence.device)
+        return sign.masked_fill_(sequence % 2 == 0, 0.0) if self.objective.detach_chosen_kl else sign
+
+    def _unscaled_gradient(self, a, b, z, ref_z, stats, kl_sign):
+        ref_z = None if self.objective.kl is None else ref_z  # an online reference without KL is a constant
+        return fold.gradient_(z, self.target[a:b], ref_z, stats, None, kl_sign, self.objective.kl, self.transform)
+
+    def _pairs(self, stats: fold.Statistics, start: int, stop: int, cu: Tensor, normalizer: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Loss [], sums [4, s] and dloss/dscore [s] from the token statistics of whole pairs."""
+        ref_logp = stats.ref_logp if self.ref_logps is None else self.ref_logps[start:stop]
+        weights = None if self.token_weights is None else self.token_weights[start:stop].to(self.dtype)
+        weighted = (lambda x: x) if weights is None else (lambda x: x * weights)
+        lengths = cu.diff().to(self.dtype)
+        D = segment_sums(weighted(stats.logp - ref_logp), cu)
+        K = torch.zeros_like(D) if stats.kl is None else segment_sums(weighted(stats.kl), cu)
+        sums = torch.stack([D, K, segment_sums(stats.logp, cu), lengths])
+
+        def mean_loss(scores: Tensor) -> Tensor:
+            return pairwise_losses(scores, lengths, self.objective).sum() / normalizer
+
+        scores = sequence_scores(D, K, self.objective)
+        return mean_loss(scores), sums, torch.func.grad(mean_loss)(scores) if self.with_gradient else None
+
+
+def _setup(ctx, inputs, output):
+    ctx.needs = inputs[21]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[2:])
+
+
+def _backward(ctx, g_loss, *_):
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError("linear_tis_dpo_loss has no second derivative: use plan='two_pass' or drop create_graph=True")
+    # out of place: a second backward (retain_graph=True) sees the same gradients
+    grads = [saved * g_loss.to(saved.dtype) if need else None for saved, need in zip(ctx.saved_tensors, ctx.needs)]
+    return *grads, *[None] * 20
+
+
+linear_pairwise.register_autograd(_backward, setup_context=_setup)

@@ -1,0 +1,231 @@
+"""Per-token log-probs and KL as registered operators: from logits, and from hidden states in two passes.
+
+Two passes: the forward keeps [N] statistics only, the backward computes the tiles of logits again. Cost in head-sized products
+(u = 2 N H V FLOP): 4 u, with reference and KL 6 u, for any loss on top.
+
+The outputs of every operator: (logps, lse, ref_logps, ref_lse, kl), each [N] in the accumulation dtype; those that were not asked
+for are empty. Rows with `ignore_index` give 0 and no gradient.
+"""
+
+
+import torch
+from torch import Tensor
+
+from tisdpo.ops import fold, values
+from tisdpo.ops.products import accumulation_dtype
+from tisdpo.ops.rows import GradientSums, HeadRows, Tiles, heads, kept_rows, row_ranges
+
+Statistics5 = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _outputs(like: Tensor, rows: int, has_ref: bool, kl: str | None, fill) -> Statistics5:
+    dtype = accumulation_dtype(like.dtype)
+    sizes = (rows, rows, rows if has_ref else 0, rows if has_ref else 0, 0 if kl is None else rows)
+    return tuple(fill(n, dtype=dtype, device=like.device) for n in sizes)
+
+
+def _scatter(outputs: Statistics5, place, stats: fold.Statistics) -> None:
+    for out, value in zip(outputs, (stats.logp, stats.lse, stats.ref_logp, stats.ref_lse, stats.kl)):
+        if value is not None:
+            out[place] = value
+
+
+def _gathered(saved: Statistics5, place) -> fold.Statistics:
+    logp, lse, ref_logp, ref_lse, kl = (None if not s.numel() else s[place] for s in saved)
+    return fold.Statistics(lse, logp, ref_lse, ref_logp, kl)
+
+
+# From logits
+
+
+@torch.library.custom_op("tisdpo::token_stats", mutates_args=())
+def token_stats(
+    logits: Tensor,
+    target: Tensor,
+    ref_logits: Tensor | None,
+    kl: str | None,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    backend: str,
+) -> Statistics5:
+    """logits [N, V], target [N], ref_logits [N, V] -> (logps, lse, ref_logps, ref_lse, kl)."""
+    values.target(target, logits.shape[1], ignore_index)
+    outputs = _outputs(logits, len(target), ref_logits is not None, kl, torch.zeros)
+    transform = fold.Transform(logit_scale, softcap, temperature)
+    for place in _row_blocks(logits, target, ignore_index):
+        z, q = _wide(logits, place), _wide(ref_logits, place)
+        _scatter(outputs, place, fold.statistics(z, target[place], q, kl, transform))
+    return outputs
+
+
+@token_stats.register_fake
+def _(logits, target, ref_logits, kl, logit_scale, softcap, temperature, ignore_index, backend):
+    return _outputs(logits, target.shape[0], ref_logits is not None, kl, torch.empty)
+
+
+@torch.library.custom_op("tisdpo::token_stats_backward", mutates_args=())
+def token_stats_backward(
+    g_logps: Tensor | None, g_kl: Tensor | None, logits: Tensor, target: Tensor, ref_logits: Tensor | None, stats: list[Tensor], kl: str | None,
+    logit_scale: float, softcap: float | None, temperature: float, ignore_index: int, backend: str,
+) -> Tensor:  # fmt: skip
+    """Gradient [N, V] with respect to the logits, in their dtype."""
+    grad = torch.zeros_like(logits, memory_format=torch.contiguous_format)
+    transform = fold.Transform(logit_scale, softcap, temperature)
+    g_logps, g_kl = _upstream(g_logps, g_kl, stats, kl)
+    for place in _row_blocks(logits, target, ignore_index):
+        z, q = _wide(logits, place, copy=True), _wide(ref_logits, place)
+        grad[place] = fold.gradient_(
+            z, target[place], q, _gathered(stats, place), g_logps[place], None if g_kl is None else g_kl[place], kl, transform
+        ).to(grad.dtype)
+    return grad
+
+
+@token_stats_backward.register_fake
+def _(g_logps, g_kl, logits, target, ref_logits, stats, kl, logit_scale, softcap, temperature, ignore_index, backend):
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _row_blocks(logits: Tensor, target: Tensor, ignore_index: int):
+    """Index or slice of the rows that carry loss, in blocks whose float32 copies stay small."""
+    rows = fold.block_rows(logits.shape[1], accumulation_dtype(logits.dtype).itemsize, logits.device.type)
+    index = kept_rows(target, ignore_index)
+    if index is None:
+        return [slice(a, min(a + rows, len(target))) for a in range(0, len(target), rows)]
+    return list(index.split(rows)) if len(index) else []
+
+
+def _wide(logits: Tensor | None, place, copy: bool = False) -> Tensor | None:
+    if logits is None:
+        return None
+    rows = logits[place]
+    return rows.to(accumulation_dtype(logits.dtype), copy=copy and isinstance(place, slice))
+
+
+def _upstream(g_logps, g_kl, stats, kl):
+    """Upstream gradients as [N] tensors; those autograd left out are zero."""
+    like = stats[0]
+    g_logps = torch.zeros_like(like) if g_logps is None else g_logps
+    if kl is None:
+        return g_logps, None
+    return g_logps, torch.zeros_like(like) if g_kl is None else g_kl
+
+
+def _setup_token_stats(ctx, inputs, output):
+    logits, target, ref_logits, *ctx.options = inputs
+    ctx.mark_non_differentiable(output[1], output[2], output[3])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, target, ref_logits, *output)
+
+
+def _backward_token_stats(ctx, g_logps, g_lse, g_ref_logps, g_ref_lse, g_kl):
+    logits, target, ref_logits, *stats = ctx.saved_tensors
+    grad = token_stats_backward(g_logps, g_kl, logits, target, ref_logits, stats, *ctx.options)
+    return grad, None, None, *[None] * len(ctx.options)
+
+
+token_stats.register_autograd(_backward_token_stats, setup_context=_setup_token_stats)
+
+
+# From hidden states
+
+
+@torch.library.custom_op("tisdpo::linear_token_stats", mutates_args=())
+def linear_token_stats(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ref_hidden: Tensor | None, ref_weight: Tensor | None, ref_bias: Tensor | None,
+    kl: str | None, logit_scale: float, softcap: float | None, temperature: float, ignore_index: int, backend: str,
+) -> Statistics5:  # fmt: skip
+    """hidden [N, H], weight [V, H], bias [V], target [N] (and the same of the reference) -> (logps, lse, ref_logps, ref_lse, kl)."""
+    values.target(target, len(weight), ignore_index)
+    outputs = _outputs(hidden, len(target), ref_hidden is not None, kl, torch.zeros)
+    index = kept_rows(target, ignore_index)
+    policy, reference = heads(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, index)
+    for a, b, place, z, ref_z in _tiles(policy, reference, index, len(target)):
+        _scatter(outputs, place, fold.statistics(z, target[place], ref_z, kl, fold.Transform(logit_scale, softcap, temperature)))
+    return outputs
+
+
+@linear_token_stats.register_fake
+def _(hidden, weight, bias, target, ref_hidden, ref_weight, ref_bias, kl, logit_scale, softcap, temperature, ignore_index, backend):
+    return _outputs(hidden, target.shape[0], ref_hidden is not None, kl, torch.empty)
+
+
+@torch.library.custom_op("tisdpo::linear_token_stats_backward", mutates_args=())
+def linear_token_stats_backward(
+    g_logps: Tensor | None, g_kl: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
+    ref_hidden: Tensor | None, ref_weight: Tensor | None, ref_bias: Tensor | None, stats: list[Tensor],
+    kl: str | None, logit_scale: float, softcap: float | None, temperature: float, ignore_index: int, backend: str, needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of hidden [N, H], weight [V, H], bias [V]; those not in `needs` are empty."""
+    index = kept_rows(target, ignore_index)
+    if kl is None:
+        ref_hidden = None  # the reference's log-probs are constants
+    policy, reference = heads(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, index)
+    transform = fold.Transform(logit_scale, softcap, temperature)
+    g_logps, g_kl = _upstream(g_logps, g_kl, stats, kl)
+    sums = GradientSums(policy, tuple(needs))
+    for a, b, place, z, ref_z in _tiles(policy, reference, index, len(target)):
+        g = None if g_kl is None else g_kl[place]
+        sums.add(a, b, fold.gradient_(z, target[place], ref_z, _gathered(stats, place), g_logps[place], g, kl, transform), None)
+    return sums.result()
+
+
+@linear_token_stats_backward.register_fake
+def _(
+    g_logps,
+    g_kl,
+    hidden,
+    weight,
+    bias,
+    target,
+    ref_hidden,
+    ref_weight,
+    ref_bias,
+    stats,
+    kl,
+    logit_scale,
+    softcap,
+    temperature,
+    ignore_index,
+    backend,
+    needs,
+):
+    return gradient_shapes(hidden, weight, needs)
+
+
+def gradient_shapes(hidden: Tensor, weight: Tensor, needs) -> tuple[Tensor, Tensor, Tensor]:
+    """Fake gradients of hidden, weight and bias; an empty tensor for each that is not needed."""
+    return (
+        hidden.new_empty(hidden.shape if needs[0] else (0,)),
+        weight.new_empty(weight.shape if needs[1] else (0,)),
+        weight.new_empty((weight.shape[0],) if needs[2] else (0,)),
+    )
+
+
+def _tiles(policy: HeadRows, reference: HeadRows | None, index: Tensor | None, tokens: int):
+    """(a, b, place, z, ref_z) for chunk after chunk: rows a..b of those that carry loss, `place` their index in the outputs."""
+    ranges = row_ranges(0, tokens if index is None else len(index), policy.chunk_rows(1 if reference is None else 2))
+    tiles = Tiles(policy, reference, max((b - a for a, b in ranges), default=0))
+    for a, b in ranges:
+        yield a, b, slice(a, b) if index is None else index[a:b], *tiles.logits(a, b)
+
+
+def _setup_linear_token_stats(ctx, inputs, output):
+    *tensors, kl, logit_scale, softcap, temperature, ignore_index, backend = inputs
+    ctx.options = (kl, logit_scale, softcap, temperature, ignore_index, backend)
+    ctx.mark_non_differentiable(output[1], output[2], output[3])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _backward_linear_token_stats(ctx, g_logps, g_lse, g_ref_logps, g_ref_lse, g_kl):
+    saved = ctx.saved_tensors
+    tensors, stats = saved[:7], list(saved[7:])
+    needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2]]
+    grads = linear_token_stats_backward(g_logps, g_kl, *tensors, stats, *ctx.options, needs)
+    grads = [g if need else None for g, need in zip(grads, needs)]
+    return *grads, None, None, None, None, *[None] * len(ctx.options)
+
+
+linear_token_stats.register_autograd(_backward_linear_token_stats, setup_context=_setup_linear_token_stats)
