@@ -4,6 +4,8 @@ import logging
 import os
 from functools import cache
 
+import torch
+
 BACKENDS = ("auto", "torch", "triton", "cpp")
 
 # Bytes of logits (policy, and reference where needed) that may exist at one time. CPU: large enough that accumulating dWeight once a
@@ -40,13 +42,16 @@ def resolve(backend: str, device: str) -> str:
         if reason:
             raise RuntimeError(f"{source}={forced!r} was asked for, but: {reason}")
         return forced
-    return _automatic(device)
+    chosen = "torch"
+    if not torch.compiler.is_compiling():  # a log message would break the graph
+        _announce(chosen, device)
+    return chosen
 
 
 @cache
-def _automatic(device: str) -> str:
-    log.info("tisdpo runs the 'torch' backend on %s: it is the only one in this version", device)
-    return "torch"
+def _announce(backend: str, device: str) -> None:
+    """Say once a device which backend runs and why."""
+    log.info("tisdpo runs the %r backend on %s: it is the only one in this version", backend, device)
 
 
 def chunk_rows(vocabulary: int, models: int, itemsize: int, device: str) -> int:

@@ -1,0 +1,156 @@
+"""Causal language models of `transformers`: their head, their hidden states, and how to load, build and fingerprint them.
+
+The head runs inside the model's own forward: `model(input_ids=..., attention_mask=..., head=function)` runs the backbone and returns
+`function(hidden [S, T, H], Head)` instead of logits. The hooks of a wrapper (DDP, FSDP, DeepSpeed, PEFT) are armed then, and one forward
+serves scoring, SFT and preference training alike.
+"""
+
+import functools
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tisdpo.errors import InputError
+
+
+@dataclass(frozen=True)
+class Head:
+    """A language-model head: weight [V, H], bias [V] or None, and how the model scales its logits."""
+
+    weight: Tensor
+    bias: Tensor | None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def transform(self) -> dict:
+        """Keyword arguments of the functions in `tisdpo.functional`."""
+        return {"logit_scale": self.logit_scale, "softcap": self.softcap}
+
+
+def logit_transform(config) -> dict:
+    """How a model of this configuration turns the product of its head into logits: logit_scale and softcap.
+
+    Gemma caps (`final_logit_softcapping`); Cohere multiplies by `logit_scale`, Falcon-H1 by `lm_head_multiplier`; Granite and MiniCPM3
+    divide by `logits_scaling`, HyperCLOVA X multiplies by it.
+    """
+    text = config.get_text_config()
+    scale = 1.0
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if getattr(text, name, None) is not None:
+            scale = float(getattr(text, name))
+            break
+    else:
+        scaling = getattr(text, "logits_scaling", None)
+        if scaling is not None:
+            scale = float(scaling) if text.model_type == "hyperclovax" else 1.0 / float(scaling)
+    softcap = getattr(text, "final_logit_softcapping", None)
+    return {"logit_scale": scale, "softcap": None if softcap is None else float(softcap)}
+
+
+def head_of(model) -> Head:
+    """The head of a causal language model; InputError for a model without one."""
+    embedding = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if embedding is None or not isinstance(getattr(embedding, "weight", None), Tensor):
+        raise InputError(f"{type(model).__name__} has no language-model head; load a causal language model (AutoModelForCausalLM)")
+    return Head(embedding.weight, getattr(embedding, "bias", None), **logit_transform(model.config))
+
+
+def attach_head(model):
+    """Let `model(..., head=function)` return function(hidden, Head); without `head` the forward is the model's own. Returns the model.
+
+    Only this instance changes, and attaching twice changes nothing.
+    """
+    if getattr(model, "_tisdpo_head", False):
+        return model
+    head_of(model)  # a model without a head is refused here, not at the first step
+    original = model.forward
+
+    @functools.wraps(type(model).forward)  # `generate` looks at the signature
+    def forward(self, *args, head: Callable | None = None, **kwargs):
+        if head is None:
+            return original(*args, **kwargs)
+        # looked up at each call: wrappers replace the backbone and the head after this
+        hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
+        found = head_of(self)
+        return head(hidden.to(found.weight.device), found)
+
+    model.forward = types.MethodType(forward, model)
+    model._tisdpo_head = True
+    return model
+
+
+def model_inputs(batch: dict) -> dict:
+    """What the backbone needs of a batch."""
+    return {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+
+
+def load_tokenizer(path: str):
+    """Tokenizer of a directory or hub id; InputError with the reason if there is none, or if it has no EOS token."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"no tokenizer could be loaded from {path!r} ({_first_line(error)}); give a directory with tokenizer files or a hub id") from error
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"the tokenizer of {path!r} has no EOS token, so completions could not end; set `eos_token` in its tokenizer_config.json")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked everywhere, its id is never read
+    return tokenizer
+
+
+def load_model(path: str, **kwargs):
+    """Causal language model of a directory or hub id (safetensors), in float32 unless `dtype` says otherwise, with its head attached."""
+    from transformers import AutoModelForCausalLM
+
+    if Path(path).is_dir() and not (Path(path) / "config.json").exists():
+        raise InputError(f"{path!r} holds no model: config.json is missing; give a directory written by save_pretrained or a hub id")
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, output_loading_info=True, **{"dtype": torch.float32, **kwargs})
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"no causal language model could be loaded from {path!r} ({_first_line(error)}); give a directory or a hub id") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise InputError(f"the model in {path!r} lacks weights of a causal language model ({', '.join(missing[:3])}); was it saved without its head?")
+    return attach_head(model)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+
+
+def save_model(model, tokenizer, path: str | Path) -> None:
+    """Model and tokenizer as one directory; it appears complete or not at all."""
+    path = Path(path)
+    beside = path.with_name(path.name + ".part")
+    model.save_pretrained(beside)
+    tokenizer.save_pretrained(beside)
+    beside.replace(path)
+
+
+def tiny_llama(tokenizer, *, hidden_size: int = 64, layers: int = 2, heads: int = 4, max_length: int = 512, seed: int = 0):
+    """A Llama-architecture model with fresh weights for this tokenizer: the start of a base model trained from scratch."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    if hidden_size % heads:
+        raise InputError(f"model.hidden_size={hidden_size} must be a multiple of model.heads={heads}")
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return attach_head(LlamaForCausalLM(config))

@@ -1,0 +1,104 @@
+"""One training stage of a run: a model, rows and a `StageConfig` in; a trained model in a directory and its log out. Resumable."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from tisdpo.config import StageConfig
+from tisdpo.hf import save_model
+from tisdpo.trainer import TISDPOConfig, TISDPOTrainer
+
+LOGGED_POINTS = 50  # of a learning curve
+
+
+class Progress(TrainerCallback):
+    """One bar a stage, with the loss and the reward margin."""
+
+    def __init__(self, label: str):
+        self.label = label
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.label, unit="step", leave=True)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        shown = {short: f"{logs[name]:.3f}" for short, name in (("loss", "loss"), ("margin", "rewards/margins")) if name in logs}
+        if shown:
+            self.bar.set_postfix(shown)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
+
+
+class AtCheckpoints(TrainerCallback):
+    """Calls `measure(model)` after every `every` steps and keeps its results by step in a file, also across interruptions."""
+
+    def __init__(self, measure: Callable[[torch.nn.Module], dict], every: int, path: Path):
+        self.measure, self.every, self.path = measure, every, path
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+            points = {p["step"]: p for p in read_points(self.path)}
+            points[state.global_step] = {"step": state.global_step, **self.measure(model)}
+            write_json(self.path, sorted(points.values(), key=lambda p: p["step"]))
+
+
+def read_points(path: Path) -> list[dict]:
+    """What `AtCheckpoints` kept."""
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def write_json(path: Path, content) -> None:
+    """Write beside, then rename: the file is complete or not there."""
+    beside = path.with_name(path.name + ".writing")
+    beside.write_text(json.dumps(content, indent=1))
+    beside.replace(path)
+
+
+def train_stage(
+    model, tokenizer, rows, stage: StageConfig, directory: Path, *, label: str, seed: int, options: dict, checkpoints: int = 0, measure: Callable | None = None
+) -> list[dict]:
+    """Train `model` on `rows` with `TISDPOConfig(**options)`; writes directory/model, directory/log.json (and points.json).
+
+    With `checkpoints`, the run is measured and saved that many times on its way, and an interrupted one goes on from the last of them.
+    Returns the log history.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    saved = directory / "checkpoints"
+    every = max(1, -(-stage.steps // checkpoints)) if checkpoints else stage.steps
+    settings = {
+        "max_steps": stage.steps,
+        "per_device_train_batch_size": stage.batch_size,
+        "learning_rate": stage.learning_rate,
+        "warmup_steps": stage.warmup_steps,
+        "lr_scheduler_type": stage.scheduler,
+        "weight_decay": stage.weight_decay,
+        "max_grad_norm": stage.max_grad_norm,
+        "logging_steps": max(1, stage.steps // LOGGED_POINTS),
+        "save_strategy": "steps" if checkpoints else "no",
+        "save_steps": every,
+        "save_total_limit": 1,
+        "disable_tqdm": True,  # `Progress` shows one line a stage instead
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        **options,
+        **stage.arguments,
+    }
+    args = TISDPOConfig(output_dir=str(saved), seed=seed, data_seed=seed, **settings)
+    callbacks = [Progress(label)]
+    if measure is not None:
+        callbacks.append(AtCheckpoints(measure, every, directory / "points.json"))
+    trainer = TISDPOTrainer(model, args, train_dataset=rows, processing_class=tokenizer, callbacks=callbacks)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(saved) if saved.is_dir() else None)
+    history = trainer.state.log_history
+    save_model(model, tokenizer, directory / "model")
+    write_json(directory / "log.json", history)
+    return history

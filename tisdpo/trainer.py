@@ -1,0 +1,284 @@
+"""`TISDPOTrainer`: TIS-DPO, DPO, reverse DPO and SFT on `transformers.Trainer`.
+
+Read from top to bottom it does four things: prepare rows (tokenise, turn stored contrasts into weights, precompute the reference),
+compute the loss inside the model's forward, collect metrics, evaluate. Optimiser, schedule, checkpoints, resume, logging, callbacks,
+mixed precision and `accelerate launch` are the Trainer's.
+
+Left out compared with the authors' released code, and why: weights by rank (a `Weighting` preset, not the default: the paper's rule is
+the clamped exponential), a zero weight for EOS (the model would not learn to stop), the KL term with factor 0.5 in the loss and 1 in
+the rewards (one coefficient here, so that the margin is the loss logit), logged `logps/*` that are weighted sums (plain sums here).
+"""
+
+import copy
+import math
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainingArguments
+
+from tisdpo.batches import flatten_batch
+from tisdpo.data import PairCollator, tokenize_pairs
+from tisdpo.errors import InputError
+from tisdpo.functional import linear_tis_dpo_loss, linear_token_logps
+from tisdpo.hf import Head, attach_head, model_inputs
+from tisdpo.losses import Objective, pairwise_losses
+from tisdpo.scoring import completion_logps
+from tisdpo.weighting import Weighting, contrast_weights
+
+METHODS = ("tis-dpo", "dpo", "sft")
+
+
+@dataclass
+class TISDPOConfig(TrainingArguments):
+    """`TrainingArguments` plus what preference training with token weights needs.
+
+    method               "tis-dpo" (rows carry *_contrast or *_weights), "dpo" (weights 1), "sft" (one side, token cross-entropy)
+    beta, loss_type, kl, alpha, detach_chosen_kl, label_smoothing   the `tisdpo.Objective`
+    weighting            fields of `tisdpo.Weighting` that turn the stored contrast into weights, e.g. {"upper": 2.0}
+    swap_pairs           exchange chosen and rejected: reverse DPO, the negative half of the (D) construction
+    sft_side             "chosen" or "rejected": what method="sft" learns
+    sft_prompt_loss      method="sft" learns the prompt's tokens as well (pretraining a base model)
+    max_length           tokens of prompt + completion; longer pairs are truncated at the end
+    precompute_ref       reference log-probs are computed once, before training; None: whenever the KL term does not need the reference
+    disable_dropout      set every dropout probability to 0
+    sanity_check         stop at the first step unless the loss there is what it must be when policy == reference (ln 2)
+    """
+
+    method: str = "tis-dpo"
+    beta: float = 0.1
+    loss_type: str = "sigmoid"
+    kl: str | None = None
+    alpha: float = 1.0
+    detach_chosen_kl: bool = False
+    label_smoothing: float = 0.0
+    weighting: dict | None = field(default=None)
+    swap_pairs: bool = False
+    sft_side: str = "chosen"
+    sft_prompt_loss: bool = False
+    max_length: int = 1024
+    precompute_ref: bool | None = None
+    disable_dropout: bool = True
+    sanity_check: bool = True
+    learning_rate: float = 1e-6
+    logging_steps: float = 10
+    remove_unused_columns: bool = False  # the rows' columns are the collator's, not the model's
+    report_to: None | str | list[str] = "none"
+
+    def __post_init__(self):
+        if self.method not in METHODS:
+            raise InputError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        if self.sft_side not in ("chosen", "rejected"):
+            raise InputError(f"sft_side must be 'chosen' or 'rejected', got {self.sft_side!r}")
+        if self.remove_unused_columns:
+            raise InputError("remove_unused_columns must stay False: it would drop the token weights before the collator sees them")
+        if self.method != "tis-dpo" and self.weighting is not None:
+            raise InputError(f"weighting has no effect with method={self.method!r}; use method='tis-dpo'")
+        self.objective()
+        if self.precompute_ref and self.kl is not None:
+            raise InputError(f"precompute_ref=True stores log-probs only, but kl={self.kl!r} needs the reference's distribution at every step")
+        super().__post_init__()
+
+    def objective(self) -> Objective:
+        """The loss on sequence sums that these fields describe."""
+        return Objective(self.loss_type, self.beta, self.kl, self.alpha, self.detach_chosen_kl, self.label_smoothing)
+
+
+class TISDPOTrainer(Trainer):
+    """Trains `model` on preference pairs.
+
+    model              a causal language model; its head runs inside its own forward
+    args               `TISDPOConfig`
+    train_dataset, eval_dataset   rows of `tisdpo.data` (prompt_ids, chosen_ids, rejected_ids, ...) or pairs as text, which are tokenised
+    processing_class   the tokenizer
+    ref_model          the reference policy; None: the model as it is when training starts
+
+    Metrics carry TRL's names (`rewards/chosen`, `rewards/margins`, `logps/chosen`, ...) plus `kl/*` and `weights/*`.
+    """
+
+    def __init__(self, model, args: TISDPOConfig | None = None, train_dataset=None, eval_dataset=None, processing_class=None, ref_model=None, **kwargs):
+        args = args or TISDPOConfig()
+        if processing_class is None:
+            raise InputError("processing_class is missing: pass the model's tokenizer")
+        attach_head(model)
+        if args.disable_dropout:
+            for module in model.modules():
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = 0.0
+        self.objective = args.objective()
+        self.preference = args.method != "sft"
+        self.pad_token_id = processing_class.pad_token_id if processing_class.pad_token_id is not None else processing_class.eos_token_id
+        self._starts_at_reference = ref_model is None and args.sanity_check and self.preference
+        precompute = args.precompute_ref if args.precompute_ref is not None else args.kl is None
+        scorer = None
+        if self.preference:
+            scorer = (ref_model or model) if precompute else None
+            if scorer is None and ref_model is None:
+                ref_model = copy.deepcopy(model)
+        self.ref_model = attach_head(ref_model).eval().requires_grad_(False) if ref_model is not None and not precompute else None
+
+        def rows(dataset):
+            return None if dataset is None else prepare_rows(dataset, processing_class, args, scorer, self.pad_token_id)
+
+        eval_dataset = {k: rows(v) for k, v in eval_dataset.items()} if isinstance(eval_dataset, dict) else rows(eval_dataset)
+        collator = PairCollator(
+            self.pad_token_id, side=None if self.preference else args.sft_side, prompt_loss=args.sft_prompt_loss, weights=args.method == "tis-dpo", swap=args.swap_pairs
+        )
+        self._metrics = {"train": defaultdict(lambda: [0.0, 0.0]), "eval": defaultdict(lambda: [0.0, 0.0])}
+        super().__init__(model, args, data_collator=collator, train_dataset=rows(train_dataset), eval_dataset=eval_dataset, processing_class=processing_class, **kwargs)
+        self.loss_is_scaled_for_ga = True  # divided by the pairs (tokens for SFT) of the whole accumulated, global batch
+        self.label_names = []
+        if self.ref_model is not None:
+            self.ref_model.to(self.args.device)
+
+    # The loss
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of one optimiser step and how many pairs (SFT: target tokens) they hold over all ranks."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        count = torch.tensor(float(sum(self._items(batch) for batch in batches)), device=device)
+        return batches, self.accelerator.gather(count).sum()
+
+    def _items(self, batch: dict) -> int:
+        return len(batch["input_ids"]) // 2 if self.preference else int(batch["completion_mask"][:, 1:].sum())
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Mean loss of the global batch's pairs (SFT: tokens), this batch's part of it."""
+        items = num_items_in_batch if num_items_in_batch is not None else float(max(self._items(inputs), 1))
+        loss, metrics = (self._preference_loss if self.preference else self._sft_loss)(model, inputs, items)
+        store = self._metrics["train" if model.training else "eval"]
+        for name, values in metrics.items():
+            store[name][0] += values.detach().sum()
+            store[name][1] += values.numel()
+        if model.training and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # gradients are averaged over ranks, the loss was divided by the global count
+        return (loss, metrics) if return_outputs else loss
+
+    def _sft_loss(self, model, inputs, items):
+        flat = flatten_batch(inputs)
+
+        def nll(hidden: Tensor, head: Head) -> Tensor:
+            return -linear_token_logps(flat.take(hidden), head.weight, flat.target, bias=head.bias, **head.transform).logps.sum()
+
+        return model(**model_inputs(inputs), head=nll) / items, {}
+
+    def _preference_loss(self, model, inputs, items):
+        flat = flatten_batch(inputs)
+        reference = self._reference(inputs, flat)
+
+        def preference(hidden: Tensor, head: Head):
+            return linear_tis_dpo_loss(
+                flat.take(hidden), head.weight, flat.target, flat.cu_seqlens, token_weights=flat.token_weights, bias=head.bias,
+                objective=self.objective, normalizer=items, **reference, **head.transform,
+            )  # fmt: skip
+
+        output = model(**model_inputs(inputs), head=preference)
+        if self._starts_at_reference and model.training:
+            self._check_first_loss(output)
+        return output.loss, self._preference_metrics(output, flat)
+
+    def _reference(self, inputs, flat) -> dict:
+        """The reference for this batch: precomputed log-probs, or its hidden states and head."""
+        if self.ref_model is None:
+            return {"ref_logps": flat.ref_logps}
+        with torch.no_grad():
+            return self.ref_model(
+                **model_inputs(inputs), head=lambda hidden, head: {"ref_hidden": flat.take(hidden), "ref_weight": head.weight, "ref_bias": head.bias}
+            )
+
+    def _check_first_loss(self, output) -> None:
+        """Policy == reference: every pair's logit is 0 and its loss ln 2 (sigmoid), whatever the weights."""
+        self._starts_at_reference = False
+        if self.state.global_step > 0:
+            return  # a resumed run has moved away from the reference
+        zeros = torch.zeros(2)
+        expected = pairwise_losses(zeros, zeros, self.objective).item()
+        found = output.losses.mean().item()
+        exact = next(self.model.parameters()).dtype == torch.float32 and not (self.args.bf16 or self.args.fp16)
+        tolerance = 1e-3 if exact else 5e-2  # 16-bit hidden states depend on the padding of their batch
+        if not math.isclose(found, expected, abs_tol=tolerance):
+            raise RuntimeError(
+                f"at the first step policy and reference are the same model, so the loss must be {expected:.6f}, but it is {found:.6f}: "
+                "are the reference log-probs those of this model, tokenizer and max_length? (sanity_check=False turns this check off)"
+            )
+
+    # Metrics
+
+    def _preference_metrics(self, output, flat) -> dict[str, Tensor]:
+        metrics = {
+            "rewards/chosen": output.chosen_rewards,
+            "rewards/rejected": output.rejected_rewards,
+            "rewards/accuracies": (output.chosen_rewards > output.rejected_rewards).float(),
+            "rewards/margins": output.logits,
+            "logps/chosen": output.chosen_logps,
+            "logps/rejected": output.rejected_logps,
+        }
+        if output.chosen_kl is not None:
+            metrics |= {"kl/chosen": output.chosen_kl, "kl/rejected": output.rejected_kl}
+        if flat.token_weights is not None:
+            lengths = flat.cu_seqlens.diff()
+            chosen = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device) % 2 == 0, lengths)
+            metrics |= {"weights/chosen": flat.token_weights[chosen], "weights/rejected": flat.token_weights[~chosen]}
+        return metrics
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """Add the means, over all batches since the last log and all ranks, of what the losses reported."""
+        mode = "eval" if any(key.startswith("eval_") for key in logs) else "train"
+        prefix = "eval_" if mode == "eval" else ""
+        for name, (total, count) in sorted(self._metrics[mode].items()):
+            sums = self.accelerator.reduce(torch.tensor([float(total), float(count)], device=self.args.device), "sum")
+            logs[prefix + name] = (sums[0] / sums[1].clamp(min=1)).item()
+        self._metrics[mode].clear()
+        super().log(logs, *args, **kwargs)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs).detach(), None, None
+
+
+# Rows
+
+
+def prepare_rows(dataset, tokenizer, args: TISDPOConfig, reference, pad_token_id: int):
+    """Rows ready for the collator: tokenised, with weights where the method uses them, with reference log-probs if `reference` is given."""
+    if "chosen_ids" not in dataset.column_names:
+        dataset, _ = tokenize_pairs(dataset, tokenizer, max_length=args.max_length)
+    columns = set(dataset.column_names)
+    weighted = {"chosen_weights", "chosen_contrast"} & columns
+    if args.method == "tis-dpo":
+        if not weighted:
+            raise InputError("method='tis-dpo' needs rows with chosen_contrast/rejected_contrast (scored) or chosen_weights/rejected_weights; use method='dpo' for none")
+        dataset = apply_weighting(dataset, Weighting(**(args.weighting or {})), tokenizer.eos_token_id) if "chosen_weights" not in columns else dataset
+        if "chosen_weights" in columns and args.weighting is not None:
+            raise InputError("the rows carry ready weights, so weighting has no effect; remove the *_weights columns or the weighting")
+    elif args.method == "dpo" and weighted:
+        raise InputError(f"the rows carry {', '.join(sorted(weighted))}, which method='dpo' does not use; remove the columns or use method='tis-dpo'")
+    if reference is not None and "chosen_ref_logps" not in columns:
+        dataset = add_reference_logps(dataset, reference, pad_token_id)
+    return dataset
+
+
+def apply_weighting(dataset, weighting: Weighting, eos_token_id: int | None):
+    """Columns chosen_weights and rejected_weights from the stored raw contrast, for all rows at once."""
+    contrasts = {side: dataset[f"{side}_contrast"] for side in ("chosen", "rejected")}
+    sequences = [values for pair in zip(contrasts["chosen"], contrasts["rejected"]) for values in pair]
+    ids = [values for pair in zip(dataset["chosen_ids"], dataset["rejected_ids"]) for values in pair]
+    lengths = torch.tensor([len(values) for values in sequences], dtype=torch.long)
+    flat = torch.tensor([x for values in sequences for x in values], dtype=torch.float32)
+    cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    is_chosen = torch.repeat_interleave(torch.arange(len(lengths)) % 2 == 0, lengths)
+    is_eos = torch.tensor([x == eos_token_id for values in ids for x in values], dtype=torch.bool)
+    weights = contrast_weights(flat, is_chosen, weighting, cu_seqlens=cu_seqlens, is_eos=is_eos).split(lengths.tolist())
+    for offset, side in enumerate(("chosen", "rejected")):
+        dataset = dataset.add_column(f"{side}_weights", [w.tolist() for w in weights[offset::2]])
+    return dataset
+
+
+def add_reference_logps(dataset, reference, pad_token_id: int):
+    """Columns chosen_ref_logps and rejected_ref_logps: per-token log-probs under the reference."""
+    for side in ("chosen", "rejected"):
+        logps = completion_logps(reference, dataset["prompt_ids"], dataset[f"{side}_ids"], pad_token_id=pad_token_id)
+        dataset = dataset.add_column(f"{side}_ref_logps", [x.tolist() for x in logps])
+    return dataset
