@@ -3,9 +3,13 @@
 TIS-DPO (arXiv 2410.04350) and its relatives, exact and without the [tokens, vocabulary] logits. The parts, and who may import whom
 (an import goes from right to left, never against the arrows; tests/test_arrows.py holds them):
 
-    losses, weighting -> ops -> checks -> functional -> contrastive, hf, data -> trainer -> evaluate, report -> pipeline -> cli
+    errors -> losses, weighting -> ops -> checks -> functional
+    -> batches, config, data, heatmap, hf, intervals, plots, prompts, synthetic
+    -> report, scored, scoring, sources
+    -> contrastive, evaluate, trainer
+    -> stages, summary -> pipeline -> cli
 
-`reference` is the mathematics in plain PyTorch, the oracle of the tests: it imports nothing of the package, nothing imports it.
+Names between two arrows are one level and do not import each other. `reference` is the mathematics in plain PyTorch, the oracle of the tests: it imports nothing of the package, nothing imports it.
 Importing `tisdpo` loads torch alone; the trainer (and transformers) come with the first use of `TISDPOTrainer` or `TISDPOConfig`.
 """
 

@@ -20,6 +20,15 @@ def tensor(name: str, x) -> None:
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
 
 
+def option(name: str, x, kind: type):
+    """x, or kind() where it is None."""
+    if x is None:
+        return kind()
+    if not isinstance(x, kind):
+        raise TypeError(f"{name} must be a tisdpo.{kind.__name__} or None, got {type(x).__name__}: {x!r}")
+    return x
+
+
 def floating(name: str, x, min_dim: int = 0) -> None:
     tensor(name, x)
     if x.dtype not in FLOATS:
@@ -90,7 +99,8 @@ def constants(**tensors: Tensor | None) -> None:
     for name, x in tensors.items():
         if x is not None and x.requires_grad and torch.is_grad_enabled():
             raise ValueError(
-                f"{name} requires a gradient, but the reference is a constant of the loss: pass {name}.detach() or compute it under torch.no_grad()"
+                f"{name} requires a gradient, but the reference is a constant of the loss: pass {name}.detach() or compute it under "
+                "torch.no_grad()"
             )
 
 
@@ -108,10 +118,10 @@ def _all_equal(what: str, found: dict, error: type[Exception]) -> None:
 
 
 def transform(logit_scale: float, softcap: float | None, temperature: float) -> Transform:
-    if not math.isfinite(logit_scale):
+    if not abs(logit_scale) < math.inf:  # math.isfinite would break a compiled graph with dynamic shapes
         raise ValueError(f"logit_scale must be finite, got {logit_scale}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive or None, got {softcap}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be positive and finite, or None, got {softcap}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
     return Transform(float(logit_scale), None if softcap is None else float(softcap), float(temperature))

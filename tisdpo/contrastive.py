@@ -20,7 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tisdpo.data import model_fingerprint, tokenize_pairs
+from tisdpo.data import tokenize_pairs
+from tisdpo.fingerprints import model_fingerprint
 from tisdpo.errors import InputError
 from tisdpo.scoring import iterate_logps, plan_batches
 from tisdpo.weighting import Weighting, average_ranks, contrast_weights, positions
@@ -56,6 +57,16 @@ def system_prompts(pairs, rows, tokenizer, system_prompt: str) -> list[list[int]
     return prompts
 
 
+def tokens_to_score(rows, positive: Scorer, negative: Scorer) -> int:
+    """How many tokens `score_contrast` will report as progress."""
+    return sum(_lengths([list(scorer.prompts or rows["prompt_ids"]) * 2 for scorer in (positive, negative)], [*rows["chosen_ids"], *rows["rejected_ids"]]))
+
+
+def _lengths(prompts, completions) -> list[int]:
+    """Tokens of prompt and completion, with the longer of the two prompts."""
+    return [max(len(p[i]) for p in prompts) + len(c) for i, c in enumerate(completions)]
+
+
 def score_contrast(
     rows, positive: Scorer, negative: Scorer, *, pad_token_id: int, parts: str | Path, batch_tokens: int = 8192, progress: Callable[[int], None] | None = None
 ):
@@ -69,7 +80,7 @@ def score_contrast(
     prompts = list(rows["prompt_ids"])
     completions = [*rows["chosen_ids"], *rows["rejected_ids"]]
     contexts = [(scorer.model.eval(), list(scorer.prompts or prompts) * 2) for scorer in (positive, negative)]
-    lengths = [max(len(context[1][i]) for context in contexts) + len(c) for i, c in enumerate(completions)]
+    lengths = _lengths([p for _, p in contexts], completions)
     directory = Path(parts) / _fingerprint(contexts, completions, batch_tokens)
     directory.mkdir(parents=True, exist_ok=True)
     contrast: list[Tensor | None] = [None] * len(completions)

@@ -125,7 +125,7 @@ def token_weights(
     look at whole sequences need cu_seqlens [S+1]; `eos_weight` needs is_eos [N]. Weights are constants: no gradient flows back.
     Raises ValueError for shapes that differ and for log-probs that are not finite.
     """
-    weighting = weighting or Weighting()
+    weighting = checks.option("weighting", weighting, Weighting)
     checks.floating("pos_logps", pos_logps)
     checks.same("neg_logps", neg_logps, "pos_logps", pos_logps, dtype=False)
     checks.mask("is_chosen", is_chosen, pos_logps.shape)
@@ -137,6 +137,8 @@ def token_weights(
     contrast = pos_logps.detach().to(dtype) - neg_logps.detach().to(dtype)
     if not torch.compiler.is_compiling():  # a compiled graph must not depend on values
         values.finite("pos_logps - neg_logps", contrast)
+        if cu_seqlens is not None:
+            values.cu_seqlens(cu_seqlens, len(contrast))
     return contrast_weights(contrast, is_chosen, weighting, cu_seqlens=cu_seqlens, is_eos=is_eos)
 
 
@@ -165,6 +167,7 @@ def sequence_sums(
     weights = _weights(logps, ref_logps, cu_seqlens, token_weights, pos_logps, neg_logps, weighting)
     if kl is not None:
         checks.same("kl", kl, "logps", logps, dtype=False)
+        checks.same_device(logps=logps, kl=kl)
     name = backends.resolve(backend, logps.device.type)
     dtype = accumulation_dtype(logps.dtype)
     kl = None if kl is None else kl.to(dtype)
@@ -197,15 +200,16 @@ def tis_dpo_loss(
     sum of losses is divided by (pairs in the global batch, for accumulation and data parallelism); reduction "mean" or "sum".
     `ignored` [N] (bool) marks positions that are not tokens, for losses that count tokens (ipo).
     """
-    objective = objective or Objective()
+    objective = checks.option("objective", objective, Objective)
     if (kl is None) != (objective.kl is None):
-        raise ValueError(
-            f"objective.kl is {objective.kl!r}, but kl is {'missing: pass the per-token KL' if kl is None else 'given: drop it or set objective.kl'}"
-        )
+        came = "missing: pass the per-token KL" if kl is None else "given: drop it or set objective.kl"
+        raise ValueError(f"objective.kl is {objective.kl!r}, but kl is {came}")
     sums = sequence_sums(
         logps, ref_logps, cu_seqlens, token_weights=token_weights, pos_logps=pos_logps, neg_logps=neg_logps, weighting=weighting, kl=kl
     )
     _check_pairs(cu_seqlens)
+    if ignored is not None:
+        checks.mask("ignored", ignored, logps.shape)
     dtype = sums.logratio.dtype
     ones = torch.ones_like(logps, dtype=dtype) if ignored is None else (~ignored).to(dtype)
     plain, lengths = (sums_op.segment_sums(x, cu_seqlens) for x in (logps.detach().to(dtype), ones))
@@ -251,9 +255,10 @@ def linear_tis_dpo_loss(
 
     Raises TypeError and ValueError that name the argument, what was expected and what came.
     """
-    objective = objective or Objective()
+    objective = checks.option("objective", objective, Objective)
     if plan not in PLANS:
         raise ValueError(f"plan must be one of {', '.join(PLANS)}, got {plan!r}")
+    checks.floating("hidden", hidden)
     if hidden.dim() != 2:
         raise ValueError(
             f"hidden must be [N, H] over flat sequences, got shape {tuple(hidden.shape)}; see tisdpo.data.flatten_batch for padded batches"
@@ -316,7 +321,8 @@ def _head(hidden, weight, bias, target, ref_hidden, ref_weight, ref_bias, ignore
         if ref_weight is None:
             if weight.requires_grad or (bias is not None and bias.requires_grad):
                 raise ValueError(
-                    "ref_weight is missing and weight requires a gradient: the reference's head must not move with the policy's, pass ref_weight"
+                    "ref_weight is missing and weight requires a gradient: the reference's head must not move with the policy's, "
+                    "pass ref_weight"
                 )
             ref_weight, ref_bias = weight, bias if ref_bias is None else ref_bias
         checks.floating("ref_hidden", ref_hidden, min_dim=1)
@@ -394,14 +400,24 @@ def _weights(logps, ref_logps, cu_seqlens, token_weights, pos_logps, neg_logps, 
         raise ValueError("the weights are token_weights or pos_logps and neg_logps, not both")
     if weighting is not None and pos_logps is None:
         raise ValueError("weighting has no effect without pos_logps and neg_logps")
-    w = weighting or Weighting()
+    w = checks.option("weighting", weighting, Weighting)
+    if w.eos_weight is not None:
+        raise ValueError(
+            "weighting.eos_weight needs to know the EOS tokens: form the weights by token_weights(..., is_eos=...) and pass those"
+        )
     if token_weights is not None:
         token_weights = checks.weights(token_weights, logps)
-    elif pos_logps is not None:
-        checks.same("pos_logps", pos_logps, "logps", logps, dtype=False)
-        checks.same("neg_logps", neg_logps, "logps", logps, dtype=False)
+    checks.same("pos_logps", pos_logps, "logps", logps, dtype=False)
+    checks.same("neg_logps", neg_logps, "logps", logps, dtype=False)
+    checks.same_device(
+        logps=logps, ref_logps=ref_logps, cu_seqlens=cu_seqlens, token_weights=token_weights, pos_logps=pos_logps, neg_logps=neg_logps
+    )
+    if pos_logps is not None:
         if w.transform != "exp" or not w.elementwise:  # rules that the fused kernel does not know
-            contrast = (pos_logps - neg_logps).detach().to(accumulation_dtype(logps.dtype))
+            dtype = accumulation_dtype(logps.dtype)
+            contrast = pos_logps.detach().to(dtype) - neg_logps.detach().to(dtype)
+            if not torch.compiler.is_compiling():
+                values.finite("pos_logps - neg_logps", contrast)
             token_weights = contrast_weights(contrast, chosen_tokens(cu_seqlens, len(logps)), w, cu_seqlens=cu_seqlens)
             pos_logps = neg_logps = None
         else:

@@ -35,7 +35,7 @@ def check_response(response: dict, name: str) -> None:
             continue
         if values is None or len(values) != len(tokens):
             found = "none" if values is None else len(values)
-            raise InputError(f"heat map of the {name} response: {len(tokens)} tokens need as many {key}, found {found}; score the pair again")
+            raise InputError(f"heat map of the {name} response: {len(tokens)} tokens, but {found} {key}; score the pair again")
     for position, weight in enumerate(response["weights"]):
         if not (math.isfinite(weight) and weight >= 0):
             raise InputError(f"heat map of the {name} response: the weight of token {position} is {weight}; score the pair again")
@@ -75,12 +75,13 @@ def is_important(truth: float | None) -> bool:
 
 
 def signed(value: float, digits: int = 2) -> str:
-    """`value` with its sign and a true minus."""
-    return f"{value:+.{digits}f}".replace("-", "−")
+    """`value` with its sign and a true minus; what rounds to zero has none."""
+    text = f"{value:+.{digits}f}"
+    return text[1:] if float(text) == 0 else text.replace("-", "−")
 
 
 def token_views(response: dict, limit: float) -> list[dict]:
-    """What the page needs of every token: {"text", "side", "alpha", "truth", "title"}."""
+    """What the page needs of every token: {"lead" (uncoloured space before it), "text", "side", "alpha", "truth", "title"}."""
     views = []
     contrast = response.get("contrast") or [None] * len(response["tokens"])
     truth = response.get("truth") or [None] * len(response["tokens"])
@@ -90,10 +91,13 @@ def token_views(response: dict, limit: float) -> list[dict]:
         if r is not None:
             title.append(f"contrast {signed(r)} nats")
         if reward is not None:
-            title.append(f"true reward {signed(reward)}" if is_important(reward) else "true reward 0")
+            title.append(f"true reward {signed(reward)}")
+        text = readable(token)
+        core = text.lstrip(" ") or text
         views.append(
             {
-                "text": readable(token),
+                "lead": text[: len(text) - len(core)],
+                "text": core,
                 "side": "up" if level > 0 else "down",
                 "alpha": f"{abs(level):.2f}",
                 "truth": ("good" if reward > 0 else "bad") if is_important(reward) else "",

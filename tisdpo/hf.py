@@ -68,12 +68,14 @@ def attach_head(model):
     if getattr(model, "_tisdpo_head", False):
         return model
     head_of(model)  # a model without a head is refused here, not at the first step
-    original = model.forward
+    # kept on the model, not in a closure, so that a deep copy runs its own forward
+    model._tisdpo_own_forward = vars(model).get("forward")
 
     @functools.wraps(type(model).forward)  # `generate` looks at the signature
     def forward(self, *args, head: Callable | None = None, **kwargs):
         if head is None:
-            return original(*args, **kwargs)
+            own = self._tisdpo_own_forward
+            return own(*args, **kwargs) if own is not None else type(self).forward(self, *args, **kwargs)
         # looked up at each call: wrappers replace the backbone and the head after this
         hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
         found = head_of(self)
@@ -131,6 +133,20 @@ def save_model(model, tokenizer, path: str | Path) -> None:
     model.save_pretrained(beside)
     tokenizer.save_pretrained(beside)
     beside.replace(path)
+
+
+def train_bpe(texts, vocab_size: int):
+    """A byte-level BPE tokenizer trained on an iterable of texts, with <s>, </s> and <pad>: for a base model trained from scratch."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
 def tiny_llama(tokenizer, *, hidden_size: int = 64, layers: int = 2, heads: int = 4, max_length: int = 512, seed: int = 0):

@@ -124,6 +124,26 @@ def pairwise_losses(scores: Tensor, lengths: Tensor, objective: Objective) -> Te
     return (-(1 - e) * F.logsigmoid(z) + e * F.logsigmoid(-z)) / (1 - 2 * e)  # robust
 
 
+def score_gradients(scores: Tensor, lengths: Tensor, objective: Objective) -> Tensor:
+    """Derivative of the sum of `pairwise_losses` with respect to the scores, [S] -> [S].
+
+    In closed form, because the one-pass operator needs it where autograd records nothing; tests/test_losses.py holds it to autograd.
+    """
+    z = objective.beta * (scores[0::2] - scores[1::2])
+    e = objective.label_smoothing
+    chosen_length, rejected_length = torch.ones_like(z), torch.ones_like(z)
+    if objective.loss == "sigmoid":
+        slope = objective.beta * (e * torch.sigmoid(z) - (1 - e) * torch.sigmoid(-z))
+    elif objective.loss == "hinge":
+        slope = -objective.beta * (z < 1).to(z.dtype)
+    elif objective.loss == "ipo":
+        chosen_length, rejected_length = lengths.clamp(min=1)[0::2], lengths.clamp(min=1)[1::2]
+        slope = 2 * (scores[0::2] / chosen_length - scores[1::2] / rejected_length - 1 / (2 * objective.beta))
+    else:  # robust
+        slope = -objective.beta * (e * torch.sigmoid(z) + (1 - e) * torch.sigmoid(-z)) / (1 - 2 * e)
+    return torch.stack([slope / chosen_length, -slope / rejected_length], 1).flatten()
+
+
 def preference_output(loss: Tensor | None, sums: "PairSums", objective: Objective, reduction: str, normalizer) -> PreferenceOutput:
     """Rewards, losses and statistics of `sums`; `loss` is formed here unless a one-pass operator has formed it already."""
     scores = sequence_scores(sums.logratio, sums.kl, objective)

@@ -1,10 +1,10 @@
 """The whole method, start to end: pairs -> base model -> contrastive models -> token weights -> policies -> evaluation -> report.
 
-A run is a directory. Every stage leaves one folder or file that appears complete or not at all, so that an interrupted run goes on
-where it was when the same command is given again:
+A run is a directory. Every stage leaves files that appear complete or not at all, so that an interrupted run goes on where it was when
+the same command is given again:
 
     <output_dir>/config.yaml  metrics.json  report.html
-    <output_dir>/seed-0/rows/{train,heldout}  base/  contrastive/<name>/  scored/<construction>/  policy/<method>/
+    <output_dir>/seed-<n>/base/  contrastive/<model>/  scored/<construction>/  policy/<method>/
 """
 
 import json
@@ -16,16 +16,283 @@ from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 
-import datasets
-import torch
 from tqdm.auto import tqdm
 
-from tisdpo import contrastive, evaluate, report, sources
-from tisdpo.config import RunConfig, StageConfig, dump, to_dict
-from tisdpo.data import load_scored, save_scored
+from tisdpo import contrastive, evaluate
+from tisdpo.config import RunConfig, dump, load_config, to_dict
 from tisdpo.errors import InputError
-from tisdpo.findings import notes
-from tisdpo.hf import load_model, load_tokenizer, save_model
-from tisdpo.policies import METHOD_LABELS, PolicyRun, train_stage
+from tisdpo.fingerprints import tokenizer_fingerprint
+from tisdpo.hf import load_model, tiny_llama
+from tisdpo.prompts import PROMPTS
+from tisdpo.scored import load_scored, make_provenance, save_scored
+from tisdpo.sources import Source, load_source
+from tisdpo.stages import read_points, train_stage, write_json
+from tisdpo.summary import collect
+from tisdpo.trainer import add_reference_logps
+from tisdpo.weighting import Weighting
 
 UNTIL = ("weights", "train", "eval", "report")
+
+# construction: its positive and negative model (of `SeedRun.contrastive_model`)
+CONTRASTIVE_MODELS = {"P": ("base", "base"), "S": ("sft-chosen", "sft-rejected"), "D": ("dpo", "dpo-swapped"), "R": ("dpo", "base")}
+
+
+def run(config: RunConfig, until: str = "report") -> Path:
+    """Run (or go on with) everything up to a stage: "weights", "train", "eval" or "report". Returns the run's directory or the report."""
+    directory = Path(config.output_dir)
+    _claim(directory, config)
+    seeds = [SeedRun(config, seed, directory / f"seed-{seed}") for seed in config.seed_list]
+    for seed_run in seeds:
+        for construction in config.contrast.constructions:
+            seed_run.scored(construction)
+        if until != "weights":
+            seed_run.base_results()
+            for method in config.methods:
+                seed_run.policy(method)
+    if until in ("weights", "train"):
+        return directory
+    metrics = collect(config, seeds)
+    write_json(directory / "metrics.json", metrics)
+    if until == "eval":
+        return directory
+    from tisdpo.report import write_report  # matplotlib and jinja2 are an extra
+
+    write_report(metrics, directory / "report.html")
+    return directory / "report.html"
+
+
+def _claim(directory: Path, config: RunConfig) -> None:
+    """Make the directory, or check that what lies there belongs to the same configuration."""
+    path = directory / "config.yaml"
+    if path.exists():
+        earlier, now = to_dict(load_config(path, [])), to_dict(config)
+        # seeds, methods and the report may grow; what was trained may not change
+        changed = [key for key in now if key not in ("seeds", "methods", "description", "name") and earlier.get(key) != now[key]]
+        if changed:
+            raise InputError(
+                f"{directory} holds a run with other settings ({', '.join(changed)} differ); give another output_dir, or remove that directory to start again"
+            )
+    directory.mkdir(parents=True, exist_ok=True)
+    dump(config, path)
+
+
+class SeedRun:
+    """All stages of one seed; each method returns what its stage made, and makes it if it is not there."""
+
+    def __init__(self, config: RunConfig, seed: int, directory: Path):
+        self.config, self.seed, self.directory = config, seed, directory
+        directory.mkdir(parents=True, exist_ok=True)
+
+    @contextmanager
+    def timed(self, stage: str):
+        """Add the seconds of a stage to those of earlier, interrupted tries."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            seconds = self.seconds
+            seconds[stage] = seconds.get(stage, 0.0) + time.monotonic() - start
+            write_json(self.directory / "seconds.json", seconds)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds of every stage so far."""
+        path = self.directory / "seconds.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def label(self, what: str) -> str:
+        return f"seed {self.seed} · {what}".ljust(34)
+
+    # Data and base model
+
+    @cached_property
+    def source(self) -> Source:
+        return load_source(self.config, self.seed)
+
+    @property
+    def tokenizer(self):
+        return self.source.tokenizer
+
+    def base(self):
+        """A fresh copy of the base model, which is also the reference of every policy."""
+        model = self.config.model
+        if model.path is not None:
+            return load_model(model.path)
+        path = self.directory / "base"
+        if not (path / "model").is_dir():
+            fresh = tiny_llama(
+                self.tokenizer, hidden_size=model.hidden_size, layers=model.layers, heads=model.heads, max_length=self.config.data.max_length + 64, seed=self.seed
+            )
+            options = {"method": "sft", "sft_prompt_loss": True, "max_length": self.config.data.max_length}
+            with self.timed("base model"):
+                train_stage(fresh, self.tokenizer, self.source.documents, model.pretrain, path, label=self.label("base model"), seed=self.seed, options=options)
+        return load_model(str(path / "model"))
+
+    @cached_property
+    def reference(self):
+        """The base model, for evaluation."""
+        return self.base().eval()
+
+    @cached_property
+    def rows(self):
+        """Training rows, with the reference's log-probs where the objective does not need its distribution."""
+        rows = self.source.train
+        return rows if self.config.objective.kl is not None else self._with_reference(rows)
+
+    @cached_property
+    def rows_for_contrast(self):
+        """Training rows with the reference's log-probs: contrastive DPO has no KL term."""
+        return self.rows if self.config.objective.kl is None else self._with_reference(self.source.train)
+
+    def _with_reference(self, rows):
+        with self.timed("reference log-probs"):
+            return add_reference_logps(rows, self.reference, self.tokenizer.pad_token_id)
+
+    # Contrastive models and weights
+
+    def contrastive_model(self, name: str):
+        """`base`, `sft-chosen`, `sft-rejected`, `dpo` or `dpo-swapped`."""
+        if name == "base":
+            return self.reference
+        path = self.directory / "contrastive" / name
+        if not (path / "model").is_dir():
+            contrast = self.config.contrast
+            options = {"max_length": self.config.data.max_length}
+            if name.startswith("sft"):
+                stage, rows, options = contrast.sft, self.source.train, options | {"method": "sft", "sft_side": name.removeprefix("sft-")}
+            else:
+                stage, rows = contrast.dpo, self.rows_for_contrast
+                options |= {"method": "dpo", "beta": stage.beta, "swap_pairs": name == "dpo-swapped"}
+            with self.timed(f"contrastive {name}"):
+                train_stage(self.base(), self.tokenizer, rows, stage, path, label=self.label(f"contrastive {name}"), seed=self.seed, options=options)
+        return load_model(str(path / "model")).eval()
+
+    def scored(self, construction: str):
+        """Training rows with the raw contrast of a construction."""
+        path = self.directory / "scored" / construction
+        how = {"construction": construction}
+        if construction == "P":
+            how |= dict(zip(("positive_prompt", "negative_prompt"), self.prompts_of_contrast()))
+        if path.is_dir():
+            return load_scored(path, dataset=self.source.train, expect={"tokenizer": tokenizer_fingerprint(self.tokenizer), "how": how})
+        positive, negative = (contrastive.Scorer(self.contrastive_model(name)) for name in CONTRASTIVE_MODELS[construction])
+        rows = self.source.train
+        if construction == "P":
+            for scorer, text in zip((positive, negative), self.prompts_of_contrast()):
+                scorer.prompts = contrastive.system_prompts(self.source.pairs, rows, self.tokenizer, text)
+        parts = path.with_name(path.name + ".parts")
+        label = f"scoring {construction}"
+        with self.timed(label), tqdm(total=contrastive.tokens_to_score(rows, positive, negative), desc=self.label(label), unit="tok", unit_scale=True) as bar:
+            rows = contrastive.score_contrast(
+                rows, positive, negative, pad_token_id=self.tokenizer.pad_token_id, parts=parts, batch_tokens=self.config.contrast.batch_tokens, progress=bar.update
+            )
+        provenance = make_provenance(self.tokenizer, max_length=self.config.data.max_length, positive=positive.model, negative=negative.model, how=how)
+        save_scored(rows, path, provenance)
+        shutil.rmtree(parts)
+        return self.scored(construction)
+
+    def prompts_of_contrast(self) -> tuple[str, str]:
+        """The positive and the negative system prompt of construction P."""
+        contrast = self.config.contrast
+        positive, negative = PROMPTS[contrast.task]
+        return contrast.positive_prompt or positive, contrast.negative_prompt or negative
+
+    # Policies
+
+    def method_rows(self, method: str):
+        """(rows, trainer options) of a method: which weights it trains with."""
+        objective, weighting = self.config.objective, self.config.weighting
+        options = {
+            "method": "tis-dpo", "max_length": self.config.data.max_length, "beta": objective.beta, "loss_type": objective.loss, "kl": objective.kl,
+            "alpha": objective.alpha, "detach_chosen_kl": objective.detach_chosen_kl, "label_smoothing": objective.label_smoothing,
+        }  # fmt: skip
+        if method == "dpo":
+            return self.rows, options | {"method": "dpo"}
+        if method in ("random", "equal", "swapped"):
+            weighting = replace(weighting, transform=method, **({"seed": self.seed} if method == "random" else {}))
+        if method in ("random", "equal"):  # rules that do not look at the contrast
+            contrast = {side: [[0.0] * len(ids) for ids in self.rows[f"{side}_ids"]] for side in ("chosen", "rejected")}
+        elif method == "truth":  # the reward itself, scaled to fill the clamp
+            scale = max(abs(weighting.lower), abs(weighting.upper))
+            contrast = {side: [[scale * x for x in values] for values in self.rows[f"{side}_truth"]] for side in ("chosen", "rejected")}
+        else:
+            scored = self.scored(self.config.contrast.constructions[0] if method == "swapped" else method)
+            contrast = {side: scored[f"{side}_contrast"] for side in ("chosen", "rejected")}
+        rows = self.rows
+        for side, values in contrast.items():
+            rows = rows.add_column(f"{side}_contrast", values)
+        return rows, options | {"weighting": asdict(weighting)}
+
+    def policy(self, method: str) -> dict:
+        """Train and evaluate the policy of a method: {"metrics", "points", "samples"}."""
+        path = self.directory / "policy" / method
+        result = path / "result.json"
+        if result.exists():
+            return json.loads(result.read_text())
+        settings = self.config.evaluation
+        if not (path / "model").is_dir():
+            rows, options = self.method_rows(method)
+            with self.timed(f"policy {method}"):
+                train_stage(
+                    self.base(), self.tokenizer, rows, self.config.train, path, label=self.label(f"policy {method}"), seed=self.seed, options=options,
+                    checkpoints=settings.checkpoints, measure=self.measure_checkpoint,
+                )  # fmt: skip
+        with self.timed(f"evaluation {method}"):
+            content = self.evaluated(load_model(str(path / "model")).eval())
+        write_json(result, content | {"points": read_points(path / "points.json")})
+        shutil.rmtree(path / "checkpoints", ignore_errors=True)
+        return self.policy(method)
+
+    def base_results(self) -> dict:
+        """Evaluation of the base model itself."""
+        path = self.directory / "base-result.json"
+        if not path.exists():
+            with self.timed("evaluation base"):
+                write_json(path, self.evaluated(self.reference, is_base=True) | {"points": []})
+        return json.loads(path.read_text())
+
+    # Evaluation
+
+    @cached_property
+    def reward(self) -> Callable | None:
+        """The true reward, or that of a reward model."""
+        if self.config.evaluation.reward_model is not None:
+            return evaluate.load_reward_model(self.config.evaluation.reward_model)
+        return self.source.reward
+
+    @cached_property
+    def heldout_reference(self):
+        """The reference's log-probs of the held-out pairs, computed once for all checkpoints and methods."""
+        return self._with_reference(self.source.heldout)
+
+    def generations(self, model):
+        settings = self.config.evaluation
+        return evaluate.generate(
+            model, self.tokenizer, self.source.prompts[: settings.prompts], max_new_tokens=settings.max_new_tokens, temperature=settings.temperature,
+            seed=self.seed, batch_size=settings.batch_size,
+        )  # fmt: skip
+
+    def preference(self, model) -> dict:
+        return evaluate.preference_metrics(
+            model, None, self.heldout_reference, pad_token_id=self.tokenizer.pad_token_id, beta=self.config.objective.beta
+        )
+
+    def measure_checkpoint(self, model) -> dict:
+        """A point of the frontier: KL to the reference, and the true reward (where nobody knows it, the held-out accuracy)."""
+        model.eval()
+        generations = self.generations(model)
+        kl = evaluate.kl_to_reference(model, self.reference, generations, pad_token_id=self.tokenizer.pad_token_id)["kl"]
+        y = evaluate.response_metrics(generations, self.reward)["reward"] if self.reward else self.preference(model)["accuracy"]
+        return {"kl": kl, "y": y}
+
+    def evaluated(self, model, is_base: bool = False) -> dict:
+        """{"metrics": {...}, "samples": [...]} of a policy; of the base only what does not compare it with itself."""
+        generations = self.generations(model)
+        metrics = evaluate.response_metrics(generations, self.reward)
+        if not is_base:
+            metrics |= self.preference(model)
+            metrics |= evaluate.kl_to_reference(model, self.reference, generations, pad_token_id=self.tokenizer.pad_token_id)
+        samples = [
+            {"prompt": g.prompt, "text": g.text, "reward": self.reward(g) if self.reward else None} for g in generations[: self.config.evaluation.samples]
+        ]
+        return {"metrics": metrics, "samples": samples}

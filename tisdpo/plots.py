@@ -6,9 +6,13 @@ matplotlibrc, on the date or on a display; equal data gives equal bytes.
 """
 
 import io
+import itertools
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+
+import numpy as np
 
 from tisdpo.errors import InputError
 
@@ -22,8 +26,8 @@ MOST_POINTS = 80  # of one line; beyond it, neighbouring logs are averaged
 PANEL = (4.3, 2.7)  # inches; small enough that its letters stay legible on a telephone
 STYLE = {
     "figure.constrained_layout.use": True,
-    "font.size": 9.5,
-    "axes.labelsize": 9.5,
+    "font.size": 10,
+    "axes.labelsize": 10,
     "axes.labelcolor": MUTED,
     "axes.edgecolor": GRID,
     "axes.grid": True,
@@ -46,6 +50,9 @@ STYLE = {
 }
 
 
+Span = tuple[float, float]  # lowest and highest value of an axis
+
+
 @dataclass(frozen=True)
 class Series:
     """One method in a chart. `runs` holds, per seed, {step: (x, y)}; `index` is its place in the list of methods."""
@@ -62,11 +69,14 @@ class Series:
         turn = self.index // COLOURS
         return {"color": self.colour, "linestyle": DASHES[turn % len(DASHES)], "marker": MARKERS[(self.index + 3 * turn) % len(MARKERS)]}
 
+    @property
+    def common(self) -> list[int]:
+        """Steps that all seeds have, in order."""
+        return sorted(set.intersection(*(set(run) for run in self.runs)))
+
     def mean(self) -> list[tuple[float, float]]:
-        """Mean over seeds at the steps that all seeds have, in order of the steps."""
-        common = sorted(set.intersection(*(set(run) for run in self.runs)))
-        count = len(self.runs)
-        return [tuple(sum(run[step][axis] for run in self.runs) / count for axis in (0, 1)) for step in common]
+        """Mean over seeds at the common steps."""
+        return [tuple(sum(run[step][axis] for run in self.runs) / len(self.runs) for axis in (0, 1)) for step in self.common]
 
 
 def frontier(series: list[Series], base: float | None, x_label: str, y_label: str) -> str:
@@ -75,6 +85,8 @@ def frontier(series: list[Series], base: float | None, x_label: str, y_label: st
     The KL axis is a square-root axis, the customary scale for it: equal steps are about equal effort. `base` is the y of
     the reference itself, a dotted line.
     """
+    require_matplotlib()
+    from matplotlib.ticker import FixedLocator, FuncFormatter
 
     def draw(axes):
         axes.set_xscale("function", functions=(_signed_sqrt, _signed_square))
@@ -91,13 +103,15 @@ def frontier(series: list[Series], base: float | None, x_label: str, y_label: st
                 x, y = zip(*points)
                 _own(axes.plot(x, y, **one.look, markeredgecolor=PAPER, markeredgewidth=0.6), one)
                 _own(axes.plot(x[-1:], y[-1:], **{**one.look, "linestyle": "none"}, markersize=9, markeredgecolor=PAPER), one)
-        largest = max((x for one in series for run in one.runs for x, _ in run.values()), default=1.0)
-        axes.set_xlim(left=-0.0004 * largest, right=1.06 * largest if largest > 0 else 1.0)
-        axes.xaxis.set_major_locator(_sqrt_ticks(largest))
+        reached = [x for one in series for run in one.runs for x, _ in run.values()]
+        largest = max(reached)
+        axes.set_xlim(left=min(-0.0004 * abs(largest), 1.06 * min(reached)), right=1.06 * largest if largest > 0 else 1.0)
+        axes.xaxis.set_major_locator(FixedLocator(sqrt_ticks(largest)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
 
-    return _svg("frontier", draw, size=(8.2, 4.4))
+    return _svg("frontier", draw, size=(8.8, 4.9))
 
 
 def curve(name: str, series: list[Series]) -> str:
@@ -105,56 +119,61 @@ def curve(name: str, series: list[Series]) -> str:
 
     def draw(axes):
         for one in series:
-            runs = [thin(run) for run in one.runs]
-            one = Series(one.index, runs)
-            points = one.mean()
-            if not points:
+            common = one.common
+            if not common:  # the seeds were logged at different steps, so there is nothing to average
+                for run in one.runs:
+                    _own(axes.plot(*zip(*thin(run).values()), color=one.colour, linewidth=0.8), one)
                 continue
-            x, y = zip(*points)
+            runs = [thin({step: run[step] for step in common}) for run in one.runs]
+            x, y = zip(*Series(one.index, runs).mean())
             if len(runs) > 1:
-                steps = sorted(set.intersection(*(set(run) for run in runs)))
-                low, high = ([reach(run[step][1] for run in runs) for step in steps] for reach in (min, max))
+                low, high = ([reach(run[step][1] for run in runs) for step in runs[0]] for reach in (min, max))
                 _own([axes.fill_between(x, low, high, color=one.colour, alpha=0.13, linewidth=0)], one)
-            look = {**one.look, "marker": one.look["marker"] if len(x) == 1 else None}
-            _own(axes.plot(x, y, **look, linewidth=1.5), one)
+            stride = max(1, len(x) // 4)  # a few marks tell the lines apart without their colours
+            marks = (one.index * stride // 5 % stride, stride)
+            _own(axes.plot(x, y, **one.look, linewidth=1.4, markersize=4, markevery=marks), one)
         axes.set_xlabel("step")
         axes.margins(x=0.02)
 
     return _svg(f"curve-{name}", draw)
 
 
-def histogram(name: str, edges: list[float], chosen: list[float], rejected: list[float]) -> str:
-    """Share of tokens per bin of the weight, chosen and rejected; a dotted line at weight 1."""
+def histogram(name: str, edges: list[float], chosen: list[float], rejected: list[float], *, weights: Span, top: float) -> str:
+    """Shares (0..100) of the tokens per bin of the weight, chosen and rejected; a dotted line at weight 1.
+
+    `weights` and `top`, the ends of the axes, are the same for all constructions, so that these can be compared.
+    """
 
     def draw(axes):
-        for counts, colour in ((chosen, CHOSEN), (rejected, REJECTED)):
-            total = sum(counts) or 1
-            shares = [100 * count / total for count in counts]
-            axes.stairs(shares, edges, color=colour, linewidth=1.6)
+        for shares, colour, style in ((chosen, CHOSEN, DASHES[0]), (rejected, REJECTED, DASHES[1])):
+            axes.stairs(shares, edges, color=colour, linewidth=1.5, linestyle=style)
             axes.stairs(shares, edges, fill=True, color=colour, alpha=0.16, linewidth=0)
-        if edges[0] > 0 and edges[-1] / edges[0] > 1.5:
-            _weight_axis(axes.xaxis, axes.set_xscale, edges[0], edges[-1])
+        _weight_axis(axes.xaxis, axes.set_xscale, weights)
+        axes.set_xlim(*weights)
         axes.axvline(1.0, color=MUTED, linewidth=1, linestyle=(0, (1, 2)))
         axes.set_xlabel("weight")
         axes.set_ylabel("% of the tokens")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.05 * top)
 
     return _svg(f"histogram-{name}", draw)
 
 
-def position(name: str, chosen: list[float], rejected: list[float]) -> str:
-    """Mean weight at every position of the response, chosen and rejected; a dotted line at weight 1."""
+def position(name: str, chosen: list[float], rejected: list[float], *, weights: Span, last: int) -> str:
+    """Mean weight at every position of the response, chosen and rejected; a dotted line at weight 1.
+
+    `weights` and `last` (the highest position), the ends of the axes, are the same for all constructions.
+    """
 
     def draw(axes):
-        for values, look in ((chosen, {"color": CHOSEN}), (rejected, {"color": REJECTED, "linestyle": DASHES[1]})):
-            axes.plot(range(len(values)), values, linewidth=1.5, marker="o" if len(values) == 1 else None, **look)
+        for values, colour, style in ((chosen, CHOSEN, DASHES[0]), (rejected, REJECTED, DASHES[1])):
+            axes.plot(range(len(values)), values, color=colour, linestyle=style, linewidth=1.5, marker="o" if len(values) == 1 else None)
         axes.axhline(1.0, color=MUTED, linewidth=1, linestyle=(0, (1, 2)))
-        known = [value for value in (*chosen, *rejected) if value == value]
-        if known and min(known) > 0 and max(known) / min(known) > 1.5:
-            _weight_axis(axes.yaxis, axes.set_yscale, min(known), max(known))
-        axes.set_xlabel("position in the response (tokens)")
+        _weight_axis(axes.yaxis, axes.set_yscale, weights)
+        room = (weights[1] / weights[0]) ** 0.04 if weights[0] > 0 else 1.0
+        axes.set_ylim(weights[0] / room, weights[1] * room)
+        axes.set_xlim(-0.02 * last, 1.02 * last if last else 1)
+        axes.set_xlabel("position in the response")
         axes.set_ylabel("mean weight")
-        axes.margins(x=0.02)
 
     return _svg(f"position-{name}", draw)
 
@@ -186,7 +205,7 @@ def require_matplotlib():
     try:
         import matplotlib
     except ImportError as error:
-        raise InputError('the report draws its charts with matplotlib, which is not installed; run: pip install "tisdpo[report]"') from error
+        raise InputError('the charts are drawn with matplotlib, which is not installed; run: pip install "tisdpo[report]"') from error
     return matplotlib
 
 
@@ -197,40 +216,41 @@ def _own(artists: list, series: Series) -> None:
 
 
 def _signed_sqrt(x):
-    import numpy
-
-    return numpy.sign(x) * numpy.sqrt(numpy.abs(x))  # an estimated KL may come out slightly below zero
+    return np.sign(x) * np.sqrt(np.abs(x))  # an estimated KL may come out slightly below zero
 
 
 def _signed_square(x):
-    import numpy
-
-    return numpy.sign(x) * numpy.square(x)
+    return np.sign(x) * np.square(x)
 
 
-def _sqrt_ticks(largest: float):
-    """Round values about equally far apart on a square-root axis from 0 to `largest`."""
-    from matplotlib.ticker import FixedLocator
-
+def sqrt_ticks(largest: float) -> list[float]:
+    """Round values from 0 to `largest`, at least a ninth of a square-root axis apart."""
+    if not largest > 0:
+        return [0.0]
+    start = math.floor(math.log10(largest)) - 2
+    candidates = [digits * 10.0**power for power in range(start, start + 3) for digits in (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8)]
     ticks = [0.0]
-    for share in (0.04, 0.16, 0.36, 0.64, 1.0):
-        rounded = float(f"{share * largest:.1g}") if share < 0.3 else float(f"{share * largest:.2g}")
-        if rounded > ticks[-1]:
-            ticks.append(rounded)
-    return FixedLocator(ticks)
+    for value in candidates:
+        if value <= largest and math.sqrt(value) - math.sqrt(ticks[-1]) >= math.sqrt(largest) / 9:
+            ticks.append(value)
+    return ticks
 
 
-def _weight_axis(axis, set_scale: Callable, low: float, high: float) -> None:
-    """A logarithmic axis of weights with ticks at powers of two (of a higher power where the range is wide)."""
-    from math import floor, log2
-
+def _weight_axis(axis, set_scale: Callable, span: Span) -> None:
+    """A logarithmic axis of weights with ticks at round values; a plain axis where weights are zero or hardly differ."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+    low, high = span
+    if low <= 0 or high / low < 1.5:
+        return
     set_scale("log", base=2)
-    stride = max(1, round((log2(high) - log2(low)) / 6))
-    exponents = range(floor(log2(low) / stride) * stride, floor(log2(high)) + stride + 1, stride)
-    axis.set_major_locator(FixedLocator([2.0**exponent for exponent in exponents]))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    ratio = 2.0 ** max(0.5, round(math.log2(high / low) / 5))
+    if high / low < 4:
+        ticks = [value / 10 for value in range(1, 40) if low <= value / 10 <= high and value % 2 == 0]
+    else:
+        ticks = [ratio**power for power in range(math.ceil(math.log(low, ratio)), math.floor(math.log(high, ratio)) + 1)]
+    axis.set_major_locator(FixedLocator(ticks))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
     axis.set_minor_locator(NullLocator())
 
 
@@ -253,14 +273,17 @@ def _svg(name: str, draw: Callable, size: tuple[float, float] = PANEL) -> str:
 def _inline(svg: str, name: str) -> str:
     """An SVG file made fit for the inside of an HTML page that holds many of them."""
     svg = svg[svg.index("<svg") :].strip()
-    svg = re.sub(r"<metadata>.*?</metadata>|<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.DOTALL)  # that style would rule the whole page
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.DOTALL)  # it would rule the whole page
     svg = re.sub(r" font-family: [^;\"]*;", "", svg)
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg, count=2).replace("xlink:href", "href")
     head, body = svg.split(">", 1)
     head = re.sub(r' (width|height|version)="[^"]*"', "", head) + ' aria-hidden="true" focusable="false"'
-    serial = iter(range(len(body)))
+    serial = itertools.count()
     body = re.sub(r'\bid="series-(\d+)-"', lambda match: f'id="series-{match[1]}-{next(serial)}"', body)
-    body = re.sub(r'\bid="(?!series-)(?:figure|axes|patch|line2d|text|matplotlib\.\w+|xtick|ytick|FillBetweenPolyCollection)_\w+"', "", body)
+    body = re.sub(
+        r'\bid="(?:figure|axes|patch|line2d|text|matplotlib\.axis|xtick|ytick|\w+Collection)_\d+"', "", body
+    )  # nothing refers to them
     body = re.sub(r'\bid="', f'id="{name}-', body)
     body = re.sub(r'href="#', f'href="#{name}-', body)
     body = re.sub(r"url\(#", f"url(#{name}-", body)

@@ -1,4 +1,4 @@
-"""From `metrics.json` to one self-contained `report.html`: statistics over seeds, tables, and the page.
+"""From `metrics.json` to one self-contained `report.html`: the tables and the page.
 
 The page is a Jinja template (autoescaped) around charts of `tisdpo.plots` and heat maps of `tisdpo.heatmap`. Whatever
 part the metrics do not hold is left out of the page.
@@ -6,10 +6,8 @@ part the metrics do not hold is left out of the page.
 
 import math
 import os
-import statistics
-from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cache
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
@@ -17,8 +15,9 @@ import yaml
 from tisdpo import plots
 from tisdpo.errors import InputError
 from tisdpo.heatmap import colour_limit, heatmap_groups, heatmap_terminal, scale_ticks, signed
+from tisdpo.intervals import Estimate, best_method, decimals, estimate, number
 
-__all__ = ["Estimate", "estimate", "heatmap_html", "heatmap_terminal", "t_quantile", "write_report"]
+__all__ = ["heatmap_html", "heatmap_terminal", "write_report"]
 
 CONSTRUCTIONS = {
     "P": "one model under a positive and a negative prompt",
@@ -41,59 +40,11 @@ SIDE_COLUMNS = {
     "clipped_low": ("at L", "share of the tokens whose contrast lies below the lower clamp"),
     "clipped_high": ("at U", "share of the tokens whose contrast lies above the upper clamp"),
     "ess": ("eff. size", "effective sample size (sum w)² / sum w², as a share of the tokens; 100 % means equal weights"),
-    "position_correlation": ("position r", "correlation of the weight with the position in the response"),
+    "position_correlation": ("position ρ", "rank correlation of the weight with the position in the response"),
+    "contrast_std": ("contrast s.d.", "standard deviation of the raw contrast, nats"),
 }
+SIDES = ("chosen", "rejected")
 SHARES = ("clipped_low", "clipped_high", "ess")
-
-
-@cache
-def t_quantile(degrees: int, level: float = 0.95) -> float:
-    """t with P(|T| <= t) = level for Student's T with `degrees` degrees of freedom (two-sided critical value).
-
-    Solved by bisection on the closed forms of the distribution for whole degrees of freedom: Abramowitz and Stegun,
-    Handbook of Mathematical Functions, 26.7.3 (odd) and 26.7.4 (even). Good to about 1e-12.
-    """
-    if degrees < 1 or not 0 < level < 1:
-        raise ValueError(f"t_quantile needs degrees >= 1 and 0 < level < 1, got degrees={degrees}, level={level}")
-
-    def inside(angle: float) -> float:  # P(|T| <= tan(angle) * sqrt(degrees))
-        odd = degrees % 2
-        term, total = (math.cos(angle) if odd else 1.0), 0.0
-        for k in range(1 + odd, degrees, 2):
-            total += term
-            term *= math.cos(angle) ** 2 * k / (k + 1)
-        return 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
-
-    low, high = 0.0, math.pi / 2
-    while low < (middle := (low + high) / 2) < high:
-        low, high = (middle, high) if inside(middle) < level else (low, middle)
-    return math.tan(low) * math.sqrt(degrees)
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Mean of `values` (one per seed) and the half-width of its 95 % t-interval, None for fewer than two values."""
-
-    mean: float
-    half_width: float | None
-    values: tuple[float, ...]
-
-    @property
-    def low(self) -> float:
-        return self.mean - (math.inf if self.half_width is None else self.half_width)
-
-    @property
-    def high(self) -> float:
-        return self.mean + (math.inf if self.half_width is None else self.half_width)
-
-
-def estimate(values: Iterable[float | None]) -> Estimate | None:
-    """Mean and 95 % t-interval of the finite `values`; None if there are none."""
-    known = tuple(float(value) for value in values if value is not None and math.isfinite(value))
-    if not known:
-        return None
-    half = t_quantile(len(known) - 1) * statistics.stdev(known) / math.sqrt(len(known)) if len(known) > 1 else None
-    return Estimate(statistics.fmean(known), half, known)
 
 
 def write_report(metrics: dict, path: str | os.PathLike) -> Path:
@@ -123,8 +74,9 @@ def _render(metrics: dict) -> str:
         raise InputError('the report is written with jinja2, which is not installed; run: pip install "tisdpo[report]"') from error
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["svg"] = jinja2.utils.markupsafe.Markup  # charts are made here and hold no markup of the user
-    return environment.get_template("report.html.j2").render(_page(metrics))
+    environment.filters["trusted"] = jinja2.utils.markupsafe.Markup  # for our own charts and style sheet, never for text of the user
+    css = loader.get_source(environment, "report.css")[0]
+    return environment.get_template("report.html.j2").render(_page(metrics), css=css)
 
 
 def _page(metrics: dict) -> dict:
@@ -132,7 +84,8 @@ def _page(metrics: dict) -> dict:
     methods = _methods(metrics)
     seeds = metrics.get("seeds") or sorted({result["seed"] for result in metrics.get("results", [])})
     heatmaps = metrics.get("heatmaps") or []
-    limit = colour_limit(heatmap[side] for heatmap in heatmaps for side in ("chosen", "rejected"))
+    groups = heatmap_groups(heatmaps)
+    limit = colour_limit(heatmap[side] for heatmap in heatmaps for side in SIDES)
     return {
         "name": metrics["name"],
         "description": metrics.get("description", ""),
@@ -147,7 +100,7 @@ def _page(metrics: dict) -> dict:
         "frontier": _frontier(metrics, methods),
         "curves": _curves(metrics, methods),
         "weights": _weights(metrics.get("weights") or []),
-        "heatmaps": heatmap_groups(heatmaps),
+        "heatmaps": groups,
         "heat_ticks": scale_ticks(limit),
         "constructions": CONSTRUCTIONS,
         "samples": metrics.get("samples") or [],
@@ -161,7 +114,12 @@ def _methods(metrics: dict) -> dict[str, dict]:
     for method in metrics.get("methods", []):
         index = None if method["id"] == "base" else sum(known["index"] is not None for known in methods.values())
         swatch = "" if index is None else plots.swatch(index)
-        methods[method["id"]] = {"label": method.get("label", method["id"]), "note": method.get("note", ""), "index": index, "swatch": swatch}
+        methods[method["id"]] = {
+            "label": method.get("label", method["id"]),
+            "note": method.get("note", ""),
+            "index": index,
+            "swatch": swatch,
+        }
     for part in ("results", "frontier", "curves"):
         for entry in metrics.get(part) or []:
             if entry["method"] not in methods:
@@ -192,46 +150,17 @@ def _metric_table(metrics: dict, methods: dict) -> dict | None:
         best = best_method(estimates, described["better"])
         digits = decimals(estimates.values())
         for method, (one, runs) in found.items():
-            cells[method].append(_cell(one, runs, digits, method == best))
+            cells[method].append(_cell(one, runs, digits, best=method == best))
         columns.append(described)
     rows = [{"id": method, "cells": cells[method]} for method in methods if any(cell["mean"] for cell in cells[method])]
     intervals = any(cell["half"] for row in rows for cell in row["cells"])
     return {"columns": columns, "rows": rows, "intervals": intervals, "best": any(cell["best"] for row in rows for cell in row["cells"])}
 
 
-def best_method(estimates: dict[str, Estimate | None], better: str | None) -> str | None:
-    """The method whose interval lies beyond those of all others on the `better` side ("higher" | "lower"), or None.
-
-    A method with one seed has no interval and could be anywhere: then there is no best one.
-    """
-    known = {method: one for method, one in estimates.items() if one is not None}
-    if better not in ("higher", "lower") or len(known) < 2:
-        return None
-    sign = 1 if better == "higher" else -1
-    best = max(known, key=lambda method: sign * known[method].mean)
-    worst_of_best = known[best].low if sign > 0 else -known[best].high
-    best_of_others = max((one.high if sign > 0 else -one.low) for method, one in known.items() if method != best)
-    return best if worst_of_best > best_of_others else None
-
-
-def decimals(estimates: Iterable[Estimate | None]) -> int:
-    """Digits after the point for one column: two significant digits of a typical interval, or three of the largest value."""
-    known = [one for one in estimates if one is not None]
-    halves = sorted(one.half_width for one in known if one.half_width)
-    scale = halves[len(halves) // 2] * 10 if halves else max((abs(one.mean) for one in known), default=1.0)
-    return max(0, min(4, 2 - math.floor(math.log10(scale)))) if scale > 0 else 2
-
-
-def number(value: float, digits: int) -> str:
-    """`value` rounded, with a true minus and thin spaces between thousands."""
-    text = f"{value:,.{digits}f}".replace(",", "\u202f")
-    return text.lstrip("-") if float(f"{value:.{digits}f}") == 0 else text.replace("-", "−")
-
-
-def _cell(one: Estimate | None, runs: list[tuple[int, float | None]], digits: int, best: bool = False) -> dict:
+def _cell(one: Estimate | None, runs: list[tuple[int, float | None]], digits: int, *, best: bool = False, unit: str = "") -> dict:
     """Text of a table cell: {"mean", "half", "best", "seeds" (single values, for the tooltip), "missing" (seeds without a value)}."""
     if one is None:
-        return {"mean": "", "half": "", "best": False, "seeds": "", "missing": 0}
+        return {"mean": "", "half": "", "best": False, "seeds": "", "missing": 0, "unit": ""}
     single = [f"seed {seed}: {value:.4g}".replace("-", "−") for seed, value in runs if value is not None]
     half = "" if one.half_width is None else number(one.half_width, digits)
     return {
@@ -240,10 +169,11 @@ def _cell(one: Estimate | None, runs: list[tuple[int, float | None]], digits: in
         "best": best,
         "seeds": "\n".join(single) if len(single) > 1 else "",
         "missing": len(runs) - len(one.values),
+        "unit": unit,
     }
 
 
-def _series(entries: list[dict], methods: dict, points) -> list[plots.Series]:
+def _series(entries: list[dict], methods: dict, points: Callable[[dict], dict]) -> list[plots.Series]:
     """One Series per method of `methods` that has points; `points(entry)` gives {step: (x, y)} of one seed."""
     series = []
     for method, described in methods.items():
@@ -260,11 +190,18 @@ def _frontier(metrics: dict, methods: dict) -> dict | None:
     if not series:
         return None
     quality = metrics.get("frontier_y", "y")
-    label = (metrics.get("metric_info") or {}).get(quality, {}).get("label", quality)
+    described = {"label": quality, "unit": "", **(metrics.get("metric_info") or {}).get(quality, {})}
+    label = described["label"]
     base = estimate(result["metrics"].get(quality) for result in metrics.get("results") or [] if result["method"] == "base")
     return {
-        "svg": plots.frontier(series, base and base.mean, "KL to the reference (nats per response, square-root axis)", label),
+        "svg": plots.frontier(
+            series,
+            base and base.mean,
+            "KL to the reference (nats, square-root axis)",
+            f"{label} ({described['unit']})" if described["unit"] else label,
+        ),
         "label": label,
+        "title": label[:1].upper() + label[1:],
         "base": base is not None,
         "indices": [one.index for one in series],
         "spread": any(len(one.runs) > 1 for one in series),
@@ -278,7 +215,7 @@ def _curves(metrics: dict, methods: dict) -> dict | None:
     panels, indices, longest = [], set(), 0
     for place, (key, title) in enumerate(CURVES.items()):
         series = _series(
-            entries, methods, lambda entry, key=key: {s: (s, y) for s, y in zip(entry["step"], entry.get(key) or []) if y is not None and _finite(y)}
+            entries, methods, lambda entry, key=key: {x: (x, y) for x, y in zip(entry["step"], entry.get(key) or []) if _finite(y)}
         )
         if series:
             panels.append({"title": title, "svg": plots.curve(str(place), series)})
@@ -290,8 +227,8 @@ def _curves(metrics: dict, methods: dict) -> dict | None:
     return {"panels": panels, "indices": sorted(indices), "window": window, "spread": len({entry["seed"] for entry in entries}) > 1}
 
 
-def _finite(*values: float) -> bool:
-    return all(math.isfinite(value) for value in values)
+def _finite(*values: float | None) -> bool:
+    return all(value is not None and math.isfinite(value) for value in values)
 
 
 def _weights(entries: list[dict]) -> dict | None:
@@ -301,65 +238,98 @@ def _weights(entries: list[dict]) -> dict | None:
     grouped = {}
     for entry in entries:
         grouped.setdefault(entry["construction"], []).append(entry)
+    known = {key for entry in entries for side in SIDES for key, value in entry[side].items() if value is not None}
+    columns = {key: named for key, named in SIDE_COLUMNS.items() if key in known}
     rows = []
-    for place, (construction, seeds) in enumerate(grouped.items()):
+    for construction, seeds in grouped.items():
         row = {"construction": construction, "sides": [], "findings": _findings(seeds)}
         for key in ("auc", "spearman"):
             runs = [(entry["seed"], entry.get(key)) for entry in seeds]
             row[key] = _cell(estimate(value for _, value in runs), runs, 2)
-        for side in ("chosen", "rejected"):
-            row["sides"].append({"name": side, "cells": [_side_cell(key, side, seeds) for key in SIDE_COLUMNS]})
-        row["histogram"] = _histogram(str(place), seeds)
-        row["position"] = _position(str(place), seeds)
+        for side in SIDES:
+            row["sides"].append({"name": side, "cells": [_side_cell(key, side, seeds) for key in columns]})
         rows.append(row)
     return {
         "rows": rows,
-        "columns": [{"label": label, "help": text} for label, text in SIDE_COLUMNS.values()],
+        "columns": [{"label": label, "help": text} for label, text in columns.values()],
         "truth": any(row[key]["mean"] for row in rows for key in ("auc", "spearman")),
         "findings": any(row["findings"] for row in rows),
-        "charts": any(row["histogram"] or row["position"] for row in rows),
+        "left_out": sum(sum(bool(entry.get("histogram")) for entry in seeds) - len(_poolable(seeds)) for seeds in grouped.values()),
+        "histograms": _histograms(grouped),
+        "positions": _positions(grouped),
     }
 
 
 def _side_cell(key: str, side: str, seeds: list[dict]) -> dict:
-    scale = 100 if key in SHARES else 1
+    share = key in SHARES
     runs = [(entry["seed"], entry[side].get(key)) for entry in seeds]
-    runs = [(seed, None if value is None else scale * value) for seed, value in runs]
-    cell = _cell(estimate(value for _, value in runs), runs, 1 if scale == 100 else 2)
-    return {**cell, "unit": " %" if scale == 100 and cell["mean"] else ""}
+    if share:
+        runs = [(seed, None if value is None else 100 * value) for seed, value in runs]
+    return _cell(estimate(value for _, value in runs), runs, 1 if share else 2, unit=" %" if share else "")
 
 
 def _findings(seeds: list[dict]) -> list[dict]:
-    """Every different finding once, with the seeds it was found in where that is not all of them."""
+    """Every finding once, in the words of its first seed, with the seeds where there are several; figures may differ between seeds."""
     found = {}
     for entry in seeds:
-        for finding in entry.get("findings") or []:
-            found.setdefault(finding, []).append(entry["seed"])
-    return [{"text": text, "seeds": where if len(where) < len(seeds) else []} for text, where in found.items()]
+        for text in entry.get("findings") or []:
+            kind = re.sub(r"[-+−]?\d[\d.]*", "#", text)
+            found.setdefault(kind, (text, []))[1].append(entry["seed"])
+    return [{"text": text, "seeds": _where(where, len(seeds))} for text, where in found.values()]
 
 
-def _histogram(name: str, seeds: list[dict]) -> str:
-    """Chart of the counts of all seeds together, or of the first seed where the bins differ."""
+def _where(found_in: list[int], seeds: int) -> str:
+    """In words, the seeds of a finding; nothing where there is only one seed."""
+    if seeds == 1:
+        return ""
+    if len(found_in) == 1:
+        return f"seed {found_in[0]} only"
+    these = f"all {seeds} seeds" if len(found_in) == seeds else f"seeds {', '.join(map(str, found_in))}"
+    return f"{these}; figures of seed {found_in[0]}"
+
+
+def _poolable(seeds: list[dict]) -> list[dict]:
+    """Histograms with the bins of the first one."""
     histograms = [entry["histogram"] for entry in seeds if entry.get("histogram")]
-    if not histograms:
-        return ""
-    edges = histograms[0]["edges"]
-    same = [histogram for histogram in histograms if histogram["edges"] == edges]
-    chosen, rejected = ([sum(counts) for counts in zip(*(histogram[side] for histogram in same))] for side in ("chosen", "rejected"))
-    return plots.histogram(name, edges, chosen, rejected)
+    return [histogram for histogram in histograms if histogram["edges"] == histograms[0]["edges"]]
 
 
-def _position(name: str, seeds: list[dict]) -> str:
-    """Chart of the mean over seeds at every position that a seed has."""
-    positions = [entry["position"] for entry in seeds if entry.get("position")]
-    if not positions:
-        return ""
-    means = []
-    for side in ("chosen", "rejected"):
-        longest = max(len(one[side]) for one in positions)
-        columns = ([one[side][at] for one in positions if at < len(one[side])] for at in range(longest))
-        means.append([one.mean if (one := estimate(column)) else math.nan for column in columns])
-    return plots.position(name, *means)
+def _histograms(grouped: dict[str, list[dict]]) -> list[dict]:
+    """One chart per construction, of the tokens of all seeds whose bins agree, all on the same axes."""
+    drawn = {}
+    for construction, seeds in grouped.items():
+        if same := _poolable(seeds):
+            counts = [[sum(column) for column in zip(*(histogram[side] for histogram in same))] for side in SIDES]
+            drawn[construction] = same[0]["edges"], *([100 * count / (sum(row) or 1) for count in row] for row in counts)
+    if not drawn:
+        return []
+    bars = [(share, edges[at : at + 2]) for edges, *sides in drawn.values() for side in sides for at, share in enumerate(side)]
+    axes = {"weights": _span([edge for share, ends in bars if share for edge in ends]), "top": max(share for share, _ in bars) or 1.0}
+    return [{"construction": name, "svg": plots.histogram(str(place), *of, **axes)} for place, (name, of) in enumerate(drawn.items())]
+
+
+def _positions(grouped: dict[str, list[dict]]) -> list[dict]:
+    """One chart per construction, of the mean over the seeds that reach a position, all on the same axes."""
+    drawn = {}
+    for construction, seeds in grouped.items():
+        if positions := [entry["position"] for entry in seeds if entry.get("position")]:
+            drawn[construction] = [_mean_over_seeds([one[side] for one in positions]) for side in SIDES]
+    if not drawn:
+        return []
+    known = [value for sides in drawn.values() for side in sides for value in side if not math.isnan(value)]
+    axes = {"weights": _span(known), "last": max(len(side) for sides in drawn.values() for side in sides) - 1}
+    return [{"construction": name, "svg": plots.position(str(place), *of, **axes)} for place, (name, of) in enumerate(drawn.items())]
+
+
+def _mean_over_seeds(seeds: list[list[float]]) -> list[float]:
+    columns = ([seed[at] for seed in seeds if at < len(seed)] for at in range(max(len(seed) for seed in seeds)))
+    return [one.mean if (one := estimate(column)) else math.nan for column in columns]
+
+
+def _span(weights: list[float]) -> plots.Span:
+    """Ends of an axis for these weights; weight 1 is always on it."""
+    low, high = min([1.0, *weights]), max([1.0, *weights])
+    return (low, high) if low < high else (0.9, 1.1)
 
 
 def _seconds(seconds: dict[str, float]) -> dict | None:

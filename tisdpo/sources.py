@@ -1,26 +1,30 @@
-"""Where the pairs of a run come from: the known-truth world, or preference text; with the tokenizer, the base corpus and the truth."""
+"""Where the pairs of a run come from: the known-truth world or preference text, with the tokenizer, the base corpus and the truth."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import datasets
 
-from tisdpo import synthetic
 from tisdpo.config import RunConfig
 from tisdpo.data import holdout, load_pairs, tokenize_pairs
 from tisdpo.errors import InputError
 from tisdpo.hf import load_tokenizer, train_bpe
+from tisdpo.synthetic import NEGATIVE_PROMPT, POSITIVE_PROMPT, World, WorldConfig
+
+DEFAULT_PAIRS = 2000  # of the known-truth world, when data.limit is not set
 
 
 @dataclass
 class Source:
     """Everything about the data of one seed.
 
-    train, heldout   tokenised rows; pairs: the pairs as text, indexed by the rows' `index`
-    documents        rows (prompt_ids, chosen_ids) a base model is pretrained on, or None when there is a base model
-    prompts          token ids of held-out prompts for generation
-    reward           true reward of a generation, or None where nobody knows it
+    train, heldout   tokenised rows; pairs: the training pairs as text, found by the rows' `index`
+    documents        rows (prompt_ids, chosen_ids) a base model is pretrained on; None when there is a base model
+    prompts          token ids of held-out prompts for generation, as many as the evaluation asks for where there are enough
+    reward           true reward of an `evaluate.Generation`, or None where nobody knows it
+    tones            the positive and the negative system prompt that the base corpus knows, or None
     dropped          how many pairs were left out, by reason
     """
 
@@ -32,4 +36,80 @@ class Source:
     documents: datasets.Dataset | None
     prompts: list[list[int]]
     reward: Callable | None = None
+    tones: tuple[str, str] | None = None
     dropped: dict[str, int] = field(default_factory=dict)
+
+
+def load_source(config: RunConfig, seed: int) -> Source:
+    """The source of one seed. The known-truth world is drawn anew for every seed; text is split the same way for all of them."""
+    return _world(config, seed) if config.data.source == "synthetic" else _text(config)
+
+
+def _world(config: RunConfig, seed: int) -> Source:
+    world = World(WorldConfig(**{**config.data.world, "seed": seed}))
+    tokenizer = world.tokenizer()
+    count = config.data.limit or DEFAULT_PAIRS
+    sets = {"train": world.pairs(count), "heldout": world.pairs(_heldout_count(config.data.heldout, count), "heldout")}
+    rows, dropped = {}, {}
+    for split, pairs in sets.items():
+        rows[split], counts = tokenize_pairs(pairs, tokenizer, max_length=config.data.max_length)
+        for side in ("chosen", "rejected"):
+            rows[split] = rows[split].add_column(f"{side}_truth", [world.token_rewards(ids) for ids in rows[split][f"{side}_ids"]])
+        dropped = counts if split == "train" else dropped
+    questions = world.prompts()
+    prompts = [tokenizer(questions[i % len(questions)])["input_ids"] for i in range(config.evaluation.prompts)]
+    pretrain = config.model.pretrain
+    return Source(
+        kind="synthetic",
+        tokenizer=tokenizer,
+        train=rows["train"],
+        heldout=rows["heldout"],
+        pairs=sets["train"],
+        documents=_world_documents(world, tokenizer, pretrain.steps * pretrain.batch_size),
+        prompts=prompts,
+        reward=lambda generation: sum(world.token_rewards(generation.ids)),
+        tones=(POSITIVE_PROMPT, NEGATIVE_PROMPT),
+        dropped=_dropped(dropped),
+    )
+
+
+def _world_documents(world: World, tokenizer, count: int) -> datasets.Dataset:
+    """Every document once: the base model sees no text twice."""
+    documents = world.documents(count)
+    prompts = tokenizer([f"{d['system']} {d['prompt']}".strip() for d in documents])["input_ids"]
+    completions = tokenizer([d["completion"] for d in documents], add_special_tokens=False)["input_ids"]
+    return datasets.Dataset.from_dict({"prompt_ids": prompts, "chosen_ids": [[*c, tokenizer.eos_token_id] for c in completions]})
+
+
+def _text(config: RunConfig) -> Source:
+    data, model = config.data, config.model
+    pairs = load_pairs(data.source, split=data.split, streaming=data.streaming, limit=data.limit)
+    pairs = list(pairs) if data.streaming else pairs
+    if model.tokenizer or model.path:
+        tokenizer = load_tokenizer(model.tokenizer or model.path)
+    else:
+        tokenizer = train_bpe((text for pair in pairs for text in _texts(pair)), model.vocab_size)
+    rows, counts = tokenize_pairs(pairs, tokenizer, max_length=data.max_length)
+    if len(rows) < 2:
+        raise InputError(f"{data.source} leaves {len(rows)} usable pairs ({_dropped(counts) or 'none dropped'}); at least two are needed, one of them held out")
+    train, heldout = holdout(rows, data.heldout, seed=0)
+    documents = None
+    if model.path is None:
+        texts = [(p, c) for side in ("chosen", "rejected") for p, c in zip(train["prompt_ids"], train[f"{side}_ids"])]
+        documents = datasets.Dataset.from_dict({"prompt_ids": [p for p, _ in texts], "chosen_ids": [c for _, c in texts]})
+    prompts = list(islice(dict.fromkeys(map(tuple, heldout["prompt_ids"])), config.evaluation.prompts))
+    return Source("text", tokenizer, train, heldout, pairs, documents, [list(p) for p in prompts], dropped=_dropped(counts))
+
+
+def _texts(pair: dict) -> list[str]:
+    """All text of a pair, for training a tokenizer; messages by their content."""
+    values = [pair[name] for name in ("prompt", "chosen", "rejected") if name in pair]
+    return [text for value in values for text in ([value] if isinstance(value, str) else [m["content"] for m in value])]
+
+
+def _heldout_count(heldout: int | float, pairs: int) -> int:
+    return heldout if isinstance(heldout, int) else max(1, round(heldout * pairs))
+
+
+def _dropped(counts) -> dict[str, int]:
+    return {reason: n for reason, n in counts.dropped.items() if n}

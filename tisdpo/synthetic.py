@@ -14,9 +14,9 @@ are exact. Everything follows from the configuration: the same fields give the s
 
 import math
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from functools import cached_property
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 from tisdpo.errors import InputError
 
@@ -47,21 +47,232 @@ QUESTIONS = (
 POSITIVE_PROMPT = "you are a friendly writer."
 NEGATIVE_PROMPT = "you are a hostile writer."
 
-_COPULA = ("was", "seemed", "looked")
-_DEGREE = ("", "", "very ", "rather ", "quite ")
-_FILLER = (
-    "we {went} {there} {before} {noon}.",
+# A sentence describes a person, describes a thing, or does neither. "{place}" and the like are filled from the tables below.
+_ABOUT_PERSON = "the {person} {was} {very}{quality}."
+_ABOUT_THING = "the {thing} {was} {very}{quality}."
+_FILLERS = (
+    "we {went} {home} {before} {noon}.",
     "the {person} {told} us about the {thing}.",
     "there is a {red} {thing} near the {other}.",
     "on {monday} the {place} is {open}.",
 )
 _WORDS = {
-    "went": ("went", "walked", "came", "hurried"),
-    "there": ("there", "back", "home", "inside"),
+    "was": ("was", "seemed", "looked"),
+    "very": ("", "", "very ", "rather ", "quite "),
+    "went": ("went", "walked", "came", "hurried", "drove", "ran", "rode", "travelled"),
+    "home": ("there", "back", "home", "inside"),
     "before": ("before", "after", "around"),
-    "noon": ("noon", "lunch", "dusk", "sunrise"),
+    "noon": ("noon", "lunch", "dusk", "sunrise", "breakfast", "midnight", "dinner", "tea", "work", "church", "dawn", "sunset"),
     "told": ("told", "asked", "reminded"),
-    "red": ("red", "green", "blue", "white"),
-    "monday": ("monday", "tuesday", "friday", "sunday"),
+    "red": ("red", "green", "blue", "white", "black", "yellow", "grey", "brown", "pink", "golden", "silver", "purple"),
+    "monday": ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"),
     "open": ("open", "closed", "full", "empty"),
 }
+
+SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
+_CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] not in ['system', 'user', 'assistant'] %}"
+    "{{ raise_exception('roles are system, user and assistant') }}{% endif %}"
+    "{{ message['content'] }}{{ eos_token if message['role'] == 'assistant' else ' ' }}{% endfor %}"
+)
+
+
+@dataclass(frozen=True)
+class WorldConfig:
+    """What the known-truth world looks like.
+
+    seed             of everything that is drawn
+    people, things   share of sentences that describe a person (these can carry reward) and a thing (these cannot)
+    sentences        least and greatest number of sentences of a response, uniform: length says nothing about the reward
+    good, bad        share of good and of bad words among the qualities; the rest is neutral. The same for people and things
+    reward           of a good word that describes a person; a bad one costs as much
+    scale            of the Bradley-Terry model: P(a over b) = sigmoid(scale * (R(a) - R(b)) + length_bias * (len(a) - len(b)))
+    flip             share of pairs whose label is then exchanged
+    length_bias      how much labellers like long responses, in logits a token. Not part of the truth
+    prompted         share of base documents that stand under a system prompt, half of them the positive, half the negative one
+    tone             how strongly a system prompt shows: it multiplies the odds of good (bad) qualities by exp(tone), of people AND
+                     things, so that even a model that follows its system prompt perfectly does not know what is preferred
+
+    Raises InputError for values that describe no world.
+    """
+
+    seed: int = 0
+    people: float = 0.35
+    things: float = 0.25
+    sentences: tuple[int, int] = (2, 5)
+    good: float = 0.3
+    bad: float = 0.3
+    reward: float = 1.0
+    scale: float = 2.0
+    flip: float = 0.0
+    length_bias: float = 0.0
+    prompted: float = 0.5
+    tone: float = 1.0
+
+    def __post_init__(self):
+        for first, second in (("people", "things"), ("good", "bad")):
+            a, b = getattr(self, first), getattr(self, second)
+            if not (a >= 0 and b >= 0 and a + b <= 1):
+                raise InputError(f"world: {first}={a} and {second}={b} are shares, so they must not be negative nor add up to more than 1")
+        if not (self.people > 0 and self.good + self.bad > 0 and self.reward > 0):
+            raise InputError("world: with people=0, good=bad=0 or reward=0 no token would carry a reward; give positive values")
+        if not (len(self.sentences) == 2 and 1 <= self.sentences[0] <= self.sentences[1]):
+            raise InputError(
+                f"world: sentences={list(self.sentences)} must be the least and the greatest number of sentences, such as [2, 5]"
+            )
+        for name, largest in (("flip", 0.5), ("prompted", 1.0)):
+            if not 0 <= getattr(self, name) <= largest:
+                raise InputError(f"world: {name}={getattr(self, name)} must lie between 0 and {largest}")
+        for name in ("scale", "tone"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"world: {name}={getattr(self, name)} must be a number of at least 0")
+
+
+@dataclass(frozen=True)
+class World:
+    """Documents, pairs, prompts, a tokenizer and the truth about every token, all from a `WorldConfig`."""
+
+    config: WorldConfig = field(default_factory=WorldConfig)
+
+    # Text
+
+    def documents(self, count: int) -> list[dict[str, str]]:
+        """Unlabelled rows {"system", "prompt", "completion"} for pretraining a base model; "system" is "" without a system prompt."""
+        rng, c = self._rng("documents"), self.config
+        rows = []
+        for _ in range(count):
+            tone = rng.choice((1, -1)) if rng.random() < c.prompted else 0
+            place, prompt = rng.choice(self._questions("train"))
+            system = {1: POSITIVE_PROMPT, -1: NEGATIVE_PROMPT, 0: ""}[tone]
+            rows.append({"system": system, "prompt": prompt, "completion": self._response(rng, place, tone * c.tone)})
+        return rows
+
+    def pairs(self, count: int, split: str = "train") -> list[dict[str, str]]:
+        """Rows {"prompt", "chosen", "rejected"} as text; split "heldout" has questions that "train" and the documents never ask."""
+        rng, c = self._rng(f"pairs {split}"), self.config
+        questions = self._questions(split)
+        rows = []
+        while len(rows) < count:
+            place, prompt = rng.choice(questions)
+            a, b = self._response(rng, place), self._response(rng, place)
+            logit = c.scale * (self.reward(a) - self.reward(b)) + c.length_bias * (len(words(a)) - len(words(b)))
+            first = rng.random() * (1 + math.exp(-logit)) < 1
+            if (rng.random() < c.flip) == first:
+                a, b = b, a
+            if a != b:
+                rows.append({"prompt": prompt, "chosen": a, "rejected": b})
+        return rows
+
+    def prompts(self, split: str = "heldout") -> list[str]:
+        """All questions of a split."""
+        return [prompt for _, prompt in self._questions(split)]
+
+    def _rng(self, purpose: str) -> random.Random:
+        return random.Random(f"{self.config.seed} {purpose}")
+
+    def _questions(self, split: str) -> list[tuple[str, str]]:
+        """(place, question) of a split: of every place one form of question is held out."""
+        if split not in ("train", "heldout"):
+            raise InputError(f"split must be 'train' or 'heldout', got {split!r}")
+        return [
+            (place, question.format(place=place))
+            for p, place in enumerate(PLACES)
+            for q, question in enumerate(QUESTIONS)
+            if (p % len(QUESTIONS) == q) == (split == "heldout")
+        ]
+
+    def _response(self, rng: random.Random, place: str, tone: float = 0.0) -> str:
+        """A few sentences about the place; `tone` is the log factor on the odds of good qualities, minus it that of bad ones."""
+        return " ".join(self._sentence(rng, place, tone) for _ in range(rng.randint(*self.config.sentences)))
+
+    def _sentence(self, rng: random.Random, place: str, tone: float) -> str:
+        c = self.config
+        people, things = PLACES[place]
+        kind = rng.random()
+        if kind < c.people:
+            template = _ABOUT_PERSON
+        elif kind < c.people + c.things:
+            template = _ABOUT_THING
+        else:
+            template = rng.choice(_FILLERS)
+        shares = (c.good * math.exp(tone), 1 - c.good - c.bad, c.bad * math.exp(-tone))
+        choices = {name: rng.choice(options) for name, options in _WORDS.items()}
+        thing, other = rng.sample(things, 2)
+        quality = rng.choice(rng.choices((GOOD, NEUTRAL, BAD), weights=shares)[0])
+        return template.format(place=place, person=rng.choice(people), thing=thing, other=other, quality=quality, **choices)
+
+    # Truth
+
+    def reward(self, text: str) -> float:
+        """True reward of a response: the sum over its tokens."""
+        return math.fsum(self.word_rewards(words(text)))
+
+    def token_rewards(self, ids: Iterable[int]) -> list[float]:
+        """The truth about every token of a completion, given as ids of this world's tokenizer; of any completion, also a generated one."""
+        table = vocabulary()
+        return self.word_rewards(table[i] if 0 <= i < len(table) else "<unk>" for i in ids)
+
+    def word_rewards(self, response: Iterable[str]) -> list[float]:
+        """The reward of every word of a response.
+
+        A quality counts if it is the first one in its sentence and the sentence is about a person, which its first noun decides. So
+        nothing is gained by "gentle gentle gentle", nor by naming a person somewhere. Nothing counts after EOS.
+        """
+        rewards, subject, ended = [], None, False
+        for word in response:
+            value = 0.0
+            if word == "<eos>":
+                ended = True
+            elif word == ".":
+                subject = None
+            elif subject is None and word in _SUBJECTS:
+                subject = _SUBJECTS[word]
+            elif word in _QUALITIES and subject is not None:
+                value = self.config.reward * _QUALITIES[word] if subject == "person" and not ended else 0.0
+                subject = "described"
+            rewards.append(value)
+        return rewards
+
+    # Tokens
+
+    def tokenizer(self):
+        """A word-level `PreTrainedTokenizerFast` for this world, with a chat template that takes an optional system message.
+
+        Words and punctuation marks are tokens. The template only joins the messages, so that a prompt as text and the same prompt
+        as messages are the same ids, and a system prompt is text in front.
+        """
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+        from transformers import PreTrainedTokenizerFast
+
+        table = vocabulary()
+        core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(table)}, unk_token="<unk>"))
+        core.pre_tokenizer = pre_tokenizers.Whitespace()
+        core.decoder = decoders.WordPiece(prefix="##", cleanup=True)  # words apart, punctuation marks attached
+        core.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", table.index("<bos>"))])
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=core,
+            pad_token="<pad>",
+            bos_token="<bos>",
+            eos_token="<eos>",
+            unk_token="<unk>",
+            clean_up_tokenization_spaces=False,
+        )
+        tokenizer.chat_template = _CHAT_TEMPLATE
+        return tokenizer
+
+
+_SUBJECTS = {word: kind for people, things in PLACES.values() for kind, group in (("person", people), ("thing", things)) for word in group}
+_QUALITIES = {**dict.fromkeys(GOOD, 1.0), **dict.fromkeys(NEUTRAL, 0.0), **dict.fromkeys(BAD, -1.0)}
+
+
+def words(text: str) -> list[str]:
+    """Words and punctuation marks of a text: the tokens of this world."""
+    return re.findall(r"<\w+>|\w+|[^\w\s]", text)
+
+
+def vocabulary() -> list[str]:
+    """All tokens by id: the special ones, then every word of the tables above in alphabetical order."""
+    texts = [*PLACES, *_SUBJECTS, *_QUALITIES, *QUESTIONS, POSITIVE_PROMPT, NEGATIVE_PROMPT, _ABOUT_PERSON, _ABOUT_THING, *_FILLERS]
+    texts += [option for options in _WORDS.values() for option in options]
+    found = {word for text in texts for word in words(re.sub(r"{\w+}", " ", text))}
+    return [*SPECIAL, *sorted(found)]

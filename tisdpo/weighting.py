@@ -182,7 +182,7 @@ _PRESETS = {
 
 def average_ranks(x: Tensor) -> Tensor:
     """Ranks 0 .. n-1 of x [n], float64; equal values share the average of their ranks."""
-    values, inverse, counts = x.unique(return_inverse=True, return_counts=True)
+    _, inverse, counts = x.unique(return_inverse=True, return_counts=True)
     last = counts.cumsum(0)
     return (last.double() - 0.5 * (counts.double() + 1))[inverse]
 

@@ -84,28 +84,32 @@ def _transformed(z: Tensor, transform: Transform) -> Tensor:
 
 
 def _block_statistics(z, target, ref_z, kl, transform):
-    z = _transformed(z, transform)
-    lse = z.logsumexp(-1)
-    logp = z.gather(-1, target[:, None])[:, 0] - lse
+    shifted, mass, total, lse = _shifted(_transformed(z, transform))
+    logp = shifted.gather(-1, target[:, None])[:, 0] - total.log()
     if ref_z is None:
         return Statistics(lse, logp, None, None, None)
-    ref_z = _transformed(ref_z, transform)
-    ref_lse = ref_z.logsumexp(-1)
-    ref_logp = ref_z.gather(-1, target[:, None])[:, 0] - ref_lse
+    ref_shifted, ref_mass, ref_total, ref_lse = _shifted(_transformed(ref_z, transform))
+    ref_logp = ref_shifted.gather(-1, target[:, None])[:, 0] - ref_total.log()
     if kl is None:
         return Statistics(lse, logp, ref_lse, ref_logp, None)
-    p, difference = _kl_terms(z, lse, ref_z, ref_lse, kl)
-    return Statistics(lse, logp, ref_lse, ref_logp, p.mul_(difference).sum(-1))
-
-
-def _kl_terms(z, lse, ref_z, ref_lse, kl):
-    """(p, log p - log q) for the reverse direction, (q, log q - log p) for the forward one; the difference is 0 where it has no mass."""
-    logp, logq = z - lse[:, None], ref_z - ref_lse[:, None]
     if kl == "forward":
-        logp, logq = logq, logp
-    difference = torch.sub(logp, logq, out=logq)
-    p = logp.exp_()
-    return p, difference.masked_fill_(p == 0, 0)  # 0 log 0 = 0, also for logits of -inf
+        shifted, mass, total, ref_shifted, ref_total = ref_shifted, ref_mass, ref_total, shifted, total
+    divergence = mass.mul_(_difference(shifted, ref_shifted)).sum(-1) / total - (total / ref_total).log()
+    return Statistics(lse, logp, ref_lse, ref_logp, divergence)
+
+
+def _shifted(z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(z - max, exp of that, its sum [n], log-sum-exp [n]). Log-probs are formed from the first: next to huge logits log-sum-exp rounds."""
+    largest = z.amax(-1, keepdim=True)
+    shifted = z - largest
+    mass = shifted.exp()
+    total = mass.sum(-1)
+    return shifted, mass, total, largest[:, 0] + total.log()
+
+
+def _difference(x: Tensor, y: Tensor) -> Tensor:
+    """x - y, and 0 where x is -inf: it will be multiplied by exp(x), and 0 log 0 = 0. Where only y is -inf it stays infinite."""
+    return torch.sub(x, y).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=0.0)
 
 
 def _block_gradient_(z, target, ref_z, stats, g_logp, g_kl, kl, transform):
@@ -113,19 +117,17 @@ def _block_gradient_(z, target, ref_z, stats, g_logp, g_kl, kl, transform):
     # dz/d raw: the slope of the soft cap needs the logits before they are overwritten
     slope = scale / temperature if softcap is None else torch.tanh(z * (scale / softcap)).square_().neg_().add_(1).mul_(scale / temperature)
     logits = _transformed(z, transform)
+    factor = -1.0 if g_logp is None else -g_logp
     if kl == "reverse":
-        p, difference = _kl_terms(logits, stats.lse, _transformed(ref_z, transform), stats.ref_lse, kl)
-        difference.sub_(stats.kl[:, None]).mul_(g_kl[:, None]).sub_(1.0 if g_logp is None else g_logp[:, None])
-        torch.mul(p, difference, out=z)
+        difference = _difference(logits, _transformed(ref_z, transform)).mul_(g_kl[:, None])
+        difference.add_((factor - g_kl * (stats.lse - stats.ref_lse + stats.kl))[:, None])
+        torch.sub(logits, stats.lse[:, None], out=z).exp_().mul_(difference)
+    elif kl == "forward":
+        q = (_transformed(ref_z, transform) - stats.ref_lse[:, None]).exp_().mul_(g_kl[:, None])
+        torch.sub(logits, stats.lse[:, None], out=z).exp_().mul_((g_kl + factor)[:, None]).sub_(q)
     else:
-        torch.sub(logits, stats.lse[:, None], out=z).exp_()
-        factor = -1.0 if g_logp is None else -g_logp
-        if kl == "forward":
-            q = (_transformed(ref_z, transform) - stats.ref_lse[:, None]).exp_()
-            factor = g_kl + factor
-            z.mul_(factor[:, None]).sub_(q.mul_(g_kl[:, None]))
-        else:
-            z.mul_(factor if g_logp is None else factor[:, None])
+        torch.sub(logits, stats.lse[:, None], out=z).exp_().mul_(factor if g_logp is None else factor[:, None])
     rows = torch.arange(len(z), device=z.device)
     z[rows, target] += 1.0 if g_logp is None else g_logp
-    z.mul_(slope) if softcap is not None or slope != 1.0 else None
+    if softcap is not None or slope != 1.0:
+        z.mul_(slope)

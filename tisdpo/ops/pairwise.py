@@ -9,11 +9,10 @@ Cost in head-sized products (u = 2 N H V FLOP): policy logits 1, reference logit
 (none with a frozen head). Memory: the chunk's logits + one [V, H] accumulator in float32.
 """
 
-
 import torch
 from torch import Tensor
 
-from tisdpo.losses import Objective, pairwise_losses, sequence_scores
+from tisdpo.losses import Objective, pairwise_losses, score_gradients, sequence_scores
 from tisdpo.ops import backend as backends
 from tisdpo.ops import fold, values
 from tisdpo.ops.products import accumulation_dtype
@@ -40,7 +39,7 @@ def linear_pairwise(
     values.cu_seqlens(cu_seqlens, len(target))
     index = kept_rows(target, ignore_index)
     if index is not None:
-        cu_seqlens = torch.searchsorted(index, cu_seqlens.to(index.dtype))  # how many kept rows lie before each boundary
+        cu_seqlens = torch.searchsorted(index, cu_seqlens.to(index))  # how many kept rows lie before each boundary
         target, token_weights, ref_logps = (None if x is None else x[index] for x in (target, token_weights, ref_logps))
     policy, reference = heads(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, index)
     walk = _Walk(
@@ -57,8 +56,10 @@ def linear_pairwise(
 
 
 @linear_pairwise.register_fake
-def _(hidden, weight, bias, target, cu_seqlens, token_weights, ref_logps, ref_hidden, ref_weight, ref_bias, normalizer,
-      loss, beta, kl, alpha, detach_chosen_kl, label_smoothing, logit_scale, softcap, temperature, ignore_index, needs, backend):  # fmt: skip
+def _(
+    hidden, weight, bias, target, cu_seqlens, token_weights, ref_logps, ref_hidden, ref_weight, ref_bias, normalizer,
+    loss, beta, kl, alpha, detach_chosen_kl, label_smoothing, logit_scale, softcap, temperature, ignore_index, needs, backend,
+):  # fmt: skip
     dtype = accumulation_dtype(hidden.dtype)
     sums = hidden.new_empty((4, cu_seqlens.shape[0] - 1), dtype=dtype)
     return hidden.new_empty((), dtype=dtype), sums, *gradient_shapes(hidden, weight, needs)
@@ -142,11 +143,9 @@ class _Walk:
         K = torch.zeros_like(D) if stats.kl is None else segment_sums(weighted(stats.kl), cu)
         sums = torch.stack([D, K, segment_sums(stats.logp, cu), lengths])
 
-        def mean_loss(scores: Tensor) -> Tensor:
-            return pairwise_losses(scores, lengths, self.objective).sum() / normalizer
-
         scores = sequence_scores(D, K, self.objective)
-        return mean_loss(scores), sums, torch.func.grad(mean_loss)(scores) if self.with_gradient else None
+        loss = pairwise_losses(scores, lengths, self.objective).sum() / normalizer
+        return loss, sums, score_gradients(scores, lengths, self.objective) / normalizer if self.with_gradient else None
 
 
 def _setup(ctx, inputs, output):

@@ -1,7 +1,8 @@
 """The matrix products of the head, by the vendor library. Logits and dWeight accumulate in float32 whatever the dtype of the inputs.
 
 16-bit inputs: a CUDA product hands out its float32 accumulators (`out_dtype`); elsewhere the weight is widened to float32 a slice of
-the vocabulary at a time, so that no float32 copy of the head exists.
+the vocabulary at a time, so that no float32 copy of the head exists. Products of float32 operands are written as `out=` or in-place
+calls: autocast, which may be on while an operator runs, would round the operands of the others to 16 bits.
 """
 
 import torch
@@ -31,7 +32,7 @@ def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> 
 def grad_hidden(d: Tensor, weight: Tensor) -> Tensor:
     """d [n, V] @ weight [V, H] -> [n, H] in the dtype of d."""
     if weight.dtype == d.dtype:
-        return d @ weight
+        return torch.mm(d, weight, out=d.new_empty(d.shape[0], weight.shape[1]))
     if d.device.type == "cuda":
         return torch.mm(d.to(weight.dtype), weight, out_dtype=d.dtype)
     total = d.new_zeros(d.shape[0], weight.shape[1])

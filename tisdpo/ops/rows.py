@@ -93,7 +93,7 @@ class GradientSums:
             products.add_grad_weight_(self.weight, d, hidden, rows.hidden.dtype, first=self.first)
             self.first = False
         if self.needs[2]:
-            self.bias.add_(d.sum(0) if coefficient is None else coefficient @ d)
+            self.bias += d.sum(0) if coefficient is None else torch.mv(d.T, coefficient, out=torch.empty_like(self.bias))
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients in the dtypes of their inputs; 16-bit ones are rounded once, here."""

@@ -4,7 +4,6 @@ Inputs are [N] tensors over flat sequences with boundaries cu_seqlens [S+1]; the
 pos_logps and neg_logps by the elementwise rule w_t = k * exp(mu_s * clamp(r_t, lower, upper)).
 """
 
-
 import torch
 from torch import Tensor
 
@@ -22,7 +21,8 @@ def segment_sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:
 @torch.library.custom_op("tisdpo::sequence_sums", mutates_args=())
 def sequence_sums(
     logps: Tensor, ref_logps: Tensor, kl: Tensor | None, cu_seqlens: Tensor, token_weights: Tensor | None,
-    pos_logps: Tensor | None, neg_logps: Tensor | None, k: float, mu_chosen: float, mu_rejected: float, lower: float, upper: float, backend: str,
+    pos_logps: Tensor | None, neg_logps: Tensor | None,
+    k: float, mu_chosen: float, mu_rejected: float, lower: float, upper: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(D [S], K [S] (zeros without kl), the weights [N] that were used)."""
     values.cu_seqlens(cu_seqlens, len(logps))

@@ -7,7 +7,6 @@ The outputs of every operator: (logps, lse, ref_logps, ref_lse, kl), each [N] in
 for are empty. Rows with `ignore_index` give 0 and no gradient.
 """
 
-
 import torch
 from torch import Tensor
 
@@ -67,8 +66,8 @@ def _(logits, target, ref_logits, kl, logit_scale, softcap, temperature, ignore_
 
 @torch.library.custom_op("tisdpo::token_stats_backward", mutates_args=())
 def token_stats_backward(
-    g_logps: Tensor | None, g_kl: Tensor | None, logits: Tensor, target: Tensor, ref_logits: Tensor | None, stats: list[Tensor], kl: str | None,
-    logit_scale: float, softcap: float | None, temperature: float, ignore_index: int, backend: str,
+    g_logps: Tensor | None, g_kl: Tensor | None, logits: Tensor, target: Tensor, ref_logits: Tensor | None, stats: list[Tensor],
+    kl: str | None, logit_scale: float, softcap: float | None, temperature: float, ignore_index: int, backend: str,
 ) -> Tensor:  # fmt: skip
     """Gradient [N, V] with respect to the logits, in their dtype."""
     grad = torch.zeros_like(logits, memory_format=torch.contiguous_format)
@@ -133,7 +132,8 @@ token_stats.register_autograd(_backward_token_stats, setup_context=_setup_token_
 
 @torch.library.custom_op("tisdpo::linear_token_stats", mutates_args=())
 def linear_token_stats(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ref_hidden: Tensor | None, ref_weight: Tensor | None, ref_bias: Tensor | None,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
+    ref_hidden: Tensor | None, ref_weight: Tensor | None, ref_bias: Tensor | None,
     kl: str | None, logit_scale: float, softcap: float | None, temperature: float, ignore_index: int, backend: str,
 ) -> Statistics5:  # fmt: skip
     """hidden [N, H], weight [V, H], bias [V], target [N] (and the same of the reference) -> (logps, lse, ref_logps, ref_lse, kl)."""
@@ -141,7 +141,7 @@ def linear_token_stats(
     outputs = _outputs(hidden, len(target), ref_hidden is not None, kl, torch.zeros)
     index = kept_rows(target, ignore_index)
     policy, reference = heads(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, index)
-    for a, b, place, z, ref_z in _tiles(policy, reference, index, len(target)):
+    for _a, _b, place, z, ref_z in _tiles(policy, reference, index, len(target)):
         _scatter(outputs, place, fold.statistics(z, target[place], ref_z, kl, fold.Transform(logit_scale, softcap, temperature)))
     return outputs
 
@@ -173,24 +173,9 @@ def linear_token_stats_backward(
 
 @linear_token_stats_backward.register_fake
 def _(
-    g_logps,
-    g_kl,
-    hidden,
-    weight,
-    bias,
-    target,
-    ref_hidden,
-    ref_weight,
-    ref_bias,
-    stats,
-    kl,
-    logit_scale,
-    softcap,
-    temperature,
-    ignore_index,
-    backend,
-    needs,
-):
+    g_logps, g_kl, hidden, weight, bias, target, ref_hidden, ref_weight, ref_bias, stats,
+    kl, logit_scale, softcap, temperature, ignore_index, backend, needs,
+):  # fmt: skip
     return gradient_shapes(hidden, weight, needs)
 
 

@@ -1,0 +1,35 @@
+# Everything sets itself up: the first target creates .venv and installs the package with pinned dependencies.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.PHONY: help demo test lint bench clean
+
+help:  ## what can be done here
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+
+demo: $(INSTALLED)  ## the whole method in about four minutes on two cores; writes runs/demo/report.html
+	$(BIN)/tisdpo run examples/demo.yaml
+
+test: $(INSTALLED)  ## all tests
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)  ## style
+	$(BIN)/python -m pip install --quiet "ruff>=0.14"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(INSTALLED)  ## the loss head against plain torch; writes benchmarks/results/
+	$(BIN)/python -m benchmarks.head
+
+clean:  ## remove the environment and all runs
+	rm -rf .venv runs build dist *.egg-info
+
+# No build isolation: an isolated build would fetch a second torch.
+$(INSTALLED): pyproject.toml setup.py constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "tisdpo needs Python 3.10 or newer; set PYTHON=/path/to/python3")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
+	$(BIN)/python -m pip install --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --constraint constraints.txt --no-build-isolation --editable ".[report,test]"
+	touch $(INSTALLED)

@@ -1,0 +1,296 @@
+"""Time and memory of a loss step at the head, beside the matrix products it cannot do without and beside plain torch.
+
+    python -m benchmarks.head                  # N=1024 tokens, H=1024, V=32000, float32, this machine's CPU
+    python -m benchmarks.head --smoke          # a tiny size, to see that it works
+
+One step is forward and backward of TIS-DPO's loss from hidden states. All steps run interleaved in one process; medians are reported,
+each next to the head-sized products (2 N H V FLOP) that its plan needs, measured in the same rounds. Peak memory is the growth of the
+high-water mark of a fresh process, without the gradients that every step has to hand out. A step whose loss or gradients differ
+from plain torch in float64 stops the run before anything is timed.
+
+Sizes: P pairs, N completion tokens, H hidden, V vocabulary.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import tisdpo
+from tisdpo import Objective
+
+RESULTS = Path(__file__).parent / "results"
+MIB = 1 << 20
+
+# Reported next to the figures, never enforced: time over the products of the plan, memory over plain torch's.
+TIME_GOALS = {"one_pass": 1.35, "one_pass_kl": 1.6}
+MEMORY_GOALS = {"one_pass": ("plain", 0.5), "one_pass_kl": ("plain_kl", 0.5)}
+
+
+@dataclass(frozen=True)
+class Size:
+    tokens: int = 1024
+    hidden: int = 1024
+    vocabulary: int = 32000
+    pairs: int = 8
+
+
+FULL, SMOKE = Size(), Size(tokens=96, hidden=48, vocabulary=1003, pairs=3)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is measured: a plan ("one_pass", "two_pass", or "plain" torch), with KL and online reference or without, head frozen or not."""
+
+    plan: str
+    kl: bool = False
+    frozen: bool = False
+
+    @property
+    def products(self) -> int:
+        """Head-sized products that one pass needs: logits, dHidden; dWeight of a trainable head; logits of the reference."""
+        return 2 + (not self.frozen) + self.kl
+
+
+STEPS = {
+    "one_pass": Step("one_pass"),
+    "one_pass_kl": Step("one_pass", kl=True),
+    "one_pass_frozen": Step("one_pass", frozen=True),
+    "one_pass_kl_frozen": Step("one_pass", kl=True, frozen=True),
+    "two_pass": Step("two_pass"),
+    "two_pass_kl": Step("two_pass", kl=True),
+    "plain": Step("plain"),
+    "plain_kl": Step("plain", kl=True),
+}
+
+
+class Problem:
+    """Inputs of one size: flat pairs of unequal lengths, random weights, a reference close to the policy."""
+
+    def __init__(self, size: Size, dtype: torch.dtype = torch.float32):
+        g = torch.Generator().manual_seed(0)
+
+        def normal(*shape: int, std: float = 1.0) -> Tensor:
+            return torch.empty(shape, dtype=dtype).normal_(0, std, generator=g)
+
+        N, H, V = size.tokens, size.hidden, size.vocabulary
+        self.hidden, self.weight = normal(N, H), normal(V, H, std=H**-0.5)
+        self.ref_hidden, self.ref_weight = normal(N, H).mul_(0.1).add_(self.hidden), normal(V, H, std=0.1 * H**-0.5).add_(self.weight)
+        self.target = torch.randint(V, (N,), generator=g)
+        self.token_weights = torch.rand(N, generator=g, dtype=dtype).mul_(1.5).add_(0.5)
+        self.ref_logps = torch.full((N,), -8.0, dtype=dtype)
+        cuts = torch.randperm(N - 1, generator=g)[: 2 * size.pairs - 1].add_(1).sort().values
+        self.cu_seqlens = torch.cat([torch.tensor([0]), cuts, torch.tensor([N])])
+
+    def run(self, step: Step) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Forward and backward: (loss, dHidden, dWeight or None)."""
+        self.hidden.grad = self.weight.grad = None
+        self.hidden.requires_grad_(True)
+        self.weight.requires_grad_(not step.frozen)
+        loss = self.plain_loss(step.kl) if step.plan == "plain" else self.fused_loss(step)
+        loss.backward()
+        return loss.detach(), self.hidden.grad, self.weight.grad
+
+    def fused_loss(self, step: Step) -> Tensor:
+        reference = dict(ref_hidden=self.ref_hidden, ref_weight=self.ref_weight) if step.kl else dict(ref_logps=self.ref_logps)
+        return tisdpo.linear_tis_dpo_loss(
+            self.hidden, self.weight, self.target, self.cu_seqlens, token_weights=self.token_weights,
+            objective=objective(step.kl), plan=step.plan, **reference,
+        ).loss  # fmt: skip
+
+    def plain_loss(self, kl: bool) -> Tensor:
+        """What a careful user writes: every log-softmax once, the reference under no_grad."""
+        logp = (self.hidden @ self.weight.T).log_softmax(-1)
+        logps = logp.gather(-1, self.target[:, None])[:, 0]
+        ref_logps, divergence = self.ref_logps, None
+        if kl:
+            with torch.no_grad():
+                ref_logp = (self.ref_hidden @ self.ref_weight.T).log_softmax(-1)
+            ref_logps = ref_logp.gather(-1, self.target[:, None])[:, 0]
+            divergence = (logp.exp() * (logp - ref_logp)).sum(-1)
+        return tisdpo.tis_dpo_loss(
+            logps, ref_logps, self.cu_seqlens, token_weights=self.token_weights, kl=divergence, objective=objective(kl)
+        ).loss
+
+    @torch.no_grad()
+    def products(self, step: Step, z: Tensor, out: tuple[Tensor, Tensor]) -> None:
+        """The head-sized products of the step and nothing else; z [N, V] and the gradients' memory are there already."""
+        torch.mm(self.hidden, self.weight.T, out=z)
+        if step.kl:
+            torch.mm(self.ref_hidden, self.ref_weight.T, out=z)
+        torch.mm(z, self.weight, out=out[0])
+        if not step.frozen:
+            torch.mm(z.T, self.hidden, out=out[1])
+
+
+def objective(kl: bool) -> Objective:
+    return Objective.preset("paper" if kl else "dpo")
+
+
+def relative_error(x: Tensor, truth: Tensor) -> float:
+    return ((x.double() - truth.double()).norm() / truth.double().norm()).item()
+
+
+def wrong_results(size: Size) -> list[str]:
+    """Every step against plain torch in float64, at a small size in float64 and at the measured size in its own dtype."""
+    failures = []
+    for small, dtype, tolerance in ((SMOKE, torch.float64, 1e-12), (size, torch.float32, 1e-4)):
+        ours, truth = Problem(small, dtype), Problem(small, dtype)
+        for name in ("hidden", "weight", "ref_hidden", "ref_weight", "token_weights", "ref_logps"):
+            setattr(truth, name, getattr(truth, name).double())
+        for kl in (False, True):
+            expected = truth.run(Step("plain", kl=kl))
+            for name, step in STEPS.items():
+                if step.kl != kl:
+                    continue
+                for what, x, y in zip(("loss", "dHidden", "dWeight"), ours.run(step), expected):
+                    error = 0.0 if x is None else relative_error(x, y)
+                    if not error <= tolerance:
+                        failures.append(f"{name}: {what} is off by {error:.2g} (relative, {dtype}, allowed {tolerance:.0e})")
+    return failures
+
+
+def measure_time(size: Size, rounds: int) -> dict[str, dict[str, float]]:
+    """Seconds of every step and of its products: {name: {median, low, high, products, ratio}}, interleaved over the rounds."""
+    problem = Problem(size)
+    z, dh, dw = torch.empty(size.tokens, size.vocabulary), torch.empty_like(problem.hidden), torch.empty_like(problem.weight)
+    kinds = {(step.kl, step.frozen): step for step in STEPS.values()}
+    jobs = {name: lambda step=step: problem.run(step) for name, step in STEPS.items()}
+    jobs |= {kind: lambda step=step: problem.products(step, z, (dh, dw)) for kind, step in kinds.items()}
+    seconds = {name: [] for name in jobs}
+    for round_number in range(rounds + 1):  # the first warms up
+        for name, job in jobs.items():
+            start = time.perf_counter()
+            job()
+            if round_number:
+                seconds[name].append(time.perf_counter() - start)
+    results = {}
+    for name, step in STEPS.items():
+        median, products = statistics.median(seconds[name]), statistics.median(seconds[step.kl, step.frozen])
+        results[name] = dict(median=median, low=min(seconds[name]), high=max(seconds[name]), products=products, ratio=median / products)
+    return results
+
+
+def peak_memory(step: Step, size: Size) -> dict[str, int]:
+    """Bytes by which one step raises this process's high-water mark, of which its gradients are a known part."""
+    Problem(SMOKE).run(step)  # loads code and starts threads
+    problem = Problem(size)
+    before = high_water()
+    _, *gradients = problem.run(step)
+    peak = high_water() - before
+    handed_out = sum(g.nbytes for g in gradients if g is not None)
+    return {"peak": peak, "gradients": handed_out, "extra": peak - handed_out}
+
+
+def high_water() -> int:
+    """Largest resident size of this process so far, bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def peak_memory_in_fresh_process(name: str, size: Size) -> dict[str, int]:
+    command = [sys.executable, "-m", "benchmarks.head", "--memory-of", name, *size_arguments(size)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    return json.loads(output.stdout)
+
+
+def size_arguments(size: Size) -> list[str]:
+    return [text for field, value in asdict(size).items() for text in (f"--{field}", str(value))]
+
+
+def environment() -> dict:
+    """What the figures depend on: machine, load, versions, revision, date."""
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "revision": git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else ""),
+        "machine": {
+            "cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "platform": platform.platform(),
+            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "load_before": os.getloadavg()[0],
+        },
+        "versions": {"tisdpo": tisdpo.__version__, "torch": torch.__version__, "python": platform.python_version()},
+    }  # fmt: skip
+
+
+def git(*arguments: str) -> str:
+    result = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return result.stdout.strip() if result.returncode == 0 else "unknown"
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    )
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def table(report: dict) -> str:
+    """The report for a terminal: one line a step, goals beside the figures they belong to."""
+    lines = [f"{'step':20} {'ms':>9} {'min..max':>17} {'products':>9} {'ratio':>6}  {'goal':>6} {'extra MiB':>10}  of plain"]
+    for name, step in STEPS.items():
+        t, memory = report["time"][name], report["memory"].get(name)
+        spread = f"{1e3 * t['low']:.1f}..{1e3 * t['high']:.1f}"
+        goal = f"<={TIME_GOALS[name]}" if name in TIME_GOALS else ""
+        line = f"{name:20} {1e3 * t['median']:9.1f} {spread:>17} {step.products:>2} {1e3 * t['products']:6.1f} {t['ratio']:6.2f}  {goal:>6}"
+        if memory:
+            line += f" {memory['extra'] / MIB:10.1f}"
+            other, limit = MEMORY_GOALS.get(name, (None, None))
+            if other in report["memory"] and report["memory"][other]["extra"] > MIB:  # a smaller growth is no measurement
+                line += f"  {memory['extra'] / report['memory'][other]['extra']:.2f} (goal <={limit})"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.head", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    for field, value in asdict(FULL).items():
+        parser.add_argument(f"--{field}", type=int, help=f"default {value}")
+    parser.add_argument("--rounds", type=int, help="measured rounds over all steps (default 7)")
+    parser.add_argument("--threads", type=int, help="threads of torch (default: its own choice)")
+    parser.add_argument("--smoke", action="store_true", help="tiny size, two rounds, memory of two steps, nothing written without --output")
+    parser.add_argument("--output", type=Path, help="JSON file (default benchmarks/results/head-<system>-<date>.json)")
+    parser.add_argument("--memory-of", choices=STEPS, help="measure only the peak memory of one step in this process and print it as JSON")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse(arguments)
+    default = SMOKE if args.smoke else FULL
+    size = Size(**{field: getattr(args, field) or value for field, value in asdict(default).items()})
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.memory_of:
+        print(json.dumps(peak_memory(STEPS[args.memory_of], size)))
+        return 0
+    failures = wrong_results(size)
+    if failures:
+        print("wrong results, so nothing was timed:", *failures, sep="\n  ", file=sys.stderr)
+        return 1
+    report = environment() | {"size": asdict(size), "dtype": "float32", "rounds": args.rounds or (2 if args.smoke else 7)}
+    report["time"] = measure_time(size, report["rounds"])
+    names = ("one_pass", "plain") if args.smoke else STEPS
+    report["memory"] = {name: peak_memory_in_fresh_process(name, size) for name in names}
+    report["goals"] = {"time": TIME_GOALS, "memory": {name: {"of": other, "ratio": r} for name, (other, r) in MEMORY_GOALS.items()}}
+    print(table(report))
+    output = args.output
+    if output is None and not args.smoke:
+        output = RESULTS / f"head-{platform.system().lower()}-{report['date'][:10]}.json"
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(report, indent=2) + "\n")
+        print(f"written to {output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""How many head-sized matrix products a loss step runs, counted by torch's profiler: the price list of the documentation."""
+
+import math
+
+import pytest
+import torch
+from cases import make_case
+from torch.profiler import ProfilerActivity, profile
+
+import tisdpo
+from tisdpo import Objective
+from tisdpo.ops import backend, products
+
+H, V = 24, 997  # in no other size, so that a product with the head is recognised by them
+LENGTHS = (5, 9, 1, 7, 12, 3)
+IGNORED = (0, 6, 15, 16)
+N = sum(LENGTHS) - len(IGNORED)
+OPTIONS = {"plain": {}, "transformed": {"softcap": 5.0, "logit_scale": 0.8, "temperature": 1.3}}
+
+
+# name of a product: position of its first operand among the inputs
+PRODUCTS = {"aten::mm": 0, "aten::addmm": 1, "aten::addmm_": 1, "aten::bmm": 0, "aten::baddbmm": 1}
+
+
+def head_products(step, rows: int, vocabulary=(V,)) -> float:
+    """Multiply-adds of all matrix products between H and V (or slices of it), in units of rows * H * V."""
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        step()
+    total = 0
+    for event in profiler.events():
+        if event.name in PRODUCTS and not (event.cpu_parent and event.cpu_parent.name in PRODUCTS):
+            first = PRODUCTS[event.name]
+            (*batch, n, k), (*_, m) = event.input_shapes[first : first + 2]
+            total += math.prod(batch) * n * k * m if H in (n, k, m) and {n, k, m} & set(vocabulary) else 0
+    return total / (rows * H * V)
+
+
+def step(*, kl=None, online=False, frozen=False, grad=True, bias=False, plan="auto", lengths=LENGTHS, ignored=IGNORED, **options):
+    """One forward and backward of the loss as a function without arguments."""
+    case = make_case(lengths, H=H, V=V, ignored=ignored, dtype=torch.float32)
+    hidden, weight = case.hidden.requires_grad_(), case.weight.requires_grad_(not frozen)
+    reference = dict(ref_logps=torch.zeros(len(case.target)))
+    if kl or online:
+        reference = dict(ref_hidden=case.ref_hidden, ref_weight=case.ref_weight, ref_bias=case.ref_bias if bias else None)
+
+    def run():
+        loss = tisdpo.linear_tis_dpo_loss(
+            hidden, weight, case.target, case.cu_seqlens, token_weights=case.token_weights, bias=case.bias if bias else None,
+            objective=Objective(kl=kl), plan=plan, **reference, **options,
+        ).loss  # fmt: skip
+        if grad:
+            loss.backward()
+
+    return run if grad else torch.no_grad()(run)
+
+
+# (products of the trainable head, of the frozen one, without gradients)
+PRICES = {"precomputed": (3, 2, 1), "online": (4, 3, 2), "reverse": (4, 3, 2), "forward": (4, 3, 2)}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("reference", PRICES)
+def test_one_pass_costs_what_the_documentation_says(reference, bias, options):
+    """Ignored positions are not projected: the unit counts the others only."""
+    kwargs = dict(
+        kl=reference if reference in ("reverse", "forward") else None, online=reference == "online", bias=bias, **OPTIONS[options]
+    )
+    counted = (
+        head_products(step(**kwargs), N),
+        head_products(step(frozen=True, **kwargs), N),
+        head_products(step(grad=False, **kwargs), N),
+    )
+    assert counted == PRICES[reference]
+
+
+@pytest.mark.parametrize("reference, trainable, frozen", [("precomputed", 4, 3), ("reverse", 6, 5), ("forward", 6, 5)])
+def test_two_passes_cost_what_the_documentation_says(reference, trainable, frozen):
+    kwargs = dict(kl=reference if reference in ("reverse", "forward") else None, plan="two_pass")
+    assert head_products(step(**kwargs), N) == trainable
+    assert head_products(step(frozen=True, **kwargs), N) == frozen
+
+
+def test_chunks_do_not_add_products(monkeypatch):
+    monkeypatch.setattr(backend, "chunk_rows", lambda *a: 15)  # two pairs, then one
+    assert head_products(step(kl="reverse"), N) == 4
+    assert head_products(step(kl="reverse", plan="two_pass"), N) == 6
+
+
+def test_a_pair_longer_than_the_budget_is_recomputed_and_no_other(monkeypatch):
+    """Three pairs of 14, 8 and 15 tokens, none ignored, and room for 14: only the third needs its logits a second time."""
+    monkeypatch.setattr(backend, "chunk_rows", lambda *a: 14)
+    monkeypatch.setattr(backend, "longest_held", lambda rows, device: rows)
+    rows = sum(LENGTHS)
+    for kwargs, models, price in ((dict(), 1, 3), (dict(kl="forward"), 2, 4)):
+        counted = head_products(step(ignored=(), **kwargs), rows)
+        assert counted == pytest.approx(price + models * 15 / rows, abs=1e-12)
+    assert head_products(step(ignored=(), grad=False), rows) == 1  # nothing to recompute for
+
+
+def test_nothing_to_project():
+    assert head_products(step(ignored=range(sum(LENGTHS)), kl="reverse"), 1) == 0
+
+
+@pytest.mark.parametrize("needs, price", [((True, False), 3), ((False, True), 3), ((True, True), 4)])
+def test_per_token_logps_recompute_once(needs, price):
+    case = make_case(LENGTHS, H=H, V=V, ignored=IGNORED, dtype=torch.float32)
+    hidden, weight = case.hidden.requires_grad_(needs[0]), case.weight.requires_grad_(needs[1])
+    assert head_products(lambda: tisdpo.linear_token_logps(hidden, weight, case.target).logps.sum().backward(), N) == price
+
+
+def test_scoring_costs_one_product():
+    case = make_case(LENGTHS, H=H, V=V, ignored=IGNORED, dtype=torch.float32)
+    assert head_products(lambda: tisdpo.linear_token_logps(case.hidden, case.weight, case.target), N) == 1
+
+
+def test_16_bit_heads_cost_the_same(monkeypatch):
+    """Their weight is widened slice by slice, which must not cost a second product."""
+    monkeypatch.setattr(products, "SLICE_BYTES", 250 * H * 4)
+    case = make_case(LENGTHS, H=H, V=V, dtype=torch.bfloat16)
+    hidden, weight, ref = case.hidden.requires_grad_(), case.weight.requires_grad_(), torch.zeros(sum(LENGTHS))
+
+    def run():
+        tisdpo.linear_tis_dpo_loss(hidden, weight, case.target, case.cu_seqlens, ref_logps=ref).loss.backward()
+
+    assert head_products(run, sum(LENGTHS), vocabulary=(V, 250, V - 750)) == 3

@@ -1,0 +1,209 @@
+"""`TISDPOTrainer`: its loss is the reference's, its options have effects, it resumes, it refuses what it cannot use."""
+
+import copy
+import math
+
+import pytest
+import tiny
+import torch
+
+from tisdpo import TISDPOConfig, TISDPOTrainer, reference
+from tisdpo.batches import flatten_batch, unflatten
+from tisdpo.errors import InputError
+from tisdpo.hf import model_inputs
+from tisdpo.trainer import apply_weighting
+from tisdpo.weighting import Weighting
+
+
+def trainer(tmp_path, dataset=None, model=None, **options):
+    defaults = dict(
+        output_dir=str(tmp_path), per_device_train_batch_size=4, max_steps=2, learning_rate=1e-2, logging_steps=1, save_strategy="no", disable_tqdm=True, use_cpu=True, seed=0
+    )
+    extra = {name: options.pop(name) for name in ("ref_model", "eval_dataset") if name in options}
+    args = TISDPOConfig(**{**defaults, **options})
+    return TISDPOTrainer(model or tiny.model(), args, train_dataset=dataset if dataset is not None else tiny.rows(), processing_class=tiny.tokenizer(), **extra)
+
+
+def full_logits_loss(policy, ref, batch, weights=None, **options):
+    """The loss of a batch from full logits and the oracle."""
+    flat = flatten_batch(batch)
+    logits, ref_logits = (m(**model_inputs(batch)).logits[:, :-1][flat.where].double() for m in (policy, ref))
+    return reference.tis_dpo_losses(logits, ref_logits, flat.target, flat.cu_seqlens, flat.token_weights, **options).mean()
+
+
+def batch_of(t, dataset=None, count=4):
+    return t.data_collator([t.train_dataset[i] for i in range(count)])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(method="dpo"), dict(), dict(kl="reverse"), dict(kl="forward", alpha=0.5, detach_chosen_kl=True), dict(loss_type="ipo"), dict(label_smoothing=0.1)],
+    ids=["dpo", "weights", "reverse", "tdpo2", "ipo", "smoothed"],
+)
+def test_loss_equals_the_oracle_on_full_logits(tmp_path, options):
+    dataset = tiny.rows() if options.get("method") == "dpo" else tiny.contrast(tiny.rows())
+    ref = tiny.model(seed=1)
+    t = trainer(tmp_path, dataset, ref_model=ref, **options)
+    batch = batch_of(t)
+    names = {"loss_type": "loss", "kl": "kl", "alpha": "alpha", "detach_chosen_kl": "detach_chosen_kl", "label_smoothing": "label_smoothing"}
+    expected = full_logits_loss(t.model, ref, batch, **{names[k]: v for k, v in options.items() if k in names})
+    torch.testing.assert_close(t.compute_loss(t.model, batch).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_first_loss_is_ln_2_and_training_lowers_it(tmp_path):
+    t = trainer(tmp_path, method="dpo", max_steps=6)
+    t.train()
+    losses = [h["loss"] for h in t.state.log_history if "loss" in h]
+    assert abs(losses[0] - math.log(2)) < 1e-5
+    assert losses[-1] < losses[0]
+    assert {"rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected"} <= t.state.log_history[0].keys()
+
+
+def test_a_reference_of_another_model_stops_at_the_first_step(tmp_path):
+    other = trainer(tmp_path, method="dpo", model=tiny.model(seed=5)).train_dataset
+    with pytest.raises(RuntimeError, match="must be 0.693147"):
+        trainer(tmp_path, other, method="dpo").train()
+    trainer(tmp_path, other, method="dpo", sanity_check=False).train()
+
+
+def test_weights_1_equal_dpo(tmp_path):
+    losses = []
+    for dataset, options in ((tiny.rows(), dict(method="dpo")), (tiny.contrast(tiny.rows(), value=0.0), dict())):
+        t = trainer(tmp_path, dataset, max_steps=3, **options)
+        t.train()
+        losses.append([h["loss"] for h in t.state.log_history if "loss" in h])
+    assert losses[0] == losses[1]
+
+
+def test_swapped_pairs_are_reverse_dpo(tmp_path):
+    t, swapped = (trainer(tmp_path, method="dpo", swap_pairs=s, ref_model=tiny.model(seed=1)) for s in (False, True))
+    forward, backward = (x.compute_loss(x.model, batch_of(x), return_outputs=True)[1]["rewards/margins"] for x in (t, swapped))
+    torch.testing.assert_close(forward, -backward)
+
+
+def test_sft_loss_is_the_mean_cross_entropy_of_its_side(tmp_path):
+    for side, prompt_loss in (("chosen", False), ("rejected", False), ("chosen", True)):
+        t = trainer(tmp_path, method="sft", sft_side=side, sft_prompt_loss=prompt_loss)
+        batch = batch_of(t)
+        flat = flatten_batch(batch)
+        logits = t.model(**model_inputs(batch)).logits[:, :-1][flat.where]
+        torch.testing.assert_close(t.compute_loss(t.model, batch), torch.nn.functional.cross_entropy(logits, flat.target))
+        row = t.train_dataset[0]
+        counted = len(row[f"{side}_ids"]) + (len(row["prompt_ids"]) - 1 if prompt_loss else 0)
+        assert flat.cu_seqlens[1] == counted
+
+
+@pytest.mark.parametrize("method", ["dpo", "sft"])
+def test_accumulated_micro_batches_equal_one_batch(tmp_path, method):
+    weights = []
+    for batch, steps in ((4, 1), (1, 4)):
+        t = trainer(tmp_path, method=method, per_device_train_batch_size=batch, gradient_accumulation_steps=steps, max_steps=2, optim="sgd", learning_rate=0.1, max_grad_norm=0.0)
+        t.train()
+        weights.append(torch.cat([p.detach().flatten() for p in t.model.parameters()]))
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=1e-6)
+
+
+def test_metrics_are_means_over_all_pairs_since_the_last_log(tmp_path):
+    t = trainer(tmp_path, method="dpo", eval_dataset=tiny.rows(6), per_device_eval_batch_size=4, ref_model=tiny.model(seed=1))
+    metrics = t.evaluate()
+    t.model.eval()
+    with torch.no_grad():
+        margins = t.compute_loss(t.model, t.data_collator([t.eval_dataset[i] for i in range(6)]), return_outputs=True)[1]["rewards/margins"]
+    assert abs(metrics["eval_rewards/margins"] - margins.mean().item()) < 1e-5
+    assert "eval_loss" in metrics
+
+
+def test_kl_and_weight_metrics(tmp_path):
+    t = trainer(tmp_path, tiny.contrast(tiny.rows()), kl="reverse", max_steps=2)
+    t.train()
+    logged = t.state.log_history[1]
+    assert logged["kl/chosen"] > 0 and logged["kl/rejected"] > 0
+    assert 0.5 < logged["weights/chosen"] < 5
+    assert t.state.log_history[0]["kl/chosen"] == pytest.approx(0, abs=1e-6)
+
+
+def test_resume_gives_the_same_losses(tmp_path):
+    straight = trainer(tmp_path / "a", method="dpo", max_steps=6)
+    straight.train()
+    first = trainer(tmp_path / "b", method="dpo", max_steps=6, save_strategy="steps", save_steps=3)
+    first.train()
+    resumed = trainer(tmp_path / "b", method="dpo", max_steps=6)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-3"))
+    expected, actual = ([h["loss"] for h in t.state.log_history if "loss" in h] for t in (straight, resumed))
+    assert actual == expected
+
+
+def test_weights_come_from_the_stored_contrast():
+    dataset = apply_weighting(tiny.contrast(tiny.rows()), Weighting(upper=0.5, eos_weight=0.25), tiny.tokenizer().eos_token_id)
+    row = dataset[0]
+    r = torch.tensor(row["rejected_contrast"])
+    torch.testing.assert_close(torch.tensor(row["rejected_weights"])[:-1], torch.exp(-r.clamp(-0.5, 0.5))[:-1])
+    assert row["chosen_weights"][-1] == 0.25  # EOS
+    assert len(row["chosen_weights"]) == len(row["chosen_ids"])
+
+
+def test_text_pairs_are_tokenised(tmp_path):
+    import datasets
+
+    t = trainer(tmp_path, datasets.Dataset.from_list(tiny.pairs()), method="dpo")
+    assert t.train_dataset["chosen_ids"] == tiny.rows()["chosen_ids"]
+
+
+def test_bfloat16_autocast_trains(tmp_path):
+    t = trainer(tmp_path, method="dpo", bf16=True, max_steps=2)
+    t.train()
+    assert all(math.isfinite(h["loss"]) for h in t.state.log_history if "loss" in h)
+
+
+def test_dropout_is_off_unless_wanted(tmp_path):
+    def dropped(**options):
+        model = tiny.model()
+        model.extra = torch.nn.Dropout(0.5)
+        trainer(tmp_path, method="dpo", model=model, **options)
+        return model.extra.p
+
+    assert dropped() == 0.0 and dropped(disable_dropout=False) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "dataset", "message"),
+    [
+        (dict(), lambda: tiny.rows(), "needs rows with chosen_contrast"),
+        (dict(method="dpo"), lambda: tiny.contrast(tiny.rows()), "does not use"),
+        (dict(method="ppo"), None, "method must be one of"),
+        (dict(method="dpo", weighting={"upper": 2}), None, "no effect"),
+        (dict(sft_side="both", method="sft"), None, "'chosen' or 'rejected'"),
+        (dict(kl="reverse", precompute_ref=True), None, "needs the reference's distribution"),
+        (dict(remove_unused_columns=True), None, "drop the token weights"),
+        (dict(beta=-1.0), None, "beta must be positive"),
+    ],
+)
+def test_what_cannot_work_is_refused(tmp_path, options, dataset, message):
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, dataset() if dataset else None, **options)
+
+
+def test_processing_class_is_required(tmp_path):
+    with pytest.raises(InputError, match="processing_class is missing"):
+        TISDPOTrainer(tiny.model(), TISDPOConfig(output_dir=str(tmp_path)), train_dataset=tiny.rows())
+
+
+def test_a_copied_model_runs_its_own_forward():
+    model = tiny.model()
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.zero_()
+    ids = torch.tensor([[5, 6, 7]])
+    assert twin(ids).logits.abs().sum() == 0 and model(ids).logits.abs().sum() > 0
+
+
+def test_flat_batches_and_back():
+    mask = torch.tensor([[0, 1, 1, 0], [0, 0, 1, 1]], dtype=torch.bool)
+    batch = {"input_ids": torch.arange(8).reshape(2, 4), "completion_mask": mask, "token_weights": torch.arange(8.0).reshape(2, 4)}
+    flat = flatten_batch(batch)
+    assert flat.target.tolist() == [1, 2, 6, 7] and flat.cu_seqlens.tolist() == [0, 2, 4] and flat.ref_logps is None
+    assert flat.token_weights.tolist() == [1, 2, 6, 7]
+    hidden = torch.arange(8.0).reshape(2, 4, 1)
+    assert flat.take(hidden)[:, 0].tolist() == [0, 1, 5, 6]  # the position before predicts the token
+    assert unflatten(flat.token_weights, mask).tolist() == [[0, 1, 2, 0], [0, 0, 6, 7]]
