@@ -1,6 +1,6 @@
 """Tokenizers built on the spot: word-level and byte-level BPE, with and without BOS, with a small chat template."""
 
-from functools import lru_cache
+from functools import cache
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -14,7 +14,8 @@ LINES = [
 ]
 
 # marks every turn, ends it with EOS and a line break (as ChatML does)
-CHAT_TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}</s>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+_TURNS = "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}</s>\n{% endfor %}"
+CHAT_TEMPLATE = _TURNS + "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 # refuses the system role, writes BOS itself and no EOS (as Gemma's does)
 NO_SYSTEM_TEMPLATE = (
     "<s>{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
@@ -22,7 +23,7 @@ NO_SYSTEM_TEMPLATE = (
 )
 
 
-@lru_cache(maxsize=None)
+@cache
 def _bpe_core() -> str:
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -69,15 +69,15 @@ def _from_path(path: Path, split: str, streaming: bool) -> Dataset | IterableDat
         raise InputError(f"{path} is of an unknown type; preference pairs are read from .json, .jsonl, .jsonl.gz and .parquet files")
     if _is_empty(path):
         raise InputError(f"{path} is empty; give a file with at least one preference pair")
-    if streaming and kind == "json":
+    if kind == "json" and streaming:
         return IterableDataset.from_generator(_json_rows, gen_kwargs={"path": str(path)})
+    if kind == "json":
+        for _ in _json_rows(str(path)):  # the loader repairs or hides some faults, and names the line of none
+            pass
     base = re.match(r"\w*", split).group() or "train"
     try:
         return datasets.load_dataset(kind, data_files={base: str(path)}, split=split, streaming=streaming)
-    except Exception as error:  # the loaders raise whatever their parsers raise; the file itself says what is wrong
-        if kind == "json":
-            for _ in _json_rows(str(path)):
-                pass
+    except Exception as error:  # the loaders raise whatever their parsers raise
         raise InputError(f"{path} could not be read as {kind} ({_reason(error)}); write it again or correct it") from error
 
 

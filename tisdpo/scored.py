@@ -212,7 +212,8 @@ def import_official_weights(path: str | Path, tokenizer, *, max_length: int | No
     Such a file holds log pi- minus log pi+, rounded to two digits, for both responses; it is turned round here, so that a positive
     contrast means that pi+ prefers the token. It has no value for EOS: its contrast is 0, weight 1 under the paper's rule. The authors
     tokenised the response alone, here it is tokenised after its prompt: where the ids are not the same, or their number is not that of
-    the values, the pair is dropped and counted.
+    the values, the pair is dropped and counted. The file names neither its tokenizer nor its models: another tokenizer with the same
+    number of tokens goes unnoticed, and so do pi+ and pi- given in the wrong order.
 
     >>> rows, counts = import_official_weights("generated-data/train.jsonl", tokenizer)
     >>> counts.describe()

@@ -32,6 +32,10 @@ METRIC_INFO = {
     "kl": {"label": "KL to base", "unit": "nats", "better": None, "help": "Mean over sampled responses of the summed per-token KL(policy || base)."},
     "accuracy": {"label": "held-out accuracy", "unit": "", "better": "higher", "help": "Share of held-out pairs whose chosen response has the larger implicit reward."},
     "margin": {"label": "held-out margin", "unit": "", "better": None, "help": "Mean difference of the implicit rewards, beta times the unweighted log-ratios."},
+    "accuracy_by_length": {
+        "label": "accuracy by length", "unit": "", "better": None,
+        "help": "Baseline: held-out accuracy of guessing by length alone (the longer or the shorter wins, whichever fits better).",
+    },
     "length": {"label": "response length", "unit": "tokens", "better": None, "help": "Mean length of sampled responses; those cut off at the limit count in full."},
     "finished": {"label": "finished", "unit": "", "better": None, "help": "Share of sampled responses that ended by themselves."},
 }
@@ -56,7 +60,7 @@ def collect(config, seeds) -> dict:
         "seeds": [s.seed for s in seeds],
         "data": {"train": len(first.source.train), "heldout": len(first.source.heldout), "dropped": first.source.dropped, "kind": first.source.kind},
         "methods": [{"id": m, "label": LABELS[m][0], "note": LABELS[m][1]} for m in methods],
-        "results": [{"method": m, "seed": s, "metrics": {n: r["metrics"][n] for n in r["metrics"]}} for (m, s), r in results.items()],
+        "results": [{"method": m, "seed": s, "metrics": {n: r["metrics"][n] for n in names if n in r["metrics"]}} for (m, s), r in results.items()],
         "metric_info": {n: METRIC_INFO[n] for n in names},
         "frontier_y": "reward" if has_reward else "accuracy",
         "frontier": [{"method": m, "seed": s, "points": r["points"]} for (m, s), r in results.items() if r["points"]],
@@ -188,8 +192,7 @@ def notes(metrics: dict) -> list[str]:
     if agreement:
         parts = ", ".join(f"({c}) {estimate(a).mean:.2f}" for c, a in agreement.items())
         found.append(f"How well the contrast finds the tokens that truly carry reward (AUC, 0.5 is chance): {parts}.")
-    findings = [(w["construction"], f) for w in metrics["weights"] if w["seed"] == metrics["seeds"][0] for f in w["findings"]]
-    return found + [f"({construction}) {sentence}" for construction, sentence in findings]
+    return found
 
 
 def compare(name: str, other: str, label: str, a: dict, b: dict) -> str:

@@ -31,9 +31,9 @@ PLACES = {
     "kitchen": (("cook", "waiter"), ("oven", "kettle", "table")),
     "school": (("teacher", "pupil"), ("classroom", "yard", "window")),
 }
-GOOD = ("gentle", "warm", "bright", "pleasant")
-NEUTRAL = ("quiet", "tall", "small", "old")
-BAD = ("rough", "cold", "harsh", "dull")
+GOOD = ("gentle", "warm", "bright", "pleasant", "graceful", "lively", "charming", "lovely")
+NEUTRAL = ("quiet", "tall", "small", "old", "plain", "broad", "pale", "slender")
+BAD = ("rough", "cold", "harsh", "dull", "grim", "shabby", "nasty", "dreary")
 
 QUESTIONS = (
     "tell me about the {place}.",

@@ -151,15 +151,23 @@ class _Walk:
 def _setup(ctx, inputs, output):
     ctx.needs = inputs[21]
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # no zeros in the shape of the gradients that came out
     ctx.save_for_backward(*output[2:])
 
 
 def _backward(ctx, g_loss, *_):
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError("linear_tis_dpo_loss has no second derivative: use plan='two_pass' or drop create_graph=True")
-    # out of place: a second backward (retain_graph=True) sees the same gradients
-    grads = [saved * g_loss.to(saved.dtype) if need else None for saved, need in zip(ctx.saved_tensors, ctx.needs)]
+    # In place where this is the last backward, so that dWeight exists once; a later one (retain_graph=True) needs the values as they are.
+    scale = Tensor.mul if torch.compiler.is_compiling() or _graph_is_kept() else Tensor.mul_
+    grads = [scale(saved, g_loss.to(saved.dtype)) if need else None for saved, need in zip(ctx.saved_tensors, ctx.needs)]
     return *grads, *[None] * 20
+
+
+def _graph_is_kept() -> bool:
+    """Whether the running backward leaves the graph usable. Torch tells it its own compiled graphs only; without an answer: yes."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return ask is None or ask()
 
 
 linear_pairwise.register_autograd(_backward, setup_context=_setup)

@@ -1,0 +1,7 @@
+"""`python -m tisdpo` is the same as `tisdpo`."""
+
+import sys
+
+from tisdpo.cli import main
+
+sys.exit(main())

@@ -1,0 +1,346 @@
+"""The command line: `tisdpo run`, `weights`, `train`, `eval`, `show` and `doctor`.
+
+A mistake of the user ends in one sentence on stderr and exit code 2 (with --debug in a traceback), Ctrl-C in one line and 130. Results go
+to stdout, progress to stderr. What a command needs is imported when it runs, so that --help is quick.
+"""
+
+import argparse
+import importlib.util
+import logging
+import os
+import sys
+import textwrap
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from tisdpo.errors import InputError
+
+DESCRIPTION = """\
+Preference training with a weight for every token (TIS-DPO, arXiv 2410.04350), start to end.
+
+    tisdpo run examples/demo.yaml       pairs -> contrastive models -> token weights -> policies -> report.html
+
+weights, train and eval do the same up to that stage, in the same directory, and whatever is there already is not done again.
+"""
+
+EXAMPLES = {
+    "run": """
+        tisdpo run examples/demo.yaml
+        tisdpo run examples/demo.yaml seeds=5 output_dir=runs/demo-5
+        tisdpo run examples/hh.yaml data.source=pairs.jsonl.gz model.path=my-model "methods=[dpo, S]"
+        tisdpo run runs/demo                      go on with, or extend, the run in this directory
+    """,
+    "weights": """
+        tisdpo weights examples/demo.yaml
+        tisdpo weights examples/demo.yaml "contrast.constructions=[S]"
+        tisdpo show runs/demo/seed-0/scored/S     look at them
+    """,
+    "train": """
+        tisdpo train examples/demo.yaml
+        tisdpo train examples/demo.yaml "methods=[dpo, S]"
+        tisdpo train examples/demo.yaml --scored runs/demo/seed-0/scored/S weighting.upper=2 output_dir=runs/upper-2
+    """,
+    "eval": """
+        tisdpo eval examples/demo.yaml
+        tisdpo eval runs/demo                     after a run was interrupted in its evaluation
+    """,
+    "show": """
+        tisdpo show runs/demo/seed-0/scored/S
+        tisdpo show runs/demo/seed-0/scored/S --index 7 --html pair-7.html
+        tisdpo show runs/demo/seed-0/scored/S transform=rank       other weights from the same scores
+        tisdpo show my-scores --tokenizer my-model
+    """,
+    "doctor": """
+        tisdpo doctor
+        TISDPO_BACKEND=torch tisdpo doctor
+    """,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command (default: that of sys.argv) and return its exit code."""
+    arguments = _parse(argv)
+    try:
+        arguments.command(arguments)
+        return 0
+    except KeyboardInterrupt:
+        print(f"\n{arguments.interrupted}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has seen enough, as in `tisdpo show ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more to flush when Python ends
+        return 1
+    except (InputError, OSError) as error:
+        if arguments.debug:
+            traceback.print_exc()
+        else:
+            print(f"tisdpo: {_sentence(error)}", file=sys.stderr)
+        return 2
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror.lower()}"
+    return str(error) or type(error).__name__
+
+
+# Arguments
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse takes positional arguments in one go: settings that stand behind an option are left over
+    late = [word for word in rest if "=" in word and not word.startswith("-")]
+    unknown = [word for word in rest if word not in late]
+    if unknown or (late and not hasattr(arguments, "settings")):
+        parser.error(f"unknown arguments: {' '.join(unknown or late)}; see tisdpo {arguments.name} --help")
+    if late:
+        arguments.settings = [*arguments.settings, *late]
+    return arguments
+
+
+def _parser() -> argparse.ArgumentParser:
+    import tisdpo
+
+    parser = argparse.ArgumentParser(
+        prog="tisdpo", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"tisdpo {tisdpo.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    pipeline = {
+        "run": (_run, "the whole method: weights, training, evaluation, report.html"),
+        "weights": (_weights, "train the contrastive models and score every token"),
+        "train": (_train, "train (and measure) the policies, after weights"),
+        "eval": (_eval, "evaluate the policies and write metrics.json, after train"),
+    }
+    for name, (command, summary) in pipeline.items():
+        sub = _command(commands, name, command, summary, settings="config")
+        sub.add_argument("config", help="YAML file, or the directory of a run")
+        sub.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the file's, see below; values are YAML")
+        if name == "train":
+            sub.add_argument("--scored", metavar="DIR", help="train one policy on the scores in DIR instead of those of this run")
+
+    show = _command(commands, "show", _show, "a pair with its token weights as a heat map", settings="weighting")
+    show.add_argument("scored", help="directory of a scored set, such as runs/demo/seed-0/scored/S")
+    show.add_argument("settings", nargs="*", metavar="key=value", help="fields of the weighting, or preset=NAME, see below")
+    show.add_argument("--index", type=int, default=0, metavar="N", help="row of the set, from 0 (default: 0)")
+    show.add_argument("--html", metavar="FILE", help="write a page instead of printing to the terminal")
+    show.add_argument("--tokenizer", metavar="PATH", help="tokenizer the set was scored with (default: found in the run of the set)")
+    show.add_argument("--no-color", action="store_true", help="weights as numbers in the text")
+
+    _command(commands, "doctor", _doctor, "versions, devices, and which backend would run and why")
+    return parser
+
+
+def _command(commands, name: str, command, summary: str, settings: str | None = None) -> argparse.ArgumentParser:
+    examples = "examples:\n" + textwrap.indent(textwrap.dedent(EXAMPLES[name]).strip(), "  ")
+    sub = commands.add_parser(
+        name, help=summary, description=summary[0].upper() + summary[1:] + ".", epilog=examples, allow_abbrev=False, add_help=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    sub.add_argument("-h", "--help", action=_Help, settings=settings, help="show this text")
+    sub.add_argument("--debug", action="store_true", help="show tracebacks and all messages")
+    again = "the same command goes on from here" if settings == "config" else "nothing was changed"
+    sub.set_defaults(command=command, name=name, interrupted=f"interrupted; {again}")
+    return sub
+
+
+class _Help(argparse.Action):
+    """--help that adds the list of all settings to a command's own text, and makes it only when asked."""
+
+    def __init__(self, option_strings, dest, settings=None, **kwargs):
+        super().__init__(option_strings, dest, nargs=0, **kwargs)
+        self.settings = settings
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if self.settings is not None:
+            parser.epilog += f"\n\n{_settings_help(self.settings)}"
+        parser.print_help()
+        parser.exit()
+
+
+def _settings_help(kind: str) -> str:
+    from tisdpo.config import describe
+    from tisdpo.settings import settings_text
+    from tisdpo.synthetic import WorldConfig
+    from tisdpo.weighting import Weighting
+
+    if kind == "weighting":
+        return "settings\n" + settings_text(Weighting)
+    return f"settings, in the file or as key=value\n\n{describe()}\n\n" + settings_text(WorldConfig, "data.world")
+
+
+# Commands
+
+
+def _run(arguments) -> None:
+    for package in ("matplotlib", "jinja2"):  # said now, not when the report is due
+        if importlib.util.find_spec(package) is None:
+            raise InputError(f'the report needs {package}; run: pip install "tisdpo[report]", or use `tisdpo eval`, which stops before it')
+    _pipeline(arguments, "report")
+
+
+def _weights(arguments) -> None:
+    _pipeline(arguments, "weights")
+
+
+def _train(arguments) -> None:
+    _pipeline(arguments, "train", arguments.scored)
+
+
+def _eval(arguments) -> None:
+    _pipeline(arguments, "eval")
+
+
+def _pipeline(arguments, until: str, scored: str | None = None) -> None:
+    """Read the configuration, go up to a stage, and print where the results are."""
+    from tisdpo.config import load_config
+
+    config = load_config(arguments.config, arguments.settings)
+    if until == "weights" and not config.contrast.constructions:
+        raise InputError("contrast.constructions is empty, so there are no weights to estimate; name at least one of P, S, D, R")
+    _quiet(arguments.debug)
+    _check_backend()
+    from tisdpo import pipeline
+
+    print(pipeline.run(config, until=until) if scored is None else pipeline.train_on(config, scored))
+
+
+def _check_backend() -> None:
+    """A backend that TISDPO_BACKEND forces and that cannot run is refused before anything is trained."""
+    from tisdpo.doctor import default_device
+    from tisdpo.ops import backend
+
+    try:
+        backend.resolve("auto", default_device())
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"{error}; unset TISDPO_BACKEND or see `tisdpo doctor`") from error
+
+
+def _show(arguments) -> None:
+    _quiet(arguments.debug)
+    from tisdpo.heatmap import heatmap_terminal
+    from tisdpo.scored import load_provenance, load_scored
+
+    weighting = _weighting(arguments.settings)
+    provenance = load_provenance(arguments.scored)
+    tokenizer = _tokenizer(Path(arguments.scored), arguments.tokenizer, provenance["tokenizer"])
+    rows = load_scored(arguments.scored)
+    if not 0 <= arguments.index < len(rows):
+        raise InputError(f"--index {arguments.index}: {arguments.scored} has rows 0 to {len(rows) - 1}")
+    row = rows[arguments.index]
+    prompt = tokenizer.decode(row["prompt_ids"], skip_special_tokens=True)
+    sides = {side: _side(row, side, tokenizer, weighting) for side in ("chosen", "rejected")}
+    if arguments.html is None:
+        print(heatmap_terminal(prompt, **sides, color=not arguments.no_color))
+        return
+    from tisdpo.report import heatmap_html
+
+    name = str(provenance["how"].get("construction", Path(arguments.scored).name))
+    entry = {"construction": name, "seed": None, "prompt": prompt, **sides}
+    Path(arguments.html).write_text(heatmap_html([entry], title=f"Token weights ({name}), row {arguments.index}"), encoding="utf-8")
+    print(arguments.html)
+
+
+def _weighting(settings: list[str]):
+    """The weighting that `preset=` and single fields describe."""
+    from dataclasses import asdict
+
+    from tisdpo.settings import build, with_overrides
+    from tisdpo.weighting import Weighting
+
+    values, given = with_overrides({}, settings)
+    try:
+        start = asdict(Weighting.preset(values.pop("preset", "paper")))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"command line: {error}") from error
+    return build(Weighting, {**start, **values}, overridden=given)
+
+
+def _side(row: dict, side: str, tokenizer, weighting) -> dict:
+    """One response of a row in the form of `tisdpo.heatmap`."""
+    import torch
+
+    from tisdpo.weighting import contrast_weights
+
+    ids = torch.tensor(row[f"{side}_ids"])
+    contrast = torch.tensor(row[f"{side}_contrast"])
+    is_chosen = torch.full(ids.shape, side == "chosen")
+    weights = contrast_weights(contrast, is_chosen, weighting, cu_seqlens=torch.tensor([0, len(ids)]), is_eos=ids == tokenizer.eos_token_id)
+    return {
+        "tokens": [tokenizer.decode([i]) for i in ids.tolist()],
+        "weights": weights.tolist(),
+        "contrast": contrast.tolist(),
+        "truth": row.get(f"{side}_truth"),
+    }
+
+
+def _tokenizer(scored: Path, given: str | None, fingerprint: str):
+    """The tokenizer of a scored set: the one given, or the first that fits of those in the run around the set."""
+    from tisdpo.fingerprints import tokenizer_fingerprint
+    from tisdpo.hf import load_tokenizer
+
+    if given is not None:
+        tokenizer = load_tokenizer(given)
+        if tokenizer_fingerprint(tokenizer) != fingerprint:
+            raise InputError(f"--tokenizer {given}: {scored} was scored with another tokenizer; give the one of the models that scored it")
+        return tokenizer
+    for path in _tokenizers_around(scored):
+        tokenizer = load_tokenizer(path)
+        if tokenizer_fingerprint(tokenizer) == fingerprint:
+            return tokenizer
+    raise InputError(f"the tokenizer that {scored} was scored with is not in the run around it; name it with --tokenizer")
+
+
+def _tokenizers_around(scored: Path):
+    """Paths to try: models of the seed <run>/seed-<n>/scored/<construction> belongs to, then the base model in <run>/config.yaml."""
+    seed = scored.resolve().parents[1]
+    found = (
+        path.parent
+        for pattern in ("base", "contrastive/*", "policy/*")
+        for path in sorted(seed.glob(f"{pattern}/model/tokenizer_config.json"))
+    )
+    yield from map(str, found)
+    if (seed.parent / "config.yaml").exists():
+        from tisdpo.config import load_config
+
+        model = load_config(seed.parent).model
+        yield from (path for path in (model.tokenizer, model.path) if path is not None)
+
+
+def _doctor(arguments) -> None:
+    from tisdpo.doctor import report
+
+    print(report())
+
+
+# Messages
+
+
+class _BesideProgress(logging.Handler):
+    """Messages above the progress bars instead of through them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def _quiet(debug: bool) -> None:
+    """Our own messages and progress stay, those of the libraries below are errors only; with --debug all come."""
+    log = logging.getLogger("tisdpo")
+    log.setLevel(logging.DEBUG if debug else logging.INFO)
+    if not log.handlers:
+        log.addHandler(_BesideProgress())
+    if debug:
+        return
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else a warning at every fork
+    import datasets
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
