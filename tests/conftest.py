@@ -9,6 +9,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 
+torch.set_num_threads(1)  # the tensors are tiny, and the suite may run in several processes
+
 
 @pytest.fixture(autouse=True)
 def seed():

@@ -238,7 +238,7 @@ RANGES = {
     "model.pretrain=null": "model.pretrain is missing: without model.path the base model is trained from scratch",
     "model.path=gpt2": "data.source=synthetic brings its own tokenizer and corpus",
     "preset=papre": "preset must be one of paper, official-code, dpo, tdpo1, tdpo2, got 'papre'",
-    "preset=[paper]": "unhashable type: 'list'",
+    "preset=[paper]": "preset must be text or null, got ['paper']",
     "weighting.transform=expo": "weighting.transform must be one of exp, rank,",
     "weighting.lower=2": "weighting.lower must be below upper, got lower=2.0, upper=1.5",
     "objective.beta=-1": "objective.beta must be positive, got -1.0",

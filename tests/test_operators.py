@@ -180,6 +180,25 @@ def test_rerun_is_bitwise_equal(name):
     assert all(torch.equal(a, b) for a, b in zip(run(FUNCTIONS[name]), run(FUNCTIONS[name])))
 
 
+def test_gradients_are_the_same_whether_the_graph_is_kept_or_not():
+    """The last backward scales the stored gradients in place, one that keeps the graph must not."""
+
+    def step(keep):
+        inputs = [x.clone().requires_grad_() for x in (CASE.hidden, CASE.weight, CASE.bias)]
+        for scale in (1.7, -0.3):  # the second step accumulates into gradients that the first one handed out
+            loss = FUNCTIONS["linear_tis_dpo_loss"](*inputs)
+            for _ in range(keep):
+                torch.autograd.grad(loss, inputs, torch.tensor(5.0), retain_graph=True)
+            (scale * loss).backward()
+        return [x.grad for x in inputs]
+
+    results = [step(keep) for keep in (0, 1, 2)]
+    unit = run(FUNCTIONS["linear_tis_dpo_loss"])[1:]
+    for grads in results:
+        torch.testing.assert_close(grads, [1.4 * g for g in unit])
+        assert all(torch.equal(a, b) for a, b in zip(grads, results[0]))
+
+
 def test_operators_work_under_a_dispatch_mode():
     """FlopCounterMode and selective checkpointing push one; nothing inside an operator may depend on its absence."""
     from torch.utils.flop_counter import FlopCounterMode

@@ -207,3 +207,9 @@ def test_flat_batches_and_back():
     hidden = torch.arange(8.0).reshape(2, 4, 1)
     assert flat.take(hidden)[:, 0].tolist() == [0, 1, 5, 6]  # the position before predicts the token
     assert unflatten(flat.token_weights, mask).tolist() == [[0, 1, 2, 0], [0, 0, 6, 7]]
+
+
+def test_ids_outside_the_vocabulary_are_refused(tmp_path):
+    dataset = tiny.rows(4).map(lambda row: {"chosen_ids": [*row["chosen_ids"][:-1], 10**6, row["chosen_ids"][-1]]})
+    with pytest.raises(InputError, match="pair 0: chosen_ids holds 1000000, outside of the vocabulary"):
+        trainer(tmp_path, dataset, method="dpo")

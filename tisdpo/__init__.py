@@ -3,13 +3,15 @@
 TIS-DPO (arXiv 2410.04350) and its relatives, exact and without the [tokens, vocabulary] logits. The parts, and who may import whom
 (an import goes from right to left, never against the arrows; tests/test_arrows.py holds them):
 
-    errors -> losses, weighting -> ops -> checks -> functional
-    -> batches, config, data, heatmap, hf, intervals, plots, prompts, synthetic
-    -> report, scored, scoring, sources
-    -> contrastive, evaluate, trainer
-    -> stages, summary -> pipeline -> cli
+    errors -> fingerprints, intervals, losses, prompts, weighting
+    -> ops -> checks -> functional
+    -> batches, doctor, heatmap, hf, plots, readers, settings, synthetic
+    -> config, rendering, report, scoring -> data
+    -> contrastive, evaluate, scored, sources, trainer
+    -> stages, summary -> pipeline -> cli -> __main__
 
-Names between two arrows are one level and do not import each other. `reference` is the mathematics in plain PyTorch, the oracle of the tests: it imports nothing of the package, nothing imports it.
+Names between two arrows are one level and do not import each other. `reference` is the mathematics in plain PyTorch, the oracle of the
+tests: it imports nothing of the package, nothing imports it.
 Importing `tisdpo` loads torch alone; the trainer (and transformers) come with the first use of `TISDPOTrainer` or `TISDPOConfig`.
 """
 

@@ -261,18 +261,13 @@ def _weighting(settings: list[str]):
 
 def _side(row: dict, side: str, tokenizer, weighting) -> dict:
     """One response of a row in the form of `tisdpo.heatmap`."""
-    import torch
+    from tisdpo.summary import pieces, side_weights
 
-    from tisdpo.weighting import contrast_weights
-
-    ids = torch.tensor(row[f"{side}_ids"])
-    contrast = torch.tensor(row[f"{side}_contrast"])
-    is_chosen = torch.full(ids.shape, side == "chosen")
-    weights = contrast_weights(contrast, is_chosen, weighting, cu_seqlens=torch.tensor([0, len(ids)]), is_eos=ids == tokenizer.eos_token_id)
+    one = {name: [row[name]] for name in (f"{side}_contrast", f"{side}_ids")}
     return {
-        "tokens": [tokenizer.decode([i]) for i in ids.tolist()],
-        "weights": weights.tolist(),
-        "contrast": contrast.tolist(),
+        "tokens": pieces(tokenizer, row[f"{side}_ids"]),
+        "weights": side_weights(one, side, weighting, tokenizer.eos_token_id)[0].tolist(),
+        "contrast": row[f"{side}_contrast"],
         "truth": row.get(f"{side}_truth"),
     }
 

@@ -210,6 +210,7 @@ class RunConfig:
     description: str = option("shown in the report", default="")
     output_dir: str = option("directory of the run; empty: runs/<name>", default="")
     seeds: int | list[int] = option("a number n of seeds (0 .. n-1), or a list of them", default=1)
+    threads: int | None = option("CPU threads of torch; null: its own choice. Tiny models are fastest with 1", default=None)
     data: DataConfig = option("the preference pairs")
     model: ModelConfig = option("the base model")
     contrast: ContrastConfig = option("the contrastive models")
@@ -232,6 +233,8 @@ class RunConfig:
             raise InputError(f"name must be a plain name without a path, got {self.name!r}; directories go into output_dir")
         if not self.output_dir:
             object.__setattr__(self, "output_dir", f"runs/{self.name}")
+        if self.threads is not None and self.threads < 1:
+            raise InputError(f"threads must be at least 1 or null, got {self.threads}")
         if not self.seed_list or min(self.seed_list) < 0:
             raise InputError(f"seeds must be a number of at least 1 or a list of seeds of at least 0, got {self.seeds}")
         if isinstance(self.seeds, list):
@@ -312,11 +315,11 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         path, place = path / "config.yaml", {"output_dir": str(path)}
     values, overridden = with_overrides({**read_yaml(path), **place}, overrides)
     preset = values.get("preset")
-    if preset is not None:
+    if isinstance(preset, str):
         for name, kind in (("weighting", Weighting), ("objective", Objective)):
             try:
                 start = asdict(kind.preset(preset))
-            except (ValueError, TypeError) as error:
+            except ValueError as error:
                 raise InputError(f"{COMMAND_LINE if 'preset' in overridden else path}: {error}") from error
             given = values.get(name) or {}
             values[name] = {**start, **given} if isinstance(given, dict) else given

@@ -16,6 +16,7 @@ from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from tqdm.auto import tqdm
 
 from tisdpo import contrastive, evaluate
@@ -39,8 +40,7 @@ CONTRASTIVE_MODELS = {"P": ("base", "base"), "S": ("sft-chosen", "sft-rejected")
 
 def run(config: RunConfig, until: str = "report") -> Path:
     """Run (or go on with) everything up to a stage: "weights", "train", "eval" or "report". Returns the run's directory or the report."""
-    directory = Path(config.output_dir)
-    _claim(directory, config)
+    directory = _prepare(config)
     seeds = [SeedRun(config, seed, directory / f"seed-{seed}") for seed in config.seed_list]
     for seed_run in seeds:
         for construction in config.contrast.constructions:
@@ -61,26 +61,41 @@ def run(config: RunConfig, until: str = "report") -> Path:
     return directory / "report.html"
 
 
-def _claim(directory: Path, config: RunConfig) -> None:
-    """Make the directory, or check that what lies there belongs to the same configuration."""
+def train_on(config: RunConfig, scored: str | Path) -> Path:
+    """Train and evaluate one policy on a scored set made elsewhere, which must hold the training rows of this run; returns its directory."""
+    directory = _prepare(config)
+    seed_run = SeedRun(config, config.seed_list[0], directory / f"seed-{config.seed_list[0]}", scored=Path(scored))
+    metrics = seed_run.policy("scored")["metrics"]
+    print(", ".join(f"{name} {value:.3f}" for name, value in metrics.items() if isinstance(value, float)))
+    return seed_run.directory / "policy" / "scored"
+
+
+def _prepare(config: RunConfig) -> Path:
+    """Make the run's directory, or check that what lies there belongs to the same configuration; set the number of threads."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    directory = Path(config.output_dir)
     path = directory / "config.yaml"
     if path.exists():
         earlier, now = to_dict(load_config(path, [])), to_dict(config)
-        # seeds, methods and the report may grow; what was trained may not change
-        changed = [key for key in now if key not in ("seeds", "methods", "description", "name") and earlier.get(key) != now[key]]
+        # a run may grow (seeds, methods, constructions); what was trained may not change
+        for settings in (earlier, now):
+            settings["contrast"].pop("constructions")
+        changed = [key for key in now if key not in ("seeds", "methods", "description", "name", "output_dir", "threads") and earlier.get(key) != now[key]]
         if changed:
             raise InputError(
                 f"{directory} holds a run with other settings ({', '.join(changed)} differ); give another output_dir, or remove that directory to start again"
             )
     directory.mkdir(parents=True, exist_ok=True)
     dump(config, path)
+    return directory
 
 
 class SeedRun:
     """All stages of one seed; each method returns what its stage made, and makes it if it is not there."""
 
-    def __init__(self, config: RunConfig, seed: int, directory: Path):
-        self.config, self.seed, self.directory = config, seed, directory
+    def __init__(self, config: RunConfig, seed: int, directory: Path, scored: Path | None = None):
+        self.config, self.seed, self.directory, self.external = config, seed, directory, scored
         directory.mkdir(parents=True, exist_ok=True)
 
     @contextmanager
@@ -125,7 +140,7 @@ class SeedRun:
             )
             options = {"method": "sft", "sft_prompt_loss": True, "max_length": self.config.data.max_length}
             with self.timed("base model"):
-                train_stage(fresh, self.tokenizer, self.source.documents, model.pretrain, path, label=self.label("base model"), seed=self.seed, options=options)
+                train_stage(fresh, self.tokenizer, self.source.documents(), model.pretrain, path, label=self.label("base model"), seed=self.seed, options=options)
         return load_model(str(path / "model"))
 
     @cached_property
@@ -169,6 +184,8 @@ class SeedRun:
 
     def scored(self, construction: str):
         """Training rows with the raw contrast of a construction."""
+        if construction == "scored":
+            return load_scored(self.external, dataset=self.source.train, expect={"tokenizer": tokenizer_fingerprint(self.tokenizer)})
         path = self.directory / "scored" / construction
         how = {"construction": construction}
         if construction == "P":
@@ -265,12 +282,17 @@ class SeedRun:
         """The reference's log-probs of the held-out pairs, computed once for all checkpoints and methods."""
         return self._with_reference(self.source.heldout)
 
-    def generations(self, model):
+    def generations(self, model, temperature: float | None = None):
         settings = self.config.evaluation
         return evaluate.generate(
-            model, self.tokenizer, self.source.prompts[: settings.prompts], max_new_tokens=settings.max_new_tokens, temperature=settings.temperature,
-            seed=self.seed, batch_size=settings.batch_size,
+            model, self.tokenizer, self.source.prompts[: settings.prompts], max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature if temperature is None else temperature, seed=self.seed, batch_size=settings.batch_size,
         )  # fmt: skip
+
+    def kl(self, model, generations) -> dict:
+        """KL to the reference; its estimate needs samples of the policy itself, at temperature 1."""
+        samples = generations if self.config.evaluation.temperature == 1.0 else self.generations(model, temperature=1.0)
+        return evaluate.kl_to_reference(model, self.reference, samples, pad_token_id=self.tokenizer.pad_token_id)
 
     def preference(self, model) -> dict:
         return evaluate.preference_metrics(
@@ -281,7 +303,7 @@ class SeedRun:
         """A point of the frontier: KL to the reference, and the true reward (where nobody knows it, the held-out accuracy)."""
         model.eval()
         generations = self.generations(model)
-        kl = evaluate.kl_to_reference(model, self.reference, generations, pad_token_id=self.tokenizer.pad_token_id)["kl"]
+        kl = self.kl(model, generations)["kl"]
         y = evaluate.response_metrics(generations, self.reward)["reward"] if self.reward else self.preference(model)["accuracy"]
         return {"kl": kl, "y": y}
 
@@ -291,7 +313,7 @@ class SeedRun:
         metrics = evaluate.response_metrics(generations, self.reward)
         if not is_base:
             metrics |= self.preference(model)
-            metrics |= evaluate.kl_to_reference(model, self.reference, generations, pad_token_id=self.tokenizer.pad_token_id)
+            metrics |= self.kl(model, generations)
         samples = [
             {"prompt": g.prompt, "text": g.text, "reward": self.reward(g) if self.reward else None} for g in generations[: self.config.evaluation.samples]
         ]

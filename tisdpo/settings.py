@@ -172,7 +172,10 @@ def _refused(message: str, place: str, fields: dict, origin: _Origin) -> str:
     """The message of a dataclass with the place of its section. Most start with the name of a field, which then becomes the full key."""
     first = re.match(r"\w*", message)[0]
     key = _join(place, first) if first in fields else place
-    return f"{origin.of(key)}{place}{('.' if first in fields else ': ') if place else ''}{message}"
+    # of several settings that contradict each other, the one given by hand is the one to look at
+    words = set(re.findall(r"\w+", message))
+    named = [given for given in origin.overridden if given.startswith(place) and given.rsplit(".", 1)[-1] in words]
+    return f"{origin.of(named[0] if named else key)}{place}{('.' if first in fields else ': ') if place else ''}{message}"
 
 
 def _section(hint) -> type | None:

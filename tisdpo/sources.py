@@ -21,7 +21,7 @@ class Source:
     """Everything about the data of one seed.
 
     train, heldout   tokenised rows; pairs: the training pairs as text, found by the rows' `index`
-    documents        rows (prompt_ids, chosen_ids) a base model is pretrained on; None when there is a base model
+    documents        makes the rows (prompt_ids, chosen_ids) a base model is pretrained on; None when there is a base model
     prompts          token ids of held-out prompts for generation, as many as the evaluation asks for where there are enough
     reward           true reward of an `evaluate.Generation`, or None where nobody knows it
     tones            the positive and the negative system prompt that the base corpus knows, or None
@@ -33,7 +33,7 @@ class Source:
     train: datasets.Dataset
     heldout: datasets.Dataset
     pairs: Any
-    documents: datasets.Dataset | None
+    documents: Callable[[], datasets.Dataset] | None
     prompts: list[list[int]]
     reward: Callable | None = None
     tones: tuple[str, str] | None = None
@@ -65,7 +65,7 @@ def _world(config: RunConfig, seed: int) -> Source:
         train=rows["train"],
         heldout=rows["heldout"],
         pairs=sets["train"],
-        documents=_world_documents(world, tokenizer, pretrain.steps * pretrain.batch_size),
+        documents=lambda: _world_documents(world, tokenizer, pretrain.steps * pretrain.batch_size),
         prompts=prompts,
         reward=lambda generation: sum(world.token_rewards(generation.ids)),
         tones=(POSITIVE_PROMPT, NEGATIVE_PROMPT),
@@ -93,12 +93,15 @@ def _text(config: RunConfig) -> Source:
     if len(rows) < 2:
         raise InputError(f"{data.source} leaves {len(rows)} usable pairs ({_dropped(counts) or 'none dropped'}); at least two are needed, one of them held out")
     train, heldout = holdout(rows, data.heldout, seed=0)
-    documents = None
-    if model.path is None:
-        texts = [(p, c) for side in ("chosen", "rejected") for p, c in zip(train["prompt_ids"], train[f"{side}_ids"])]
-        documents = datasets.Dataset.from_dict({"prompt_ids": [p for p, _ in texts], "chosen_ids": [c for _, c in texts]})
+    documents = (lambda: _both_sides(train)) if model.path is None else None
     prompts = list(islice(dict.fromkeys(map(tuple, heldout["prompt_ids"])), config.evaluation.prompts))
     return Source("text", tokenizer, train, heldout, pairs, documents, [list(p) for p in prompts], dropped=_dropped(counts))
+
+
+def _both_sides(rows) -> datasets.Dataset:
+    """Chosen and rejected responses alike, as the text a base model learns."""
+    texts = [(p, c) for side in ("chosen", "rejected") for p, c in zip(rows["prompt_ids"], rows[f"{side}_ids"])]
+    return datasets.Dataset.from_dict({"prompt_ids": [p for p, _ in texts], "chosen_ids": [c for _, c in texts]})
 
 
 def _texts(pair: dict) -> list[str]:

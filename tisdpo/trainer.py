@@ -10,6 +10,7 @@ the rewards (one coefficient here, so that the margin is the loss logit), logged
 """
 
 import copy
+import logging
 import math
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -22,10 +23,12 @@ from tisdpo.batches import flatten_batch
 from tisdpo.data import PairCollator, tokenize_pairs
 from tisdpo.errors import InputError
 from tisdpo.functional import linear_tis_dpo_loss, linear_token_logps
-from tisdpo.hf import Head, attach_head, model_inputs
+from tisdpo.hf import Head, attach_head, head_of, model_inputs
 from tisdpo.losses import Objective, pairwise_losses
 from tisdpo.scoring import completion_logps
 from tisdpo.weighting import Weighting, contrast_weights
+
+log = logging.getLogger("tisdpo")
 
 METHODS = ("tis-dpo", "dpo", "sft")
 
@@ -119,7 +122,7 @@ class TISDPOTrainer(Trainer):
         self.ref_model = attach_head(ref_model).eval().requires_grad_(False) if ref_model is not None and not precompute else None
 
         def rows(dataset):
-            return None if dataset is None else prepare_rows(dataset, processing_class, args, scorer, self.pad_token_id)
+            return None if dataset is None else prepare_rows(dataset, processing_class, args, scorer, self.pad_token_id, len(head_of(model).weight))
 
         eval_dataset = {k: rows(v) for k, v in eval_dataset.items()} if isinstance(eval_dataset, dict) else rows(eval_dataset)
         collator = PairCollator(
@@ -241,10 +244,12 @@ class TISDPOTrainer(Trainer):
 # Rows
 
 
-def prepare_rows(dataset, tokenizer, args: TISDPOConfig, reference, pad_token_id: int):
+def prepare_rows(dataset, tokenizer, args: TISDPOConfig, reference, pad_token_id: int, vocab_size: int):
     """Rows ready for the collator: tokenised, with weights where the method uses them, with reference log-probs if `reference` is given."""
-    if "chosen_ids" not in dataset.column_names:
-        dataset, _ = tokenize_pairs(dataset, tokenizer, max_length=args.max_length)
+    if args.method != "sft" or "chosen_ids" not in dataset.column_names:  # documents have one side, nothing to compare
+        dataset, counts = tokenize_pairs(dataset, tokenizer, max_length=args.max_length, vocab_size=vocab_size)  # checks ready ids, too
+        if counts.dropped:
+            log.warning(counts.describe())
     columns = set(dataset.column_names)
     weighted = {"chosen_weights", "chosen_contrast"} & columns
     if args.method == "tis-dpo":

@@ -159,15 +159,15 @@ def _backward(ctx, g_loss, *_):
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError("linear_tis_dpo_loss has no second derivative: use plan='two_pass' or drop create_graph=True")
     # In place where this is the last backward, so that dWeight exists once; a later one (retain_graph=True) needs the values as they are.
-    scale = Tensor.mul if torch.compiler.is_compiling() or _graph_is_kept() else Tensor.mul_
+    scale = Tensor.mul_ if _is_last_backward(g_loss) else Tensor.mul
     grads = [scale(saved, g_loss.to(saved.dtype)) if need else None for saved, need in zip(ctx.saved_tensors, ctx.needs)]
     return *grads, *[None] * 20
 
 
-def _graph_is_kept() -> bool:
-    """Whether the running backward leaves the graph usable. Torch tells it its own compiled graphs only; without an answer: yes."""
-    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return ask is None or ask()
+def _is_last_backward(g: Tensor) -> bool:
+    """Whether the running backward frees the graph. Torch answers that for its own compiled graphs; where it does not, or traces: no."""
+    is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return type(g) is Tensor and not torch.compiler.is_compiling() and is_kept is not None and not is_kept()
 
 
 linear_pairwise.register_autograd(_backward, setup_context=_setup)
