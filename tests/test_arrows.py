@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,7 @@ def imports_of(path: Path) -> set[str]:
     return found
 
 
+@cache
 def parts() -> dict[str, list[Path]]:
     """The modules and subpackages of tisdpo with their files."""
     files = {path.stem: [path] for path in sorted(ROOT.glob("*.py")) if path.stem != "__init__"}

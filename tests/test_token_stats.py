@@ -391,3 +391,12 @@ def test_autocast_leaves_logits_alone():
     with torch.autocast("cpu", torch.bfloat16):
         inside = tisdpo.token_logps(logits, target).logps
     assert torch.equal(inside, tisdpo.token_logps(logits, target).logps) and inside.dtype == torch.float32
+
+
+def test_second_derivatives_raise_instead_of_being_wrong():
+    case = make_case()
+    hidden = case.hidden.requires_grad_()
+    logps = tisdpo.linear_token_logps(hidden, case.weight, case.target).logps
+    (first,) = torch.autograd.grad(logps.square().sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        first.square().sum().backward()

@@ -65,8 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.command(arguments)
         return 0
     except KeyboardInterrupt:
-        print(f"\n{arguments.interrupted}", file=sys.stderr)
-        return 130
+        pass  # told below, when the frames are gone and with them the progress bars
     except BrokenPipeError:  # the reader of our output has seen enough, as in `tisdpo show ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more to flush when Python ends
         return 1
@@ -76,6 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             print(f"tisdpo: {_sentence(error)}", file=sys.stderr)
         return 2
+    print(f"\n{arguments.interrupted}", file=sys.stderr)
+    return 130
 
 
 def _sentence(error: Exception) -> str:

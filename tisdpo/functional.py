@@ -249,9 +249,9 @@ def linear_tis_dpo_loss(
     the KL term needs the latter.
 
     Cost in products of 2 N H V FLOP, forward and backward together: trainable head 3, with KL or online reference 4; frozen head 2
-    and 3. plan="two_pass" (recompute in the backward, 4 and 6) is for comparison and for second derivatives. Memory: a byte budget of
-    logits and a [V, H] float32 accumulator; the gradients are computed in the forward, and skipped where none is needed. A pair
-    longer than the budget is computed twice.
+    and 3. plan="two_pass" (recompute in the backward, 4 and 6) is for comparison; neither plan has second derivatives. Memory: a byte
+    budget of logits and a [V, H] float32 accumulator; the gradients are computed in the forward, and skipped where none is needed. A
+    pair longer than the budget is computed twice.
 
     Raises TypeError and ValueError that name the argument, what was expected and what came.
     """

@@ -157,7 +157,11 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, g_loss, *_):
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError("linear_tis_dpo_loss has no second derivative: use plan='two_pass' or drop create_graph=True")
+        raise RuntimeError(
+            "linear_tis_dpo_loss has no second derivative: drop create_graph=True, or use the plain formulas of tisdpo.reference"
+        )
+    if g_loss is None:  # autograd sends nothing for a loss that nothing depends on
+        return (None,) * 23
     # In place where this is the last backward, so that dWeight exists once; a later one (retain_graph=True) needs the values as they are.
     scale = Tensor.mul_ if _is_last_backward(g_loss) else Tensor.mul
     grads = [scale(saved, g_loss.to(saved.dtype)) if need else None for saved, need in zip(ctx.saved_tensors, ctx.needs)]
