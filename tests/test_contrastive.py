@@ -27,7 +27,9 @@ def test_contrast_is_the_difference_of_full_log_probs(tmp_path):
     positive, negative = tiny.model(1), tiny.model(2)
     for row in scored:
         for side in ("chosen", "rejected"):
-            expected = plain_logps(positive, row["prompt_ids"], row[f"{side}_ids"]) - plain_logps(negative, row["prompt_ids"], row[f"{side}_ids"])
+            expected = plain_logps(positive, row["prompt_ids"], row[f"{side}_ids"]) - plain_logps(
+                negative, row["prompt_ids"], row[f"{side}_ids"]
+            )
             torch.testing.assert_close(torch.tensor(row[f"{side}_contrast"]), expected, rtol=1e-4, atol=1e-5)
 
 

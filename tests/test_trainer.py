@@ -17,11 +17,25 @@ from tisdpo.weighting import Weighting
 
 def trainer(tmp_path, dataset=None, model=None, **options):
     defaults = dict(
-        output_dir=str(tmp_path), per_device_train_batch_size=4, max_steps=2, learning_rate=1e-2, logging_steps=1, save_strategy="no", disable_tqdm=True, use_cpu=True, seed=0
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=4,
+        max_steps=2,
+        learning_rate=1e-2,
+        logging_steps=1,
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+        seed=0,
     )
     extra = {name: options.pop(name) for name in ("ref_model", "eval_dataset") if name in options}
     args = TISDPOConfig(**{**defaults, **options})
-    return TISDPOTrainer(model or tiny.model(), args, train_dataset=dataset if dataset is not None else tiny.rows(), processing_class=tiny.tokenizer(), **extra)
+    return TISDPOTrainer(
+        model or tiny.model(),
+        args,
+        train_dataset=dataset if dataset is not None else tiny.rows(),
+        processing_class=tiny.tokenizer(),
+        **extra,
+    )
 
 
 def full_logits_loss(policy, ref, batch, weights=None, **options):
@@ -37,7 +51,14 @@ def batch_of(t, dataset=None, count=4):
 
 @pytest.mark.parametrize(
     "options",
-    [dict(method="dpo"), dict(), dict(kl="reverse"), dict(kl="forward", alpha=0.5, detach_chosen_kl=True), dict(loss_type="ipo"), dict(label_smoothing=0.1)],
+    [
+        dict(method="dpo"),
+        dict(),
+        dict(kl="reverse"),
+        dict(kl="forward", alpha=0.5, detach_chosen_kl=True),
+        dict(loss_type="ipo"),
+        dict(label_smoothing=0.1),
+    ],
     ids=["dpo", "weights", "reverse", "tdpo2", "ipo", "smoothed"],
 )
 def test_loss_equals_the_oracle_on_full_logits(tmp_path, options):
@@ -45,7 +66,13 @@ def test_loss_equals_the_oracle_on_full_logits(tmp_path, options):
     ref = tiny.model(seed=1)
     t = trainer(tmp_path, dataset, ref_model=ref, **options)
     batch = batch_of(t)
-    names = {"loss_type": "loss", "kl": "kl", "alpha": "alpha", "detach_chosen_kl": "detach_chosen_kl", "label_smoothing": "label_smoothing"}
+    names = {
+        "loss_type": "loss",
+        "kl": "kl",
+        "alpha": "alpha",
+        "detach_chosen_kl": "detach_chosen_kl",
+        "label_smoothing": "label_smoothing",
+    }
     expected = full_logits_loss(t.model, ref, batch, **{names[k]: v for k, v in options.items() if k in names})
     torch.testing.assert_close(t.compute_loss(t.model, batch).double(), expected, rtol=1e-5, atol=1e-6)
 
@@ -56,7 +83,14 @@ def test_first_loss_is_ln_2_and_training_lowers_it(tmp_path):
     losses = [h["loss"] for h in t.state.log_history if "loss" in h]
     assert abs(losses[0] - math.log(2)) < 1e-5
     assert losses[-1] < losses[0]
-    assert {"rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected"} <= t.state.log_history[0].keys()
+    assert {
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/accuracies",
+        "rewards/margins",
+        "logps/chosen",
+        "logps/rejected",
+    } <= t.state.log_history[0].keys()
 
 
 def test_a_reference_of_another_model_stops_at_the_first_step(tmp_path):
@@ -97,7 +131,16 @@ def test_sft_loss_is_the_mean_cross_entropy_of_its_side(tmp_path):
 def test_accumulated_micro_batches_equal_one_batch(tmp_path, method):
     weights = []
     for batch, steps in ((4, 1), (1, 4)):
-        t = trainer(tmp_path, method=method, per_device_train_batch_size=batch, gradient_accumulation_steps=steps, max_steps=2, optim="sgd", learning_rate=0.1, max_grad_norm=0.0)
+        t = trainer(
+            tmp_path,
+            method=method,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=steps,
+            max_steps=2,
+            optim="sgd",
+            learning_rate=0.1,
+            max_grad_norm=0.0,
+        )
         t.train()
         weights.append(torch.cat([p.detach().flatten() for p in t.model.parameters()]))
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=1e-6)

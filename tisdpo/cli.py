@@ -224,6 +224,7 @@ def _show(arguments) -> None:
     _quiet(arguments.debug)
     from tisdpo.heatmap import heatmap_terminal
     from tisdpo.scored import load_provenance, load_scored
+    from tisdpo.summary import response
 
     weighting = _weighting(arguments.settings)
     provenance = load_provenance(arguments.scored)
@@ -233,7 +234,7 @@ def _show(arguments) -> None:
         raise InputError(f"--index {arguments.index}: {arguments.scored} has rows 0 to {len(rows) - 1}")
     row = rows[arguments.index]
     prompt = tokenizer.decode(row["prompt_ids"], skip_special_tokens=True)
-    sides = {side: _side(row, side, tokenizer, weighting) for side in ("chosen", "rejected")}
+    sides = {side: response(row, side, tokenizer, weighting) for side in ("chosen", "rejected")}
     if arguments.html is None:
         print(heatmap_terminal(prompt, **sides, color=not arguments.no_color))
         return
@@ -258,19 +259,6 @@ def _weighting(settings: list[str]):
     except (ValueError, TypeError) as error:
         raise InputError(f"command line: {error}") from error
     return build(Weighting, {**start, **values}, overridden=given)
-
-
-def _side(row: dict, side: str, tokenizer, weighting) -> dict:
-    """One response of a row in the form of `tisdpo.heatmap`."""
-    from tisdpo.summary import pieces, side_weights
-
-    one = {name: [row[name]] for name in (f"{side}_contrast", f"{side}_ids")}
-    return {
-        "tokens": pieces(tokenizer, row[f"{side}_ids"]),
-        "weights": side_weights(one, side, weighting, tokenizer.eos_token_id)[0].tolist(),
-        "contrast": row[f"{side}_contrast"],
-        "truth": row.get(f"{side}_truth"),
-    }
 
 
 def _tokenizer(scored: Path, given: str | None, fingerprint: str):

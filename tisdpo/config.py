@@ -259,12 +259,16 @@ class RunConfig:
                     f"methods has {method}, but contrast.constructions ({', '.join(constructions) or 'empty'}) does not; "
                     "add it there or leave it out here"
                 )
-        if "swapped" in self.methods and not constructions:
-            raise InputError(
-                "methods has swapped, which exchanges the signs of the first construction, but contrast.constructions is empty; add one"
-            )
+        for control, what in (("random", "shuffles the weights"), ("swapped", "exchanges the signs")):
+            if control in self.methods and not constructions:
+                raise InputError(f"methods has {control}, which {what} of the first construction, but contrast.constructions is empty; add one")
         if "truth" in self.methods and self.data.source != "synthetic":
             raise InputError("methods has truth, but the true rewards are known with data.source=synthetic only; leave it out")
+
+    @property
+    def control(self) -> str:
+        """The construction whose weights the controls `random` and `swapped` are made of: the first."""
+        return self.contrast.constructions[0]
 
     @property
     def seed_list(self) -> list[int]:

@@ -52,14 +52,21 @@ def system_prompts(pairs, rows, tokenizer, system_prompt: str) -> list[list[int]
         prompt, *completions = found.get(n, (None, None, None))
         # rows may have been truncated, the framed ones are not
         if prompt is None or any(list(full[: len(ids)]) != list(ids) for full, ids in zip(completions, (chosen, rejected))):
-            raise InputError(f"pair {index}: the completion is tokenised differently under the system prompt; end the system prompt with a line break or use a chat template")
+            raise InputError(
+                f"pair {index}: the completion is tokenised differently under the system prompt; end the system prompt with a line break or use a chat template"
+            )
         prompts.append(prompt)
     return prompts
 
 
 def tokens_to_score(rows, positive: Scorer, negative: Scorer) -> int:
     """How many tokens `score_contrast` will report as progress."""
-    return sum(_lengths([list(scorer.prompts or rows["prompt_ids"]) * 2 for scorer in (positive, negative)], [*rows["chosen_ids"], *rows["rejected_ids"]]))
+    return sum(
+        _lengths(
+            [list(scorer.prompts or rows["prompt_ids"]) * 2 for scorer in (positive, negative)],
+            [*rows["chosen_ids"], *rows["rejected_ids"]],
+        )
+    )
 
 
 def _lengths(prompts, completions) -> list[int]:
@@ -68,7 +75,14 @@ def _lengths(prompts, completions) -> list[int]:
 
 
 def score_contrast(
-    rows, positive: Scorer, negative: Scorer, *, pad_token_id: int, parts: str | Path, batch_tokens: int = 8192, progress: Callable[[int], None] | None = None
+    rows,
+    positive: Scorer,
+    negative: Scorer,
+    *,
+    pad_token_id: int,
+    parts: str | Path,
+    batch_tokens: int = 8192,
+    progress: Callable[[int], None] | None = None,
 ):
     """The rows with chosen_contrast and rejected_contrast: raw r_t of every completion token (EOS included), float32, nats.
 
@@ -182,10 +196,14 @@ def _findings(sides: dict[str, dict]) -> list[str]:
                 "train them for fewer steps or widen lower and upper."
             )
         if d["ess"] < 0.3:
-            found.append(f"The {side} weights are extreme (effective sample size {d['ess']:.1%}): a few tokens carry the sequence; lower mu or narrow the clamp.")
+            found.append(
+                f"The {side} weights are extreme (effective sample size {d['ess']:.1%}): a few tokens carry the sequence; lower mu or narrow the clamp."
+            )
         if abs(d["position_correlation"]) > 0.5:
             where = "late" if d["position_correlation"] > 0 else "early"
-            found.append(f"The {side} weights follow the position (rank correlation {d['position_correlation']:+.2f}): {where} tokens carry the weight; look for a length effect.")
+            found.append(
+                f"The {side} weights follow the position (rank correlation {d['position_correlation']:+.2f}): {where} tokens carry the weight; look for a length effect."
+            )
     low, high = sorted(sides.values(), key=lambda d: d["mean"])
     if low["mean"] > 0 and high["mean"] / low["mean"] > 2:
         heavy = next(side for side, d in sides.items() if d is high)

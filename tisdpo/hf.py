@@ -98,9 +98,13 @@ def load_tokenizer(path: str):
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"no tokenizer could be loaded from {path!r} ({_first_line(error)}); give a directory with tokenizer files or a hub id") from error
+        raise InputError(
+            f"no tokenizer could be loaded from {path!r} ({_first_line(error)}); give a directory with tokenizer files or a hub id"
+        ) from error
     if tokenizer.eos_token_id is None:
-        raise InputError(f"the tokenizer of {path!r} has no EOS token, so completions could not end; set `eos_token` in its tokenizer_config.json")
+        raise InputError(
+            f"the tokenizer of {path!r} has no EOS token, so completions could not end; set `eos_token` in its tokenizer_config.json"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked everywhere, its id is never read
     return tokenizer
@@ -113,12 +117,18 @@ def load_model(path: str, **kwargs):
     if Path(path).is_dir() and not (Path(path) / "config.json").exists():
         raise InputError(f"{path!r} holds no model: config.json is missing; give a directory written by save_pretrained or a hub id")
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, output_loading_info=True, **{"dtype": torch.float32, **kwargs})
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, use_safetensors=True, output_loading_info=True, **{"dtype": torch.float32, **kwargs}
+        )
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"no causal language model could be loaded from {path!r} ({_first_line(error)}); give a directory or a hub id") from error
+        raise InputError(
+            f"no causal language model could be loaded from {path!r} ({_first_line(error)}); give a directory or a hub id"
+        ) from error
     missing = sorted(info["missing_keys"])
     if missing:
-        raise InputError(f"the model in {path!r} lacks weights of a causal language model ({', '.join(missing[:3])}); was it saved without its head?")
+        raise InputError(
+            f"the model in {path!r} lacks weights of a causal language model ({', '.join(missing[:3])}); was it saved without its head?"
+        )
     return attach_head(model)
 
 
@@ -144,7 +154,9 @@ def train_bpe(texts, vocab_size: int):
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     special = ["<pad>", "<s>", "</s>"]
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
     bpe.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 

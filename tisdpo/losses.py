@@ -54,6 +54,8 @@ class Objective:
             raise ValueError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
         if self.label_smoothing and self.loss not in ("sigmoid", "robust"):
             raise ValueError(f"label_smoothing has no effect with loss={self.loss!r}; use loss='sigmoid' or 'robust'")
+        if self.alpha != 1.0 and self.kl is None:
+            raise ValueError(f"alpha={self.alpha} has no effect with kl=None; set kl='reverse' or 'forward'")
         if self.detach_chosen_kl and self.kl is None:
             raise ValueError("detach_chosen_kl has no effect with kl=None; set kl='forward' (TDPO2) or 'reverse'")
 

@@ -76,12 +76,17 @@ def _prepare(config: RunConfig) -> Path:
         torch.set_num_threads(config.threads)
     directory = Path(config.output_dir)
     path = directory / "config.yaml"
-    if path.exists():
+    # a configuration of which nothing was done yet (its data could not be read, say) binds nobody
+    if path.exists() and any(directory.glob("seed-*/*")):
         earlier, now = to_dict(load_config(path, [])), to_dict(config)
         # a run may grow (seeds, methods, constructions); what was trained may not change
         for settings in (earlier, now):
             settings["contrast"].pop("constructions")
-        changed = [key for key in now if key not in ("seeds", "methods", "description", "name", "output_dir", "threads") and earlier.get(key) != now[key]]
+        changed = [
+            key
+            for key in now
+            if key not in ("seeds", "methods", "description", "name", "output_dir", "threads") and earlier.get(key) != now[key]
+        ]
         if changed:
             raise InputError(
                 f"{directory} holds a run with other settings ({', '.join(changed)} differ); give another output_dir, or remove that directory to start again"
@@ -136,11 +141,25 @@ class SeedRun:
         path = self.directory / "base"
         if not (path / "model").is_dir():
             fresh = tiny_llama(
-                self.tokenizer, hidden_size=model.hidden_size, layers=model.layers, heads=model.heads, max_length=self.config.data.max_length + 64, seed=self.seed
+                self.tokenizer,
+                hidden_size=model.hidden_size,
+                layers=model.layers,
+                heads=model.heads,
+                seed=self.seed,
+                max_length=self.config.data.max_length + max(64, self.config.evaluation.max_new_tokens),
             )
             options = {"method": "sft", "sft_prompt_loss": True, "max_length": self.config.data.max_length}
             with self.timed("base model"):
-                train_stage(fresh, self.tokenizer, self.source.documents(), model.pretrain, path, label=self.label("base model"), seed=self.seed, options=options)
+                train_stage(
+                    fresh,
+                    self.tokenizer,
+                    self.source.documents(),
+                    model.pretrain,
+                    path,
+                    label=self.label("base model"),
+                    seed=self.seed,
+                    options=options,
+                )
         return load_model(str(path / "model"))
 
     @cached_property
@@ -179,7 +198,9 @@ class SeedRun:
                 stage, rows = contrast.dpo, self.rows_for_contrast
                 options |= {"method": "dpo", "beta": stage.beta, "swap_pairs": name == "dpo-swapped"}
             with self.timed(f"contrastive {name}"):
-                train_stage(self.base(), self.tokenizer, rows, stage, path, label=self.label(f"contrastive {name}"), seed=self.seed, options=options)
+                train_stage(
+                    self.base(), self.tokenizer, rows, stage, path, label=self.label(f"contrastive {name}"), seed=self.seed, options=options
+                )
         return load_model(str(path / "model")).eval()
 
     def scored(self, construction: str):
@@ -199,11 +220,22 @@ class SeedRun:
                 scorer.prompts = contrastive.system_prompts(self.source.pairs, rows, self.tokenizer, text)
         parts = path.with_name(path.name + ".parts")
         label = f"scoring {construction}"
-        with self.timed(label), tqdm(total=contrastive.tokens_to_score(rows, positive, negative), desc=self.label(label), unit="tok", unit_scale=True) as bar:
+        with (
+            self.timed(label),
+            tqdm(total=contrastive.tokens_to_score(rows, positive, negative), desc=self.label(label), unit="tok", unit_scale=True) as bar,
+        ):
             rows = contrastive.score_contrast(
-                rows, positive, negative, pad_token_id=self.tokenizer.pad_token_id, parts=parts, batch_tokens=self.config.contrast.batch_tokens, progress=bar.update
+                rows,
+                positive,
+                negative,
+                pad_token_id=self.tokenizer.pad_token_id,
+                parts=parts,
+                batch_tokens=self.config.contrast.batch_tokens,
+                progress=bar.update,
             )
-        provenance = make_provenance(self.tokenizer, max_length=self.config.data.max_length, positive=positive.model, negative=negative.model, how=how)
+        provenance = make_provenance(
+            self.tokenizer, max_length=self.config.data.max_length, positive=positive.model, negative=negative.model, how=how
+        )
         save_scored(rows, path, provenance)
         shutil.rmtree(parts)
         return self.scored(construction)
@@ -227,13 +259,13 @@ class SeedRun:
             return self.rows, options | {"method": "dpo"}
         if method in ("random", "equal", "swapped"):
             weighting = replace(weighting, transform=method, **({"seed": self.seed} if method == "random" else {}))
-        if method in ("random", "equal"):  # rules that do not look at the contrast
+        if method == "equal":  # the rule does not look at the contrast
             contrast = {side: [[0.0] * len(ids) for ids in self.rows[f"{side}_ids"]] for side in ("chosen", "rejected")}
         elif method == "truth":  # the reward itself, scaled to fill the clamp
             scale = max(abs(weighting.lower), abs(weighting.upper))
             contrast = {side: [[scale * x for x in values] for values in self.rows[f"{side}_truth"]] for side in ("chosen", "rejected")}
         else:
-            scored = self.scored(self.config.contrast.constructions[0] if method == "swapped" else method)
+            scored = self.scored(self.config.control if method in ("random", "swapped") else method)
             contrast = {side: scored[f"{side}_contrast"] for side in ("chosen", "rejected")}
         rows = self.rows
         for side, values in contrast.items():
@@ -315,6 +347,7 @@ class SeedRun:
             metrics |= self.preference(model)
             metrics |= self.kl(model, generations)
         samples = [
-            {"prompt": g.prompt, "text": g.text, "reward": self.reward(g) if self.reward else None} for g in generations[: self.config.evaluation.samples]
+            {"prompt": g.prompt, "text": g.text, "reward": self.reward(g) if self.reward else None}
+            for g in generations[: self.config.evaluation.samples]
         ]
         return {"metrics": metrics, "samples": samples}

@@ -53,7 +53,9 @@ def batch_logps(model, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     return attach_head(model)(**model_inputs(batch), head=score), flat.cu_seqlens
 
 
-def iterate_logps(models_and_prompts, completions: Sequence[Ids], batches: list[list[int]], pad_token_id: int) -> Iterator[tuple[list[int], list[list[Tensor]]]]:
+def iterate_logps(
+    models_and_prompts, completions: Sequence[Ids], batches: list[list[int]], pad_token_id: int
+) -> Iterator[tuple[list[int], list[list[Tensor]]]]:
     """For each batch: its indices, and per (model, prompts) the log-probs of each completion of the batch (float32, on the CPU)."""
     for batch in batches:
         results = []
@@ -65,7 +67,13 @@ def iterate_logps(models_and_prompts, completions: Sequence[Ids], batches: list[
 
 
 def completion_logps(
-    model, prompts: Sequence[Ids], completions: Sequence[Ids], *, pad_token_id: int, batch_tokens: int = 16384, progress: Callable[[int], None] | None = None
+    model,
+    prompts: Sequence[Ids],
+    completions: Sequence[Ids],
+    *,
+    pad_token_id: int,
+    batch_tokens: int = 16384,
+    progress: Callable[[int], None] | None = None,
 ) -> list[Tensor]:
     """Log-probs (nats, float32) of every token of each completion after its prompt, in the order they came.
 

@@ -11,6 +11,7 @@ from tisdpo.config import RunConfig
 from tisdpo.data import holdout, load_pairs, tokenize_pairs
 from tisdpo.errors import InputError
 from tisdpo.hf import load_tokenizer, train_bpe
+from tisdpo.settings import build
 from tisdpo.synthetic import NEGATIVE_PROMPT, POSITIVE_PROMPT, World, WorldConfig
 
 DEFAULT_PAIRS = 2000  # of the known-truth world, when data.limit is not set
@@ -46,7 +47,7 @@ def load_source(config: RunConfig, seed: int) -> Source:
 
 
 def _world(config: RunConfig, seed: int) -> Source:
-    world = World(WorldConfig(**{**config.data.world, "seed": seed}))
+    world = World(build(WorldConfig, {**config.data.world, "seed": seed}, place="data.world"))
     tokenizer = world.tokenizer()
     count = config.data.limit or DEFAULT_PAIRS
     sets = {"train": world.pairs(count), "heldout": world.pairs(_heldout_count(config.data.heldout, count), "heldout")}
@@ -91,7 +92,9 @@ def _text(config: RunConfig) -> Source:
         tokenizer = train_bpe((text for pair in pairs for text in _texts(pair)), model.vocab_size)
     rows, counts = tokenize_pairs(pairs, tokenizer, max_length=data.max_length)
     if len(rows) < 2:
-        raise InputError(f"{data.source} leaves {len(rows)} usable pairs ({_dropped(counts) or 'none dropped'}); at least two are needed, one of them held out")
+        raise InputError(
+            f"{data.source} leaves {len(rows)} usable pairs ({_dropped(counts) or 'none dropped'}); at least two are needed, one of them held out"
+        )
     train, heldout = holdout(rows, data.heldout, seed=0)
     documents = (lambda: _both_sides(train)) if model.path is None else None
     prompts = list(islice(dict.fromkeys(map(tuple, heldout["prompt_ids"])), config.evaluation.prompts))

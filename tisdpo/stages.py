@@ -64,7 +64,17 @@ def write_json(path: Path, content) -> None:
 
 
 def train_stage(
-    model, tokenizer, rows, stage: StageConfig, directory: Path, *, label: str, seed: int, options: dict, checkpoints: int = 0, measure: Callable | None = None
+    model,
+    tokenizer,
+    rows,
+    stage: StageConfig,
+    directory: Path,
+    *,
+    label: str,
+    seed: int,
+    options: dict,
+    checkpoints: int = 0,
+    measure: Callable | None = None,
 ) -> list[dict]:
     """Train `model` on `rows` with `TISDPOConfig(**options)`; writes directory/model, directory/log.json (and points.json).
 

@@ -1,6 +1,7 @@
 """From the results of all seeds to metrics.json: what the report shows, and the findings stated in plain sentences."""
 
 import datetime
+import itertools
 import json
 import platform
 import subprocess
@@ -19,7 +20,7 @@ LABELS = {
     "base": ("base", "before preference training"),
     "dpo": ("DPO", "all weights 1"),
     "equal": ("TIS-DPO, equal weights", "control: the same as DPO"),
-    "random": ("TIS-DPO, random weights", "control: weights that know nothing"),
+    "random": ("TIS-DPO, random weights", "control: the weights of the first construction, shuffled"),
     "swapped": ("TIS-DPO, swapped weights", "control: signs exchanged"),
     "P": ("TIS-DPO (P)", "contrast of two prompts"),
     "S": ("TIS-DPO (S)", "contrast of two SFT models"),
@@ -29,14 +30,36 @@ LABELS = {
 }
 METRIC_INFO = {
     "reward": {"label": "reward", "unit": "", "better": "higher", "help": "Mean reward of sampled responses to held-out prompts."},
-    "kl": {"label": "KL to base", "unit": "nats", "better": None, "help": "Mean over sampled responses of the summed per-token KL(policy || base)."},
-    "accuracy": {"label": "held-out accuracy", "unit": "", "better": "higher", "help": "Share of held-out pairs whose chosen response has the larger implicit reward."},
-    "margin": {"label": "held-out margin", "unit": "", "better": None, "help": "Mean difference of the implicit rewards, beta times the unweighted log-ratios."},
+    "kl": {
+        "label": "KL to base",
+        "unit": "nats",
+        "better": None,
+        "help": "Mean over sampled responses of the summed per-token KL(policy || base).",
+    },
+    "accuracy": {
+        "label": "held-out accuracy",
+        "unit": "",
+        "better": "higher",
+        "help": "Share of held-out pairs whose chosen response has the larger implicit reward.",
+    },
+    "margin": {
+        "label": "held-out margin",
+        "unit": "",
+        "better": None,
+        "help": "Mean difference of the implicit rewards, beta times the unweighted log-ratios.",
+    },
     "accuracy_by_length": {
-        "label": "accuracy by length", "unit": "", "better": None,
+        "label": "accuracy by length",
+        "unit": "",
+        "better": None,
         "help": "Baseline: held-out accuracy of guessing by length alone (the longer or the shorter wins, whichever fits better).",
     },
-    "length": {"label": "response length", "unit": "tokens", "better": None, "help": "Mean length of sampled responses; those cut off at the limit count in full."},
+    "length": {
+        "label": "response length",
+        "unit": "tokens",
+        "better": None,
+        "help": "Mean length of sampled responses; those cut off at the limit count in full.",
+    },
     "finished": {"label": "finished", "unit": "", "better": None, "help": "Share of sampled responses that ended by themselves."},
 }
 CURVES = ("loss", "rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected")
@@ -58,9 +81,16 @@ def collect(config, seeds) -> dict:
         "environment": environment(),
         "seconds": {stage: sum(s.seconds.get(stage, 0.0) for s in seeds) for stage in dict.fromkeys(k for s in seeds for k in s.seconds)},
         "seeds": [s.seed for s in seeds],
-        "data": {"train": len(first.source.train), "heldout": len(first.source.heldout), "dropped": first.source.dropped, "kind": first.source.kind},
+        "data": {
+            "train": len(first.source.train),
+            "heldout": len(first.source.heldout),
+            "dropped": first.source.dropped,
+            "kind": first.source.kind,
+        },
         "methods": [{"id": m, "label": LABELS[m][0], "note": LABELS[m][1]} for m in methods],
-        "results": [{"method": m, "seed": s, "metrics": {n: r["metrics"][n] for n in names if n in r["metrics"]}} for (m, s), r in results.items()],
+        "results": [
+            {"method": m, "seed": s, "metrics": {n: r["metrics"][n] for n in names if n in r["metrics"]}} for (m, s), r in results.items()
+        ],
         "metric_info": {n: METRIC_INFO[n] for n in names},
         "frontier_y": "reward" if has_reward else "accuracy",
         "frontier": [{"method": m, "seed": s, "points": r["points"]} for (m, s), r in results.items() if r["points"]],
@@ -76,7 +106,9 @@ def environment() -> dict:
     """Versions, device, date and revision: what a reader needs to repeat the run."""
     root = Path(tisdpo.__file__).resolve().parents[1]
     try:
-        revision = subprocess.run(["git", "-C", root, "describe", "--always", "--dirty"], capture_output=True, text=True, check=True).stdout.strip()
+        revision = subprocess.run(
+            ["git", "-C", root, "describe", "--always", "--dirty"], capture_output=True, text=True, check=True
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         revision = "not a git checkout"
     return {
@@ -92,13 +124,20 @@ def environment() -> dict:
 def curve(seed_run, method: str) -> dict:
     """Learning curves of a policy from its log."""
     history = [h for h in json.loads((seed_run.directory / "policy" / method / "log.json").read_text()) if "loss" in h]
-    return {"method": method, "seed": seed_run.seed, "step": [h["step"] for h in history], **{name: [h.get(name) for h in history] for name in CURVES}}
+    return {
+        "method": method,
+        "seed": seed_run.seed,
+        "step": [h["step"] for h in history],
+        **{name: [h.get(name) for h in history] for name in CURVES},
+    }
 
 
 def weights(seeds, construction: str) -> list[dict]:
     """For every seed: how the weights of a construction are distributed, and how they agree with the truth where it is known."""
     weighting = seeds[0].config.weighting
-    sides = {s.seed: {side: side_weights(s.scored(construction), side, weighting, s.tokenizer.eos_token_id) for side in SIDES} for s in seeds}
+    sides = {
+        s.seed: {side: side_weights(s.scored(construction), side, weighting, s.tokenizer.eos_token_id) for side in SIDES} for s in seeds
+    }
     pooled = torch.cat([w for by_side in sides.values() for ws in by_side.values() for w in ws])
     edges = torch.linspace(pooled.min().item(), pooled.max().item() + 1e-6, BINS + 1, dtype=torch.float64)  # the same for all seeds
     return [_weights_of_seed(s, construction, sides[s.seed], edges) for s in seeds]
@@ -106,11 +145,20 @@ def weights(seeds, construction: str) -> list[dict]:
 
 def _weights_of_seed(seed_run, construction: str, sides: dict, edges) -> dict:
     rows = seed_run.scored(construction)
-    out = {"construction": construction, "seed": seed_run.seed, "auc": None, "spearman": None, **weight_diagnostics(rows, seed_run.config.weighting)}
+    out = {
+        "construction": construction,
+        "seed": seed_run.seed,
+        "auc": None,
+        "spearman": None,
+        **weight_diagnostics(rows, seed_run.config.weighting),
+    }
     if "chosen_truth" in rows.column_names:
         flat = {kind: [x for side in SIDES for values in rows[f"{side}_{kind}"] for x in values] for kind in ("contrast", "truth")}
         out |= truth_agreement(torch.tensor(flat["contrast"]), torch.tensor(flat["truth"]))
-    out["histogram"] = {"edges": edges.tolist(), **{side: torch.histogram(torch.cat(w).double(), edges).hist.int().tolist() for side, w in sides.items()}}
+    out["histogram"] = {
+        "edges": edges.tolist(),
+        **{side: torch.histogram(torch.cat(w).double(), edges).hist.int().tolist() for side, w in sides.items()},
+    }
     out["position"] = {side: position_means(w) for side, w in sides.items()}
     return out
 
@@ -138,16 +186,25 @@ def heatmaps(seed_run, construction: str) -> list[dict]:
     rows, tokenizer = seed_run.scored(construction), seed_run.tokenizer
     out = []
     for row in rows.select(range(min(seed_run.config.evaluation.heatmaps, len(rows)))):
-        entry = {"construction": construction, "seed": seed_run.seed, "prompt": tokenizer.decode(row["prompt_ids"], skip_special_tokens=True)}
-        for side in ("chosen", "rejected"):
-            entry[side] = {
-                "tokens": pieces(tokenizer, row[f"{side}_ids"]),
-                "weights": side_weights({k: [row[k]] for k in (f"{side}_contrast", f"{side}_ids")}, side, seed_run.config.weighting, tokenizer.eos_token_id)[0].tolist(),
-                "contrast": row[f"{side}_contrast"],
-                "truth": row.get(f"{side}_truth"),
-            }
+        entry = {
+            "construction": construction,
+            "seed": seed_run.seed,
+            "prompt": tokenizer.decode(row["prompt_ids"], skip_special_tokens=True),
+        }
+        entry |= {side: response(row, side, tokenizer, seed_run.config.weighting) for side in SIDES}
         out.append(entry)
     return out
+
+
+def response(row: dict, side: str, tokenizer, weighting: Weighting) -> dict:
+    """One response of a scored row in the form of `tisdpo.heatmap`: tokens, weights, contrast, truth."""
+    one = {name: [row[name]] for name in (f"{side}_contrast", f"{side}_ids")}
+    return {
+        "tokens": pieces(tokenizer, row[f"{side}_ids"]),
+        "weights": side_weights(one, side, weighting, tokenizer.eos_token_id)[0].tolist(),
+        "contrast": row[f"{side}_contrast"],
+        "truth": row.get(f"{side}_truth"),
+    }
 
 
 def pieces(tokenizer, ids: list[int]) -> list[str]:
@@ -167,7 +224,13 @@ def samples(seed_run, methods, results) -> list[dict]:
     out = []
     for i in range(count):
         responses = [{"method": m, **results[m, seed_run.seed]["samples"][i]} for m in methods]
-        out.append({"prompt": responses[0]["prompt"], "seed": seed_run.seed, "responses": [{k: r[k] for k in ("method", "text", "reward")} for r in responses]})
+        out.append(
+            {
+                "prompt": responses[0]["prompt"],
+                "seed": seed_run.seed,
+                "responses": [{k: r[k] for k in ("method", "text", "reward")} for r in responses],
+            }
+        )
     return out
 
 
@@ -185,6 +248,8 @@ def notes(metrics: dict) -> list[str]:
     for construction in [m for m in trained if m in ("P", "S", "D", "R")]:
         for other in [m for m in ("dpo", "random") if m in values]:
             found.append(compare(labels[construction], labels[other], label, values[construction], values[other]))
+    if "dpo" in values:
+        found += [at_equal_kl(m, labels, label, metrics) for m in trained if m in ("P", "S", "D", "R")]
     agreement = {}
     for w in metrics["weights"]:
         if w["auc"] is not None:
@@ -193,6 +258,31 @@ def notes(metrics: dict) -> list[str]:
         parts = ", ".join(f"({c}) {estimate(a).mean:.2f}" for c, a in agreement.items())
         found.append(f"How well the contrast finds the tokens that truly carry reward (AUC, 0.5 is chance): {parts}.")
     return found
+
+
+def at_equal_kl(method: str, labels: dict, label: str, metrics: dict) -> str:
+    """One sentence: the method against DPO where both frontiers have the same KL, interpolated between checkpoints, paired over seeds.
+
+    The KL is the smaller of the two final ones, for each seed.
+    """
+    points = {(f["method"], f["seed"]): [(p["kl"], p["y"]) for p in f["points"]] for f in metrics["frontier"]}
+    base = {r["seed"]: r["metrics"].get(metrics["frontier_y"]) for r in metrics["results"] if r["method"] == "base"}
+    differences, kls = [], []
+    for seed in metrics["seeds"]:
+        lines = [sorted([(0.0, base[seed] if base[seed] is not None else 0.5), *points[m, seed]]) for m in (method, "dpo")]
+        kls.append(min(line[-1][0] for line in lines))
+        differences.append(interpolated(lines[0], kls[-1]) - interpolated(lines[1], kls[-1]))
+    found, kl = estimate(differences), estimate(kls).mean
+    interval = "" if found.half_width is None else f" ± {found.half_width:.2f}"
+    return f"At equal KL to the base model ({kl:.1f} nats), {labels[method]} has {found.mean:+.2f}{interval} {label} compared with DPO."
+
+
+def interpolated(line: list[tuple[float, float]], x: float) -> float:
+    """y at x on a line through points sorted by x."""
+    for (x0, y0), (x1, y1) in itertools.pairwise(line):
+        if x0 <= x <= x1:
+            return y0 if x1 == x0 else y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    return line[-1][1]
 
 
 def compare(name: str, other: str, label: str, a: dict, b: dict) -> str:

@@ -80,7 +80,9 @@ class TISDPOConfig(TrainingArguments):
             raise InputError(f"weighting has no effect with method={self.method!r}; use method='tis-dpo'")
         self.objective()
         if self.precompute_ref and self.kl is not None:
-            raise InputError(f"precompute_ref=True stores log-probs only, but kl={self.kl!r} needs the reference's distribution at every step")
+            raise InputError(
+                f"precompute_ref=True stores log-probs only, but kl={self.kl!r} needs the reference's distribution at every step"
+            )
         super().__post_init__()
 
     def objective(self) -> Objective:
@@ -100,7 +102,16 @@ class TISDPOTrainer(Trainer):
     Metrics carry TRL's names (`rewards/chosen`, `rewards/margins`, `logps/chosen`, ...) plus `kl/*` and `weights/*`.
     """
 
-    def __init__(self, model, args: TISDPOConfig | None = None, train_dataset=None, eval_dataset=None, processing_class=None, ref_model=None, **kwargs):
+    def __init__(
+        self,
+        model,
+        args: TISDPOConfig | None = None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        ref_model=None,
+        **kwargs,
+    ):
         args = args or TISDPOConfig()
         if processing_class is None:
             raise InputError("processing_class is missing: pass the model's tokenizer")
@@ -122,14 +133,30 @@ class TISDPOTrainer(Trainer):
         self.ref_model = attach_head(ref_model).eval().requires_grad_(False) if ref_model is not None and not precompute else None
 
         def rows(dataset):
-            return None if dataset is None else prepare_rows(dataset, processing_class, args, scorer, self.pad_token_id, len(head_of(model).weight))
+            return (
+                None
+                if dataset is None
+                else prepare_rows(dataset, processing_class, args, scorer, self.pad_token_id, len(head_of(model).weight))
+            )
 
         eval_dataset = {k: rows(v) for k, v in eval_dataset.items()} if isinstance(eval_dataset, dict) else rows(eval_dataset)
         collator = PairCollator(
-            self.pad_token_id, side=None if self.preference else args.sft_side, prompt_loss=args.sft_prompt_loss, weights=args.method == "tis-dpo", swap=args.swap_pairs
+            self.pad_token_id,
+            side=None if self.preference else args.sft_side,
+            prompt_loss=args.sft_prompt_loss,
+            weights=args.method == "tis-dpo",
+            swap=args.swap_pairs,
         )
         self._metrics = {"train": defaultdict(lambda: [0.0, 0.0]), "eval": defaultdict(lambda: [0.0, 0.0])}
-        super().__init__(model, args, data_collator=collator, train_dataset=rows(train_dataset), eval_dataset=eval_dataset, processing_class=processing_class, **kwargs)
+        super().__init__(
+            model,
+            args,
+            data_collator=collator,
+            train_dataset=rows(train_dataset),
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
         self.loss_is_scaled_for_ga = True  # divided by the pairs (tokens for SFT) of the whole accumulated, global batch
         self.label_names = []
         if self.ref_model is not None:
@@ -187,7 +214,8 @@ class TISDPOTrainer(Trainer):
             return {"ref_logps": flat.ref_logps}
         with torch.no_grad():
             return self.ref_model(
-                **model_inputs(inputs), head=lambda hidden, head: {"ref_hidden": flat.take(hidden), "ref_weight": head.weight, "ref_bias": head.bias}
+                **model_inputs(inputs),
+                head=lambda hidden, head: {"ref_hidden": flat.take(hidden), "ref_weight": head.weight, "ref_bias": head.bias},
             )
 
     def _check_first_loss(self, output) -> None:
@@ -254,12 +282,20 @@ def prepare_rows(dataset, tokenizer, args: TISDPOConfig, reference, pad_token_id
     weighted = {"chosen_weights", "chosen_contrast"} & columns
     if args.method == "tis-dpo":
         if not weighted:
-            raise InputError("method='tis-dpo' needs rows with chosen_contrast/rejected_contrast (scored) or chosen_weights/rejected_weights; use method='dpo' for none")
-        dataset = apply_weighting(dataset, Weighting(**(args.weighting or {})), tokenizer.eos_token_id) if "chosen_weights" not in columns else dataset
+            raise InputError(
+                "method='tis-dpo' needs rows with chosen_contrast/rejected_contrast (scored) or chosen_weights/rejected_weights; use method='dpo' for none"
+            )
+        dataset = (
+            apply_weighting(dataset, Weighting(**(args.weighting or {})), tokenizer.eos_token_id)
+            if "chosen_weights" not in columns
+            else dataset
+        )
         if "chosen_weights" in columns and args.weighting is not None:
             raise InputError("the rows carry ready weights, so weighting has no effect; remove the *_weights columns or the weighting")
     elif args.method == "dpo" and weighted:
-        raise InputError(f"the rows carry {', '.join(sorted(weighted))}, which method='dpo' does not use; remove the columns or use method='tis-dpo'")
+        raise InputError(
+            f"the rows carry {', '.join(sorted(weighted))}, which method='dpo' does not use; remove the columns or use method='tis-dpo'"
+        )
     if reference is not None and "chosen_ref_logps" not in columns:
         dataset = add_reference_logps(dataset, reference, pad_token_id)
     return dataset

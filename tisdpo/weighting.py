@@ -20,7 +20,8 @@ class Weighting:
                  "scale"      k * (low .. high), affine in clamp(mu_s * r_t, lower, upper)
                  "threshold"  k * clamp(mu_s * r_t, lower, upper), needs lower >= 0
                  "binary"     k for the `top` share of a sequence with the largest mu_s * r_t, 0 for the rest; ties stay together
-                 "random"     k * exp(mu_s * u), u uniform in (lower, upper) and independent of r: the control experiment
+                 "random"     "exp" of the contrasts of the same side in random order: weights of the same distribution that know nothing
+                              of their tokens, the control experiment
                  "equal"      k: plain DPO with beta scaled by k
                  "swapped"    "exp" with mu_chosen and mu_rejected exchanged: the control that must hurt
     k            > 0, a common factor (the same as scaling beta)
@@ -124,8 +125,12 @@ def _swapped(r, is_chosen, w, cu_seqlens):
 
 def _random(r, is_chosen, w, cu_seqlens):
     # drawn on the CPU: the same weights on every device
-    u = torch.rand(r.shape, generator=torch.Generator().manual_seed(w.seed), dtype=torch.float64).to(r)
-    return torch.exp(_mu(r, is_chosen, w.mu_chosen, w.mu_rejected) * (w.lower + (w.upper - w.lower) * u))
+    generator = torch.Generator().manual_seed(w.seed)
+    shuffled = r.clone()
+    for side in (is_chosen, ~is_chosen):
+        where = side.nonzero()[:, 0]
+        shuffled[where] = r[where[torch.randperm(len(where), generator=generator).to(where.device)]]
+    return _exp(shuffled, is_chosen, w, cu_seqlens)
 
 
 def _equal(r, is_chosen, w, cu_seqlens):
