@@ -37,7 +37,8 @@ def loss_and_gradients(case, objective, transform, *, bias=True, weighted=True, 
     rb = case.ref_bias if bias else None
     if plan == "reference":
         losses = reference.tis_dpo_losses(
-            reference.linear_logits(hidden, weight, b, **transform), reference.linear_logits(case.ref_hidden, case.ref_weight, rb, **transform),
+            reference.linear_logits(hidden, weight, b, **transform),
+            reference.linear_logits(case.ref_hidden, case.ref_weight, rb, **transform),
             case.target, case.cu_seqlens, weights, kl=objective.kl, alpha=objective.alpha, detach_chosen_kl=objective.detach_chosen_kl,
             loss=objective.loss, beta=objective.beta, label_smoothing=objective.label_smoothing,
         )  # fmt: skip
@@ -45,7 +46,8 @@ def loss_and_gradients(case, objective, transform, *, bias=True, weighted=True, 
         output = None
     else:
         output = tisdpo.linear_tis_dpo_loss(
-            hidden, weight, case.target, case.cu_seqlens, token_weights=weights, bias=b, ref_hidden=case.ref_hidden, ref_weight=case.ref_weight,
+            hidden, weight, case.target, case.cu_seqlens, token_weights=weights, bias=b,
+            ref_hidden=case.ref_hidden, ref_weight=case.ref_weight,
             ref_bias=rb, objective=objective, plan=plan, reduction=reduction, **transform,
         )  # fmt: skip
         loss = output.loss

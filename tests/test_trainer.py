@@ -95,7 +95,7 @@ def test_first_loss_is_ln_2_and_training_lowers_it(tmp_path):
 
 def test_a_reference_of_another_model_stops_at_the_first_step(tmp_path):
     other = trainer(tmp_path, method="dpo", model=tiny.model(seed=5)).train_dataset
-    with pytest.raises(RuntimeError, match="must be 0.693147"):
+    with pytest.raises(RuntimeError, match=r"must be 0\.693147"):
         trainer(tmp_path, other, method="dpo").train()
     trainer(tmp_path, other, method="dpo", sanity_check=False).train()
 

@@ -261,7 +261,9 @@ class RunConfig:
                 )
         for control, what in (("random", "shuffles the weights"), ("swapped", "exchanges the signs")):
             if control in self.methods and not constructions:
-                raise InputError(f"methods has {control}, which {what} of the first construction, but contrast.constructions is empty; add one")
+                raise InputError(
+                    f"methods has {control}, which {what} of the first construction, but contrast.constructions is empty; add one"
+                )
         if "truth" in self.methods and self.data.source != "synthetic":
             raise InputError("methods has truth, but the true rewards are known with data.source=synthetic only; leave it out")
 

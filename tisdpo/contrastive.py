@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tisdpo.data import tokenize_pairs
-from tisdpo.fingerprints import model_fingerprint
 from tisdpo.errors import InputError
+from tisdpo.fingerprints import model_fingerprint
 from tisdpo.scoring import iterate_logps, plan_batches
 from tisdpo.weighting import Weighting, average_ranks, contrast_weights, positions
 
@@ -53,7 +53,8 @@ def system_prompts(pairs, rows, tokenizer, system_prompt: str) -> list[list[int]
         # rows may have been truncated, the framed ones are not
         if prompt is None or any(list(full[: len(ids)]) != list(ids) for full, ids in zip(completions, (chosen, rejected))):
             raise InputError(
-                f"pair {index}: the completion is tokenised differently under the system prompt; end the system prompt with a line break or use a chat template"
+                f"pair {index}: the completion is tokenised differently under the system prompt; "
+                "end the system prompt with a line break or use a chat template"
             )
         prompts.append(prompt)
     return prompts
@@ -187,22 +188,24 @@ def _findings(sides: dict[str, dict]) -> list[str]:
         clipped = d["clipped_low"] + d["clipped_high"]
         if d["ess"] > 0.995:
             found.append(
-                f"The {side} weights are almost uniform (effective sample size {d['ess']:.1%}): this is nearly plain DPO; the two contrastive "
-                "models hardly differ, so train them longer, with a larger beta, or use clearer prompts."
+                f"The {side} weights are almost uniform (effective sample size {d['ess']:.1%}): this is nearly plain DPO; "
+                "the two contrastive models hardly differ, so train them longer, with a larger beta, or use clearer prompts."
             )
         if clipped > 0.5:
             found.append(
-                f"{clipped:.0%} of the {side} contrasts lie at the clamp, so the weights are nearly two-valued: the contrastive models are too far apart; "
-                "train them for fewer steps or widen lower and upper."
+                f"{clipped:.0%} of the {side} contrasts lie at the clamp, so the weights are nearly two-valued: "
+                "the contrastive models are too far apart; train them for fewer steps or widen lower and upper."
             )
         if d["ess"] < 0.3:
             found.append(
-                f"The {side} weights are extreme (effective sample size {d['ess']:.1%}): a few tokens carry the sequence; lower mu or narrow the clamp."
+                f"The {side} weights are extreme (effective sample size {d['ess']:.1%}): a few tokens carry the sequence; "
+                "lower mu or narrow the clamp."
             )
         if abs(d["position_correlation"]) > 0.5:
             where = "late" if d["position_correlation"] > 0 else "early"
             found.append(
-                f"The {side} weights follow the position (rank correlation {d['position_correlation']:+.2f}): {where} tokens carry the weight; look for a length effect."
+                f"The {side} weights follow the position (rank correlation {d['position_correlation']:+.2f}): "
+                f"{where} tokens carry the weight; look for a length effect."
             )
     low, high = sorted(sides.values(), key=lambda d: d["mean"])
     if low["mean"] > 0 and high["mean"] / low["mean"] > 2:

@@ -30,7 +30,6 @@ from tisdpo.sources import Source, load_source
 from tisdpo.stages import read_points, train_stage, write_json
 from tisdpo.summary import collect
 from tisdpo.trainer import add_reference_logps
-from tisdpo.weighting import Weighting
 
 UNTIL = ("weights", "train", "eval", "report")
 
@@ -62,7 +61,7 @@ def run(config: RunConfig, until: str = "report") -> Path:
 
 
 def train_on(config: RunConfig, scored: str | Path) -> Path:
-    """Train and evaluate one policy on a scored set made elsewhere, which must hold the training rows of this run; returns its directory."""
+    """Train and evaluate one policy on a scored set made elsewhere, of the training rows of this run; returns its directory."""
     directory = _prepare(config)
     seed_run = SeedRun(config, config.seed_list[0], directory / f"seed-{config.seed_list[0]}", scored=Path(scored))
     metrics = seed_run.policy("scored")["metrics"]
@@ -89,7 +88,8 @@ def _prepare(config: RunConfig) -> Path:
         ]
         if changed:
             raise InputError(
-                f"{directory} holds a run with other settings ({', '.join(changed)} differ); give another output_dir, or remove that directory to start again"
+                f"{directory} holds a run with other settings ({', '.join(changed)} differ); "
+                "give another output_dir, or remove that directory to start again"
             )
     directory.mkdir(parents=True, exist_ok=True)
     dump(config, path)
@@ -252,8 +252,9 @@ class SeedRun:
         """(rows, trainer options) of a method: which weights it trains with."""
         objective, weighting = self.config.objective, self.config.weighting
         options = {
-            "method": "tis-dpo", "max_length": self.config.data.max_length, "beta": objective.beta, "loss_type": objective.loss, "kl": objective.kl,
-            "alpha": objective.alpha, "detach_chosen_kl": objective.detach_chosen_kl, "label_smoothing": objective.label_smoothing,
+            "method": "tis-dpo", "max_length": self.config.data.max_length, "beta": objective.beta, "loss_type": objective.loss,
+            "kl": objective.kl, "alpha": objective.alpha, "detach_chosen_kl": objective.detach_chosen_kl,
+            "label_smoothing": objective.label_smoothing,
         }  # fmt: skip
         if method == "dpo":
             return self.rows, options | {"method": "dpo"}
@@ -283,7 +284,8 @@ class SeedRun:
             rows, options = self.method_rows(method)
             with self.timed(f"policy {method}"):
                 train_stage(
-                    self.base(), self.tokenizer, rows, self.config.train, path, label=self.label(f"policy {method}"), seed=self.seed, options=options,
+                    self.base(), self.tokenizer, rows, self.config.train, path, label=self.label(f"policy {method}"),
+                    seed=self.seed, options=options,
                     checkpoints=settings.checkpoints, measure=self.measure_checkpoint,
                 )  # fmt: skip
         with self.timed(f"evaluation {method}"):

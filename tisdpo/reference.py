@@ -8,6 +8,8 @@ Sizes: P pairs, S = 2P sequences (chosen_0, rejected_0, chosen_1, ...), N comple
 Log-probs and KL are in nats.
 """
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -65,7 +67,7 @@ def exp_weights(
 def segment_sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Sum of values [N] over every sequence: cu_seqlens [S+1] -> [S]."""
     bounds = cu_seqlens.tolist()
-    return torch.stack([values[a:b].sum() for a, b in zip(bounds[:-1], bounds[1:])]) if len(bounds) > 1 else values.new_zeros(0)
+    return torch.stack([values[a:b].sum() for a, b in itertools.pairwise(bounds)]) if len(bounds) > 1 else values.new_zeros(0)
 
 
 def scores(logratio: Tensor, sequence_kl: Tensor | None, kl: str | None, alpha: float, detach_chosen_kl: bool = False) -> Tensor:

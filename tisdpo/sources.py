@@ -93,7 +93,8 @@ def _text(config: RunConfig) -> Source:
     rows, counts = tokenize_pairs(pairs, tokenizer, max_length=data.max_length)
     if len(rows) < 2:
         raise InputError(
-            f"{data.source} leaves {len(rows)} usable pairs ({_dropped(counts) or 'none dropped'}); at least two are needed, one of them held out"
+            f"{data.source} leaves {len(rows)} usable pairs ({_dropped(counts) or 'none dropped'}); "
+            "at least two are needed, one of them held out"
         )
     train, heldout = holdout(rows, data.heldout, seed=0)
     documents = (lambda: _both_sides(train)) if model.path is None else None

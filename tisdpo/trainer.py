@@ -67,7 +67,7 @@ class TISDPOConfig(TrainingArguments):
     learning_rate: float = 1e-6
     logging_steps: float = 10
     remove_unused_columns: bool = False  # the rows' columns are the collator's, not the model's
-    report_to: None | str | list[str] = "none"
+    report_to: str | list[str] | None = "none"
 
     def __post_init__(self):
         if self.method not in METHODS:
@@ -283,7 +283,8 @@ def prepare_rows(dataset, tokenizer, args: TISDPOConfig, reference, pad_token_id
     if args.method == "tis-dpo":
         if not weighted:
             raise InputError(
-                "method='tis-dpo' needs rows with chosen_contrast/rejected_contrast (scored) or chosen_weights/rejected_weights; use method='dpo' for none"
+                "method='tis-dpo' needs rows with chosen_contrast/rejected_contrast (scored) or chosen_weights/rejected_weights; "
+                "use method='dpo' for none"
             )
         dataset = (
             apply_weighting(dataset, Weighting(**(args.weighting or {})), tokenizer.eos_token_id)

@@ -1,0 +1,136 @@
+"""A whole run at its smallest: everything is written, an interrupted run goes on, a run may grow but not change."""
+
+import json
+
+import pytest
+
+from tisdpo import pipeline
+from tisdpo.config import load_config
+from tisdpo.errors import InputError
+from tisdpo.summary import at_equal_kl, compare, interpolated, pieces
+
+SMALL = """
+name: small
+threads: 1
+data: {source: synthetic, limit: 24, heldout: 8, max_length: 96}
+model: {hidden_size: 16, heads: 2, pretrain: {steps: 2, batch_size: 4, learning_rate: 1e-3}}
+contrast:
+  constructions: [S]
+  sft: {steps: 2, batch_size: 4, learning_rate: 1e-3}
+train: {steps: 4, batch_size: 4, learning_rate: 1e-3}
+methods: [dpo, random, S, truth]
+evaluation: {prompts: 4, max_new_tokens: 8, checkpoints: 2, samples: 1, heatmaps: 1}
+"""
+
+
+def config(tmp_path, *overrides, text=SMALL):
+    path = tmp_path / "small.yaml"
+    path.write_text(text)
+    return load_config(path, [f"output_dir={tmp_path / 'run'}", *overrides])
+
+
+def trained(tmp_path) -> dict[str, int]:
+    """When each file of the run was written."""
+    return {str(p.relative_to(tmp_path)): p.stat().st_mtime_ns for p in (tmp_path / "run" / "seed-0").rglob("*.safetensors")}
+
+
+def test_a_run_writes_everything_and_goes_on_where_it_was(tmp_path, monkeypatch):
+    real, calls = pipeline.train_stage, []
+
+    def dies_at_the_fifth(*args, **kwargs):
+        calls.append(kwargs["label"])
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(pipeline, "train_stage", dies_at_the_fifth)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(config(tmp_path))
+    before = trained(tmp_path)
+    report = pipeline.run(config(tmp_path))
+    assert report.name == "report.html" and report.stat().st_size > 10_000
+    assert len(calls) == 5 + 3  # the base, two SFT models and a policy were not trained again
+    assert {name: trained(tmp_path)[name] for name in before} == before
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert {(r["method"], r["seed"]) for r in metrics["results"]} == {(m, 0) for m in ("base", "dpo", "random", "S", "truth")}
+    assert [len(f["points"]) for f in metrics["frontier"]] == [2] * 4
+    weights = metrics["weights"][0]
+    assert 0 <= weights["auc"] <= 1 and sum(weights["histogram"]["chosen"]) == weights["chosen"]["tokens"]
+    assert metrics["heatmaps"][0]["chosen"]["truth"] is not None
+    assert (tmp_path / "run" / "config.yaml").exists()
+
+    grown = json.loads(pipeline.run(config(tmp_path, "seeds=2"), until="eval").joinpath("metrics.json").read_text())
+    assert grown["seeds"] == [0, 1] and {name: trained(tmp_path)[name] for name in before} == before
+    with pytest.raises(InputError, match="train differ"):
+        pipeline.run(config(tmp_path, "train.steps=5"))
+
+
+def test_the_same_seed_gives_the_same_results(tmp_path):
+    results = []
+    for name in ("a", "b"):
+        pipeline.run(config(tmp_path, f"output_dir={tmp_path / name}", "methods=[S]"), until="train")
+        results.append(json.loads((tmp_path / name / "seed-0" / "policy" / "S" / "result.json").read_text()))
+    assert results[0] == results[1]
+
+
+def test_training_on_scores_of_another_run(tmp_path):
+    pipeline.run(config(tmp_path), until="weights")
+    scored = tmp_path / "run" / "seed-0" / "scored" / "S"
+    path = pipeline.train_on(config(tmp_path, f"output_dir={tmp_path / 'other'}", "weighting.upper=1"), scored)
+    assert json.loads((path / "result.json").read_text())["metrics"]["kl"] >= 0
+    with pytest.raises(InputError, match="scored for other rows"):
+        pipeline.train_on(config(tmp_path, f"output_dir={tmp_path / 'third'}", "data.limit=20"), scored)
+
+
+def test_preference_text_from_a_file(tmp_path):
+    rows = [{"prompt": f"Question {i}?", "chosen": f" A fine answer, number {i}.", "rejected": f" No {i}."} for i in range(12)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    overrides = [
+        f"data.source={tmp_path / 'pairs.jsonl'}",
+        "data.limit=null",
+        "data.heldout=2",
+        "model.vocab_size=300",
+        "methods=[dpo, P, S]",
+    ]
+    run = config(tmp_path, *overrides, "contrast.constructions=[S, P]", "objective.kl=reverse")
+    metrics = json.loads(pipeline.run(run, until="eval").joinpath("metrics.json").read_text())
+    assert metrics["frontier_y"] == "accuracy" and metrics["data"] == {"train": 10, "heldout": 2, "dropped": {}, "kind": "text"}
+    assert metrics["weights"][0]["auc"] is None
+    assert any("accuracy" in note for note in metrics["notes"])
+
+
+def test_a_mistake_in_the_data_does_not_lock_the_directory(tmp_path):
+    with pytest.raises(InputError, match="nowhere"):
+        pipeline.run(config(tmp_path, f"data.source={tmp_path / 'nowhere.jsonl'}", "methods=[dpo]"))
+    with pytest.raises(InputError, match="flop"):
+        pipeline.run(config(tmp_path, "data.world={flop: 1}", "methods=[dpo]"))
+    pipeline.run(config(tmp_path), until="weights")
+
+
+def test_sentences_on_differences():
+    assert "one seed" in compare("A", "B", "reward", {0: 1.0}, {0: 0.5})
+    assert compare("A", "B", "reward", {0: 1.0, 1: 1.1, 2: 1.2}, {0: 0.5, 1: 0.6, 2: 0.7}).endswith(
+        "difference +0.50 ± 0.00 (95 %, 3 seeds, paired): better."
+    )
+    assert "no clear difference" in compare("A", "B", "reward", {0: 1.0, 1: 0.0}, {0: 0.5, 1: 0.4})
+
+
+def test_comparison_at_equal_kl_interpolates_between_checkpoints():
+    metrics = {
+        "frontier_y": "reward", "seeds": [0], "results": [{"method": "base", "seed": 0, "metrics": {"reward": 0.0}}],
+        "frontier": [
+            {"method": "S", "seed": 0, "points": [{"step": 1, "kl": 2.0, "y": 1.0}, {"step": 2, "kl": 4.0, "y": 3.0}]},
+            {"method": "dpo", "seed": 0, "points": [{"step": 1, "kl": 3.0, "y": 1.5}]},
+        ],
+    }  # fmt: skip
+    assert interpolated([(0.0, 0.0), (2.0, 1.0)], 1.0) == 0.5
+    sentence = at_equal_kl("S", {"S": "TIS-DPO (S)"}, "reward", metrics)
+    assert "(3.0 nats)" in sentence and "+0.50 reward" in sentence  # 2.0 against 1.5
+
+
+def test_pieces_join_to_the_text():
+    import tiny
+
+    tokenizer = tiny.tokenizer()
+    ids = tokenizer("the gardener was warm. we went home.", add_special_tokens=False)["input_ids"]
+    assert "".join(pieces(tokenizer, ids)) == tokenizer.decode(ids) == "the gardener was warm. we went home."
