@@ -197,9 +197,10 @@ class SeedRun:
             else:
                 stage, rows = contrast.dpo, self.rows_for_contrast
                 options |= {"method": "dpo", "beta": stage.beta, "swap_pairs": name == "dpo-swapped"}
+            start = self.base()  # may train it, which is a stage of its own
             with self.timed(f"contrastive {name}"):
                 train_stage(
-                    self.base(), self.tokenizer, rows, stage, path, label=self.label(f"contrastive {name}"), seed=self.seed, options=options
+                    start, self.tokenizer, rows, stage, path, label=self.label(f"contrastive {name}"), seed=self.seed, options=options
                 )
         return load_model(str(path / "model")).eval()
 
