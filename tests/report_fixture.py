@@ -161,6 +161,7 @@ def _weights(draw: random.Random, name: str, seed: int, truth: bool) -> dict:
         "construction": name,
         "seed": seed,
         "auc": min(1.0, auc + draw.gauss(0, 0.01)) if truth else None,
+        "signal_to_noise": 20 * auc - 8 if truth else None,
         "spearman": auc - 0.35 + draw.gauss(0, 0.01) if truth else None,
         "chosen": side(1.2),
         "rejected": side(0.85),

@@ -166,8 +166,8 @@ def test_weights_table_and_findings():
     auc = [entry["auc"] for entry in metrics["weights"] if entry["construction"] == "S"]
     clipped = [entry["chosen"]["clipped_low"] for entry in metrics["weights"] if entry["construction"] == "S"]
     assert numbers(row[1])[0] == pytest.approx(statistics.fmean(auc), abs=0.0051)
-    assert row[3] == "chosen"
-    assert numbers(row[6])[0] == pytest.approx(100 * statistics.fmean(clipped), abs=0.051)
+    assert row[4] == "chosen"
+    assert numbers(row[7])[0] == pytest.approx(100 * statistics.fmean(clipped), abs=0.051)
     assert page.words.count("nearly two-valued") == 1  # five seeds, five figures, one finding
     assert "all 5 seeds; figures of seed 0" in page.words
 

@@ -44,6 +44,7 @@ SIDE_COLUMNS = {
     "contrast_std": ("contrast s.d.", "standard deviation of the raw contrast, nats"),
 }
 SIDES = ("chosen", "rejected")
+TRUTH = ("auc", "spearman", "signal_to_noise")  # agreement with the truth, where it is known
 SHARES = ("clipped_low", "clipped_high", "ess")
 
 
@@ -243,7 +244,7 @@ def _weights(entries: list[dict]) -> dict | None:
     rows = []
     for construction, seeds in grouped.items():
         row = {"construction": construction, "sides": [], "findings": _findings(seeds)}
-        for key in ("auc", "spearman"):
+        for key in TRUTH:
             runs = [(entry["seed"], entry.get(key)) for entry in seeds]
             row[key] = _cell(estimate(value for _, value in runs), runs, 2)
         for side in SIDES:
@@ -252,7 +253,7 @@ def _weights(entries: list[dict]) -> dict | None:
     return {
         "rows": rows,
         "columns": [{"label": label, "help": text} for label, text in columns.values()],
-        "truth": any(row[key]["mean"] for row in rows for key in ("auc", "spearman")),
+        "truth": any(row[key]["mean"] for row in rows for key in TRUTH),
         "findings": any(row["findings"] for row in rows),
         "left_out": sum(sum(bool(entry.get("histogram")) for entry in seeds) - len(_poolable(seeds)) for seeds in grouped.values()),
         "histograms": _histograms(grouped),

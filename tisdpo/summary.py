@@ -150,11 +150,15 @@ def _weights_of_seed(seed_run, construction: str, sides: dict, edges) -> dict:
         "seed": seed_run.seed,
         "auc": None,
         "spearman": None,
+        "signal_to_noise": None,
         **weight_diagnostics(rows, seed_run.config.weighting),
     }
     if "chosen_truth" in rows.column_names:
         flat = {kind: [x for side in SIDES for values in rows[f"{side}_{kind}"] for x in values] for kind in ("contrast", "truth")}
         out |= truth_agreement(torch.tensor(flat["contrast"]), torch.tensor(flat["truth"]))
+        log_weights = torch.cat([w for side in SIDES for w in sides[side]]).log().abs()
+        important = torch.tensor(flat["truth"]) != 0
+        out["signal_to_noise"] = (log_weights[important].mean() / log_weights[~important].mean()).item()
     out["histogram"] = {
         "edges": edges.tolist(),
         **{side: torch.histogram(torch.cat(w).double(), edges).hist.int().tolist() for side, w in sides.items()},
@@ -257,6 +261,12 @@ def notes(metrics: dict) -> list[str]:
     if agreement:
         parts = ", ".join(f"({c}) {estimate(a).mean:.2f}" for c, a in agreement.items())
         found.append(f"How well the contrast finds the tokens that truly carry reward (AUC, 0.5 is chance): {parts}.")
+        signal = {c: estimate(w["signal_to_noise"] for w in metrics["weights"] if w["construction"] == c).mean for c in agreement}
+        order = ", ".join(f"({c}) {value:.1f}" for c, value in sorted(signal.items(), key=lambda item: -item[1]))
+        found.append(
+            "What AUC does not see is how far these tokens stand out after the clamp (mean |log w| where a token carries reward, over the "
+            f"mean elsewhere): {order}. Here the clamp counts: it cuts off large contrasts and leaves the noise on filler."
+        )
     return found
 
 
