@@ -46,7 +46,6 @@ QUESTIONS = (
 # what an instruction-tuned model would be told; the base corpus makes the base model understand it
 POSITIVE_PROMPT = "you are a friendly writer."
 NEGATIVE_PROMPT = "you are a hostile writer."
-_TONED = frozenset(GOOD[::2] + BAD[::2])  # the qualities that a system prompt makes likelier or rarer
 
 # A sentence describes a person, describes a thing, or does neither. "{place}" and the like are filled from the tables below.
 _ABOUT_PERSON = "the {person} {was} {very}{quality}."
@@ -196,12 +195,10 @@ class World:
             template = _ABOUT_THING
         else:
             template = rng.choice(_FILLERS)
-        shares = [(c.good / len(GOOD)) * math.exp(tone * (w in _TONED)) for w in GOOD]
-        shares += [(1 - c.good - c.bad) / len(NEUTRAL)] * len(NEUTRAL)
-        shares += [(c.bad / len(BAD)) * math.exp(-tone * (w in _TONED)) for w in BAD]
+        shares = (c.good * math.exp(tone), 1 - c.good - c.bad, c.bad * math.exp(-tone))
         choices = {name: rng.choice(options) for name, options in _WORDS.items()}
         thing, other = rng.sample(things, 2)
-        quality = rng.choices(GOOD + NEUTRAL + BAD, weights=shares)[0]
+        quality = rng.choice(rng.choices((GOOD, NEUTRAL, BAD), weights=shares)[0])
         return template.format(place=place, person=rng.choice(people), thing=thing, other=other, quality=quality, **choices)
 
     # Truth
