@@ -12,7 +12,7 @@ demo: $(INSTALLED)  ## the whole method in about four minutes on two cores; writ
 	$(BIN)/tisdpo run examples/demo.yaml
 
 test: $(INSTALLED)  ## all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lint: $(INSTALLED)  ## style
 	$(BIN)/python -m pip install --quiet "ruff>=0.14"
