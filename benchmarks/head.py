@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import resource
 import statistics
 import subprocess
@@ -189,12 +190,20 @@ def peak_memory(step: Step, size: Size) -> dict[str, int]:
     before = high_water()
     _, *gradients = problem.run(step)
     peak = high_water() - before
+    if peak <= 0:
+        raise RuntimeError("the step did not raise the high-water mark, so its memory cannot be measured this way")
     handed_out = sum(g.nbytes for g in gradients if g is not None)
     return {"peak": peak, "gradients": handed_out, "extra": max(peak - handed_out, 0)}
 
 
 def high_water() -> int:
-    """Largest resident size of this process so far, bytes."""
+    """Largest resident size of this process so far, bytes.
+
+    Linux: VmHWM, which starts afresh with the program; ru_maxrss would begin at the size of the process that started this one.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text()).group(1)) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
