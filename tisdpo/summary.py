@@ -26,7 +26,7 @@ LABELS = {
     "S": ("TIS-DPO (S)", "contrast of two SFT models"),
     "D": ("TIS-DPO (D)", "contrast of DPO and reverse DPO"),
     "R": ("TIS-DPO (R)", "contrast of DPO and the reference"),
-    "truth": ("TIS-DPO, true weights", "ceiling: weights from the known rewards"),
+    "truth": ("TIS-DPO, true weights", "yardstick: weights from the known rewards"),
 }
 METRIC_INFO = {
     "reward": {"label": "reward", "unit": "", "better": "higher", "help": "Mean reward of sampled responses to held-out prompts."},

@@ -126,6 +126,8 @@ class WorldConfig:
         for name in ("scale", "tone"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"world: {name}={getattr(self, name)} must be a number of at least 0")
+        if not math.isfinite(self.length_bias):
+            raise InputError(f"world: length_bias={self.length_bias} must be a finite number of logits a token")
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ class World:
             place, prompt = rng.choice(questions)
             a, b = self._response(rng, place), self._response(rng, place)
             logit = c.scale * (self.reward(a) - self.reward(b)) + c.length_bias * (len(words(a)) - len(words(b)))
-            first = rng.random() * (1 + math.exp(-logit)) < 1
+            first = rng.random() * (1 + math.exp(min(-logit, 700.0))) < 1  # exp(710) overflows
             if (rng.random() < c.flip) == first:
                 a, b = b, a
             if a != b:
