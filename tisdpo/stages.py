@@ -109,6 +109,6 @@ def train_stage(
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(saved) if saved.is_dir() else None)
     history = trainer.state.log_history
-    save_model(model, tokenizer, directory / "model")
     write_json(directory / "log.json", history)
+    save_model(model, tokenizer, directory / "model")  # last: the stage is done when its model is there
     return history
