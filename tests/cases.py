@@ -5,6 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# The backends that can run on a CPU: Triton in its interpreter.
+BACKENDS = ["torch", "triton"]
+
 
 @dataclass
 class Case:

@@ -266,7 +266,7 @@ def test_doctor_tells_versions_devices_backend_and_packages(capsys, monkeypatch)
     ):
         assert words in out, words
     assert re.search(rf"on cpu +{backend.resolve('auto', 'cpu')} \(", out)
-    for name, reason in backend.available().items():
+    for name, reason in backend.available("cpu").items():
         assert re.search(rf"{name} +{'cannot run: ' + re.escape(reason) if reason else 'can run'}", out)
     for extra in doctor.EXTRAS:
         assert re.search(rf"^  {extra} ", out, re.MULTILINE)

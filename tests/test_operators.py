@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from cases import make_case
+from cases import BACKENDS, make_case
 
 import tisdpo
 from tisdpo import Objective, Weighting
-from tisdpo.ops import backend, pairwise, sequence_sums, token_stats
+from tisdpo.ops import backend as backends
+from tisdpo.ops import pairwise, sequence_sums, token_stats
 
 TRANSFORM = (0.9, 3.0, 1.1)  # logit_scale, softcap, temperature
 PLAIN = (1.0, None, 1.0)
@@ -21,17 +22,20 @@ def head(case, *, bias=True, reference=True, trainable=True):
     return policy, ref
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reference, kl", [(False, None), (True, None), (True, "reverse"), (True, "forward")])
-def test_opcheck_token_stats(reference, kl):
+def test_opcheck_token_stats(reference, kl, backend):
     logits = torch.randn(5, 7, requires_grad=True)
     target, ref_logits = torch.tensor([0, -100, 6, 2, 3]), torch.randn(5, 7) if reference else None
-    torch.library.opcheck(token_stats.token_stats, (logits, target, ref_logits, kl, *TRANSFORM, -100, "torch"), test_utils=CHECKS)
-    stats = list(token_stats.token_stats(logits.detach(), target, ref_logits, kl, *TRANSFORM, -100, "torch"))
+    torch.library.opcheck(token_stats.token_stats, (logits, target, ref_logits, kl, *TRANSFORM, -100, False, backend), test_utils=CHECKS)
+    stats = list(token_stats.token_stats(logits.detach(), target, ref_logits, kl, *TRANSFORM, -100, False, backend))
     for g_logps, g_kl in ((torch.randn(5), torch.randn(5) if kl else None), (None, torch.randn(5) if kl else None)):
-        args = (g_logps, g_kl, logits.detach(), target, ref_logits, stats, kl, *TRANSFORM, -100, "torch")
+        args = (g_logps, g_kl, logits.detach(), target, ref_logits, stats, kl, *TRANSFORM, -100, backend)
         torch.library.opcheck(token_stats.token_stats_backward, args, test_utils=CHECKS)
+        torch.library.opcheck(token_stats.token_stats_backward_, args, test_utils=CHECKS)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "bias, reference, kl, transform, needs",
     [
@@ -41,29 +45,31 @@ def test_opcheck_token_stats(reference, kl):
         (False, False, None, TRANSFORM, (False, True, False)),
     ],
 )
-def test_opcheck_linear_token_stats(bias, reference, kl, transform, needs):
+def test_opcheck_linear_token_stats(bias, reference, kl, transform, needs, backend):
     case = make_case((3, 2), H=4, V=7, ignored=(1,), dtype=torch.float32)
     policy, ref = head(case, bias=bias, reference=reference)
-    args = (*policy, case.target, *ref, kl, *transform, -100, "torch")
+    args = (*policy, case.target, *ref, kl, *transform, -100, backend)
     torch.library.opcheck(token_stats.linear_token_stats, args, test_utils=CHECKS)
     policy = [None if x is None else x.detach() for x in policy]
     stats = list(token_stats.linear_token_stats(*policy, *args[3:]))
-    args = (torch.randn(5), torch.randn(5) if kl else None, *policy, case.target, *ref, stats, kl, *transform, -100, "torch", list(needs))
+    args = (torch.randn(5), torch.randn(5) if kl else None, *policy, case.target, *ref, stats, kl, *transform, -100, backend, list(needs))
     torch.library.opcheck(token_stats.linear_token_stats_backward, args, test_utils=CHECKS)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kl", [True, False])
 @pytest.mark.parametrize("weights", ["given", "formed", "ones"])
-def test_opcheck_sequence_sums(weights, kl):
+def test_opcheck_sequence_sums(weights, kl, backend):
     logps, divergence = (torch.randn(7, requires_grad=True) for _ in range(2))
     cu = torch.tensor([0, 2, 2, 4, 7], dtype=torch.int32)
     given = (torch.rand(7) if weights == "given" else None, *((torch.randn(7), torch.randn(7)) if weights == "formed" else (None, None)))
-    args = (logps, torch.randn(7), divergence if kl else None, cu, *given, 1.0, 1.0, -1.0, -0.5, 1.5, "torch")
+    args = (logps, torch.randn(7), divergence if kl else None, cu, *given, 1.0, 1.0, -1.0, -0.5, 1.5, backend)
     torch.library.opcheck(sequence_sums.sequence_sums, args, test_utils=CHECKS)
     for g in ((torch.randn(4), torch.randn(4) if kl else None), (None, torch.randn(4))):
-        torch.library.opcheck(sequence_sums.sequence_sums_backward, (*g, torch.rand(7), cu), test_utils=CHECKS)
+        torch.library.opcheck(sequence_sums.sequence_sums_backward, (*g, torch.rand(7), cu, backend), test_utils=CHECKS)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "objective, bias, weighted, online, needs",
     [
@@ -73,7 +79,7 @@ def test_opcheck_sequence_sums(weights, kl):
         (Objective(loss="ipo"), False, False, True, (False, False, False)),
     ],
 )
-def test_opcheck_linear_pairwise(objective, bias, weighted, online, needs):
+def test_opcheck_linear_pairwise(objective, bias, weighted, online, needs, backend):
     case = make_case((3, 2, 1, 1), H=4, V=7, ignored=(1,), dtype=torch.float32)
     policy, ref = head(case, bias=bias, reference=online, trainable=False)
     policy = [None if x is None else x.requires_grad_(need) for x, need in zip(policy, needs)]
@@ -81,7 +87,7 @@ def test_opcheck_linear_pairwise(objective, bias, weighted, online, needs):
     args = (
         *policy, case.target, case.cu_seqlens, case.token_weights if weighted else None, None if online else torch.randn(7), *ref,
         torch.tensor(2.0),
-        o.loss, o.beta, o.kl, o.alpha, o.detach_chosen_kl, o.label_smoothing, *PLAIN, -100, list(needs), "torch",
+        o.loss, o.beta, o.kl, o.alpha, o.detach_chosen_kl, o.label_smoothing, *PLAIN, -100, list(needs), backend,
     )  # fmt: skip
     torch.library.opcheck(pairwise.linear_pairwise, args, test_utils=CHECKS)
 
@@ -210,20 +216,20 @@ def test_operators_work_under_a_dispatch_mode():
 
 
 def test_backend_choice(monkeypatch, caplog):
-    backend._announce.cache_clear()
+    backends._announce.cache_clear()
     with caplog.at_level("INFO", logger="tisdpo"):
-        assert backend.resolve("auto", "cpu") == "torch" and backend.resolve("auto", "cpu") == "torch"
+        assert backends.resolve("auto", "cpu") == "torch" and backends.resolve("auto", "cpu") == "torch"
     assert len(caplog.records) == 1 and "'torch' backend on cpu" in caplog.text
     monkeypatch.setenv("TISDPO_BACKEND", "torch")
-    assert backend.resolve("auto", "cpu") == "torch"
+    assert backends.resolve("auto", "cpu") == "torch"
     monkeypatch.setenv("TISDPO_BACKEND", "fastest")
     with pytest.raises(ValueError, match="TISDPO_BACKEND must be one of auto, torch, triton, cpp, got 'fastest'"):
-        backend.resolve("auto", "cpu")
-    assert backend.resolve("torch", "cpu") == "torch"  # an argument wins over the environment
-    for name, reason in backend.available().items():
+        backends.resolve("auto", "cpu")
+    assert backends.resolve("torch", "cpu") == "torch"  # an argument wins over the environment
+    for name, reason in backends.available("cpu").items():
         if reason:
             with pytest.raises(RuntimeError, match=f"backend='{name}' was asked for"):
-                backend.resolve(name, "cpu")
+                backends.resolve(name, "cpu")
 
 
 @pytest.mark.parametrize("transform", ["swapped", "equal"])

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from tisdpo import checks
 from tisdpo.losses import KL_DIRECTIONS, Objective, PairSums, PreferenceOutput, preference_output, resolve_normalizer
-from tisdpo.ops import backend as backends
 from tisdpo.ops import pairwise, token_stats, values
 from tisdpo.ops import sequence_sums as sums_op
-from tisdpo.ops.products import accumulation_dtype
+from tisdpo.ops.backend import accumulation_dtype
+from tisdpo.ops.torch_fold import segment_sums
 from tisdpo.weighting import Weighting, chosen_tokens, contrast_weights
 
 PLANS = ("auto", "one_pass", "two_pass")
@@ -45,6 +45,7 @@ def token_logps(
     softcap: float | None = None,
     temperature: float = 1.0,
     ignore_index: int = -100,
+    overwrite_logits: bool = False,
     backend: str = "auto",
 ) -> TokenStats:
     """Log-prob of every target token, and the KL to a reference, from logits.
@@ -56,7 +57,10 @@ def token_logps(
 
     logits [..., V], target [...] (int64, 0..V-1 or ignore_index), ref_logits [..., V]; results have target's shape. Ignored
     positions give 0 and no gradient. Gradients reach `logits` through `logps` and `kl`, for any upstream gradient; a reference
-    that requires a gradient raises. Memory: the gradient, plus float32 copies of a block of rows. Needs `ref_logits` for `kl`.
+    that requires a gradient raises. Needs `ref_logits` for `kl`.
+
+    Memory: the gradient, in the dtype of the logits; none with `overwrite_logits`, where the backward writes it over the logits: they must
+    then serve nobody else, and a second backward raises. Strided logits, such as ``logits[:, :-1]``, are read in place.
 
     Raises TypeError and ValueError that name the argument, what was expected and what came.
     """
@@ -67,8 +71,8 @@ def token_logps(
     _check_kl(kl, ref_logits, "ref_logits")
     checks.same("ref_logits", ref_logits, "logits", logits)
     checks.constants(ref_logits=ref_logits)
-    name = backends.resolve(backend, logits.device.type)
-    out = token_stats.token_stats(_rows(logits), target.reshape(-1), _rows(ref_logits), kl, *transform, ignore_index, name)
+    logits, ref_logits = _matrices(logits), _matrices(ref_logits)
+    out = token_stats.token_stats(logits, target.reshape(-1), ref_logits, kl, *transform, ignore_index, overwrite_logits, backend)
     return _token_stats(out, target.shape, ref_logits is not None, kl)
 
 
@@ -102,8 +106,7 @@ def linear_token_logps(
     transform = checks.transform(logit_scale, softcap, temperature)
     head = _head(hidden, weight, bias, target, ref_hidden, ref_weight, ref_bias, ignore_index)
     _check_kl(kl, ref_hidden, "ref_hidden")
-    name = backends.resolve(backend, hidden.device.type)
-    out = token_stats.linear_token_stats(*head, kl, *transform, ignore_index, name)
+    out = token_stats.linear_token_stats(*head, kl, *transform, ignore_index, backend)
     return _token_stats(out, target.shape, ref_hidden is not None, kl)
 
 
@@ -168,10 +171,9 @@ def sequence_sums(
     if kl is not None:
         checks.same("kl", kl, "logps", logps, dtype=False)
         checks.same_device(logps=logps, kl=kl)
-    name = backends.resolve(backend, logps.device.type)
     dtype = accumulation_dtype(logps.dtype)
     kl = None if kl is None else kl.to(dtype)
-    D, K, _ = sums_op.sequence_sums(logps.to(dtype), ref_logps.detach().to(dtype), kl, cu_seqlens, *weights, name)
+    D, K, _ = sums_op.sequence_sums(logps.to(dtype), ref_logps.detach().to(dtype), kl, cu_seqlens, *weights, backend)
     return SequenceSums(D, None if kl is None else K)
 
 
@@ -212,7 +214,7 @@ def tis_dpo_loss(
         checks.mask("ignored", ignored, logps.shape)
     dtype = sums.logratio.dtype
     ones = torch.ones_like(logps, dtype=dtype) if ignored is None else (~ignored).to(dtype)
-    plain, lengths = (sums_op.segment_sums(x, cu_seqlens) for x in (logps.detach().to(dtype), ones))
+    plain, lengths = (segment_sums(x, cu_seqlens) for x in (logps.detach().to(dtype), ones))
     return preference_output(None, PairSums(sums.logratio, sums.kl, plain, lengths), objective, reduction, normalizer)
 
 
@@ -276,11 +278,10 @@ def linear_tis_dpo_loss(
         hidden=hidden, cu_seqlens=cu_seqlens if cu_seqlens.device.type != "cpu" else None, token_weights=token_weights, ref_logps=ref_logps
     )
     divisor = resolve_normalizer(normalizer, reduction, (len(cu_seqlens) - 1) // 2)
-    name = backends.resolve(backend, hidden.device.type)
 
     if plan == "two_pass":
         stats = _token_stats(
-            token_stats.linear_token_stats(*head, objective.kl, *transform, ignore_index, name),
+            token_stats.linear_token_stats(*head, objective.kl, *transform, ignore_index, backend),
             target.shape,
             ref_hidden is not None,
             objective.kl,
@@ -298,7 +299,7 @@ def linear_tis_dpo_loss(
     o = objective
     loss, sums, *_ = pairwise.linear_pairwise(
         hidden, weight, bias, target, cu_seqlens, token_weights, ref_logps, ref_hidden, ref_weight, ref_bias, divisor,
-        o.loss, o.beta, o.kl, o.alpha, o.detach_chosen_kl, o.label_smoothing, *transform, ignore_index, needs, name,
+        o.loss, o.beta, o.kl, o.alpha, o.detach_chosen_kl, o.label_smoothing, *transform, ignore_index, needs, backend,
     )  # fmt: skip
     return preference_output(loss, PairSums(sums[0], None if o.kl is None else sums[1], sums[2], sums[3]), o, reduction, normalizer)
 
@@ -345,6 +346,14 @@ def _head(hidden, weight, bias, target, ref_hidden, ref_weight, ref_bias, ignore
 def _rows(x: Tensor | None) -> Tensor | None:
     """[..., H] as [N, H]."""
     return None if x is None else x.reshape(-1, x.shape[-1])
+
+
+def _matrices(x: Tensor | None) -> Tensor | None:
+    """[..., V] as [N, V] or [B, T, V], without a copy where the logits of a row lie next to each other."""
+    if x is None:
+        return None
+    x = x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    return x[None] if x.dim() == 1 else x if x.dim() <= 3 else x.reshape(-1, x.shape[-1])
 
 
 def _autocast(x: Tensor | None) -> Tensor | None:

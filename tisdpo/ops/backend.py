@@ -1,5 +1,6 @@
 """Which backend runs the folds, and how much memory a chunk of logits may take."""
 
+import importlib.util
 import logging
 import os
 from functools import cache
@@ -7,6 +8,7 @@ from functools import cache
 import torch
 
 BACKENDS = ("auto", "torch", "triton", "cpp")
+GPUS = ("cuda", "xpu")  # devices that Triton compiles for; ROCm calls itself cuda
 
 # Bytes of logits (policy, and reference where needed) that may exist at one time. CPU: large enough that accumulating dWeight once a
 # chunk costs little, see benchmarks/NOTES.md. Accelerators: a few thousand rows of the largest vocabularies.
@@ -22,36 +24,60 @@ LONG_PAIR = {"cpu": 8, "default": 1}
 log = logging.getLogger("tisdpo")
 
 
-def available() -> dict[str, str]:
-    """Every backend with "" if it can run here, else one sentence why not."""
-    missing = "not part of this version; the torch backend computes the same"
-    return {"torch": "", "triton": missing, "cpp": missing}
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def resolve(backend: str, device: str) -> str:
+def available(device: str) -> dict[str, str]:
+    """Every backend with "" if it can run on tensors of `device` ("cpu", "cuda", ...), else one sentence why not."""
+    return {"torch": "", "triton": _triton(device), "cpp": "not part of this version; the torch backend computes the same"}
+
+
+def _triton(device: str) -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "the triton package is not installed; a CUDA or ROCm build of torch brings it, else: pip install triton"
+    if device in GPUS or os.environ.get("TRITON_INTERPRET") == "1":
+        return ""
+    return f"Triton has no compiler for {device}; set TRITON_INTERPRET=1 before Python starts to run the kernels, slowly, in its interpreter"
+
+
+def resolve(backend: str, device: str, dtype: torch.dtype = torch.float32) -> str:
     """The backend that runs for tensors on `device` ("cpu", "cuda", ...): the one asked for, TISDPO_BACKEND, or the fastest there is.
 
-    Raises ValueError for an unknown name and RuntimeError when a forced backend cannot run.
+    Raises ValueError for an unknown name and RuntimeError when a forced backend cannot run there, or not in `dtype`.
     """
     forced = backend if backend != "auto" else os.environ.get("TISDPO_BACKEND", "auto")
     source = "backend" if backend != "auto" else "TISDPO_BACKEND"
     if forced not in BACKENDS:
         raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {forced!r}")
     if forced != "auto":
-        reason = available()[forced]
+        reason = available(device)[forced]
+        if not reason and forced != "torch" and dtype == torch.float64:
+            reason = "its kernels compute in float32; float64 is served by backend='torch'"
         if reason:
             raise RuntimeError(f"{source}={forced!r} was asked for, but: {reason}")
         return forced
-    chosen = "torch"
-    if not torch.compiler.is_compiling():  # a log message would break the graph
-        _announce(chosen, device)
-    return chosen
+    chosen, why = _fastest(device)
+    _announce(chosen, why, device)
+    return "torch" if dtype == torch.float64 else chosen
 
 
 @cache
-def _announce(backend: str, device: str) -> None:
+def _fastest(device: str) -> tuple[str, str]:
+    """(backend, why) where nothing is forced. Triton's interpreter is for tests and never chosen."""
+    can_run = {name for name, reason in available(device).items() if not reason}
+    if device in GPUS and "triton" in can_run:
+        return "triton", "its kernels are the fastest on a GPU"
+    if device == "cpu" and "cpp" in can_run:
+        return "cpp", "its kernels are the fastest on a CPU"
+    return "torch", "no faster one can run here, see `tisdpo doctor`"
+
+
+@cache
+def _announce(backend: str, why: str, device: str) -> None:
     """Say once a device which backend runs and why."""
-    log.info("tisdpo runs the %r backend on %s: it is the only one in this version", backend, device)
+    log.info("tisdpo runs the %r backend on %s: %s", backend, device, why)
 
 
 def chunk_rows(vocabulary: int, models: int, itemsize: int, device: str) -> int:

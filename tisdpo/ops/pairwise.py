@@ -9,15 +9,17 @@ Cost in head-sized products (u = 2 N H V FLOP): policy logits 1, reference logit
 (none with a frozen head). Memory: the chunk's logits + one [V, H] accumulator in float32.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from tisdpo.losses import Objective, pairwise_losses, score_gradients, sequence_scores
 from tisdpo.ops import backend as backends
-from tisdpo.ops import fold, values
-from tisdpo.ops.products import accumulation_dtype
-from tisdpo.ops.rows import GradientSums, Tiles, heads, kept_rows, row_ranges
-from tisdpo.ops.sequence_sums import segment_sums
+from tisdpo.ops import fold, products, values
+from tisdpo.ops.backend import accumulation_dtype
+from tisdpo.ops.rows import GradientSums, Tiles, heads, row_ranges
+from tisdpo.ops.sequence_sums import weighted_sums
 from tisdpo.ops.token_stats import gradient_shapes
 
 
@@ -37,18 +39,18 @@ def linear_pairwise(
     values.target(target, len(weight), ignore_index)
     values.token_weights(token_weights)
     values.cu_seqlens(cu_seqlens, len(target))
-    index = kept_rows(target, ignore_index)
+    rows = _Rows.of(target, cu_seqlens, ignore_index)
+    index = rows.index
     if index is not None:
-        cu_seqlens = torch.searchsorted(index, cu_seqlens.to(index))  # how many kept rows lie before each boundary
         target, token_weights, ref_logps = (None if x is None else x[index] for x in (target, token_weights, ref_logps))
-    policy, reference = heads(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, index)
-    walk = _Walk(
-        policy, reference, target, token_weights, ref_logps, objective, fold.Transform(logit_scale, softcap, temperature), any(needs)
-    )
+    policy, reference = heads(hidden, weight, ref_hidden, ref_weight, index)
+    name = backends.resolve(backend, hidden.device.type, hidden.dtype)
+    folds = fold.Fold(name, kl, fold.Transform(logit_scale, softcap, temperature), bias, ref_bias)
+    walk = _Walk(policy, reference, target, token_weights, ref_logps, rows.cu_seqlens, objective, folds, any(needs))
     grads = GradientSums(policy, tuple(needs))
     total, sums = hidden.new_zeros((), dtype=walk.dtype), []
-    for bounds in _whole_pairs(cu_seqlens.tolist(), walk.rows):
-        part, part_sums = walk.chunk(bounds, normalizer, grads)
+    for first, last in _whole_pairs(rows.bounds, walk.rows):
+        part, part_sums = walk.chunk(first, rows.bounds[first : last + 1], normalizer, grads)
         total += part
         sums.append(part_sums)
     sums = torch.cat(sums, 1) if sums else total.new_zeros(4, 0)
@@ -65,13 +67,31 @@ def _(
     return hidden.new_empty((), dtype=dtype), sums, *gradient_shapes(hidden, weight, needs)
 
 
-def _whole_pairs(bounds: list[int], rows: int) -> list[list[int]]:
-    """Split the boundaries of all sequences into those of chunks: whole pairs, at most `rows` rows unless a single pair has more."""
+class _Rows(NamedTuple):
+    """The rows that carry loss: their index (None: all), and the sequences' boundaries [S+1] among them, on the device and on the host."""
+
+    index: Tensor | None
+    cu_seqlens: Tensor
+    bounds: list[int]
+
+    @classmethod
+    def of(cls, target: Tensor, cu_seqlens: Tensor, ignore_index: int) -> "_Rows":
+        """The one place where the host waits for the device."""
+        keep = target != ignore_index
+        before = torch.cat([keep.new_zeros(1, dtype=torch.int64), keep.cumsum(0)])  # kept rows in front of every position
+        cu_seqlens = before[cu_seqlens.to(target.device, torch.int64)]
+        bounds = cu_seqlens.tolist()
+        kept = bounds[-1]
+        return cls(None if kept == len(target) else torch.nonzero_static(keep, size=kept)[:, 0], cu_seqlens, bounds)
+
+
+def _whole_pairs(bounds: list[int], rows: int) -> list[tuple[int, int]]:
+    """(first, last) boundary of every chunk: whole pairs, at most `rows` rows unless a single pair has more."""
     chunks, start = [], 0
     for end in range(2, len(bounds), 2):
         following = bounds[end + 2] if end + 2 < len(bounds) else None
         if following is None or following - bounds[start] > rows:
-            chunks.append(bounds[start : end + 1])
+            chunks.append((start, end))
             start = end
     return chunks
 
@@ -79,31 +99,31 @@ def _whole_pairs(bounds: list[int], rows: int) -> list[list[int]]:
 class _Walk:
     """What stays the same from chunk to chunk."""
 
-    def __init__(self, policy, reference, target, token_weights, ref_logps, objective, transform, with_gradient):
+    def __init__(self, policy, reference, target, token_weights, ref_logps, cu_seqlens, objective, folds, with_gradient):
         self.policy, self.reference = policy, reference
-        self.target, self.token_weights, self.ref_logps = target, token_weights, ref_logps
-        self.objective, self.transform, self.with_gradient = objective, transform, with_gradient
+        self.target, self.token_weights, self.ref_logps, self.cu_seqlens = target, token_weights, ref_logps, cu_seqlens
+        self.objective, self.folds, self.with_gradient = objective, folds, with_gradient
         self.dtype = accumulation_dtype(policy.hidden.dtype)
         self.rows = policy.chunk_rows(1 if reference is None else 2)
         self.longest = backends.longest_held(self.rows, policy.hidden.device.type)
         self.tiles: Tiles | None = None
 
-    def chunk(self, bounds: list[int], normalizer: Tensor, grads: GradientSums) -> tuple[Tensor, Tensor]:
-        """Loss [] and sums [4, s] of the sequences with these boundaries; adds their gradients."""
+    def chunk(self, first: int, bounds: list[int], normalizer: Tensor, grads: GradientSums) -> tuple[Tensor, Tensor]:
+        """Loss [] and sums [4, s] of the sequences from number `first` on, with these boundaries; adds their gradients."""
         start, stop = bounds[0], bounds[-1]
         rows = stop - start if stop - start <= self.longest else self.rows
         ranges = row_ranges(start, stop, max(rows, 1))
-        if self.tiles is None or len(self.tiles.z) < min(rows, stop - start):
+        if self.tiles is None or self.tiles.rows < min(rows, stop - start):
             self.tiles = None  # free the smaller buffers first
             self.tiles = Tiles(self.policy, self.reference, min(rows, stop - start))
-        cu = torch.tensor(bounds, device=self.target.device) - start
+        cu = self.cu_seqlens[first : first + len(bounds)] - start
         sequence = torch.repeat_interleave(torch.arange(len(bounds) - 1, device=cu.device), cu.diff(), output_size=stop - start)
         kl_sign = self._token_kl_sign(sequence)
 
         held, stats = None, []
         for a, b in ranges:
             z, ref_z = self.tiles.logits(a, b)
-            stats.append(fold.statistics(z, self.target[a:b], ref_z, self.objective.kl, self.transform))
+            stats.append(self.folds.statistics(z, self.target[a:b], ref_z))
             if self.with_gradient and len(ranges) == 1:
                 held = self._unscaled_gradient(a, b, z, ref_z, stats[0], kl_sign)
 
@@ -130,22 +150,19 @@ class _Walk:
         return sign.masked_fill_(sequence % 2 == 0, 0.0) if self.objective.detach_chosen_kl else sign
 
     def _unscaled_gradient(self, a, b, z, ref_z, stats, kl_sign):
-        ref_z = None if self.objective.kl is None else ref_z  # an online reference without KL is a constant
-        return fold.gradient_(z, self.target[a:b], ref_z, stats, None, kl_sign, self.objective.kl, self.transform)
+        dtype = products.gradient_dtype(self.policy.weight, self.dtype)
+        return self.folds.gradient(z, self.target[a:b], ref_z, stats, None, kl_sign, dtype=dtype)
 
     def _pairs(self, stats: fold.Statistics, start: int, stop: int, cu: Tensor, normalizer: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Loss [], sums [4, s] and dloss/dscore [s] from the token statistics of whole pairs."""
         ref_logp = stats.ref_logp if self.ref_logps is None else self.ref_logps[start:stop]
-        weights = None if self.token_weights is None else self.token_weights[start:stop].to(self.dtype)
-        weighted = (lambda x: x) if weights is None else (lambda x: x * weights)
+        weights = None if self.token_weights is None else self.token_weights[start:stop]
+        (D, K, logps), _ = weighted_sums(self.folds.backend, stats.logp, ref_logp, stats.kl, cu, weights)
         lengths = cu.diff().to(self.dtype)
-        D = segment_sums(weighted(stats.logp - ref_logp), cu)
-        K = torch.zeros_like(D) if stats.kl is None else segment_sums(weighted(stats.kl), cu)
-        sums = torch.stack([D, K, segment_sums(stats.logp, cu), lengths])
-
         scores = sequence_scores(D, K, self.objective)
         loss = pairwise_losses(scores, lengths, self.objective).sum() / normalizer
-        return loss, sums, score_gradients(scores, lengths, self.objective) / normalizer if self.with_gradient else None
+        slopes = score_gradients(scores, lengths, self.objective) / normalizer if self.with_gradient else None
+        return loss, torch.stack([D, K, logps, lengths]), slopes
 
 
 def _setup(ctx, inputs, output):

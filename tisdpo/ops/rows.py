@@ -6,15 +6,16 @@ import torch
 from torch import Tensor
 
 from tisdpo.ops import backend, products
+from tisdpo.ops.backend import accumulation_dtype
+from tisdpo.ops.torch_fold import kept_rows
 
 
 @dataclass(frozen=True)
 class HeadRows:
-    """Hidden states [N, H] with their head, seen through the index of the rows that carry loss (None: all of them)."""
+    """Hidden states [N, H] with their head [V, H], seen through the index of the rows that carry loss (None: all of them)."""
 
     hidden: Tensor
     weight: Tensor
-    bias: Tensor | None
     index: Tensor | None
 
     def take(self, a: int, b: int) -> Tensor:
@@ -22,29 +23,44 @@ class HeadRows:
         return self.hidden[a:b] if self.index is None else self.hidden[self.index[a:b]]
 
     def logits(self, a: int, b: int, out: Tensor) -> Tensor:
-        """Raw logits of rows a..b, written to the first b - a rows of `out` [rows, V]."""
-        return products.logits(self.take(a, b), self.weight, self.bias, out[: b - a])
-
-    def buffer(self, rows: int) -> Tensor:
-        """Room for the logits of `rows` rows, in the accumulation dtype."""
-        return torch.empty(rows, len(self.weight), dtype=products.accumulation_dtype(self.hidden.dtype), device=self.hidden.device)
+        """hidden @ weight.T of rows a..b, written to `out` [b - a, V]."""
+        return products.logits(self.take(a, b), self.weight, out)
 
     def chunk_rows(self, models: int) -> int:
         """Rows of a chunk when `models` buffers of logits live at a time."""
-        dtype = products.accumulation_dtype(self.hidden.dtype)
+        dtype = accumulation_dtype(self.hidden.dtype)
         return backend.chunk_rows(len(self.weight), models, dtype.itemsize, self.hidden.device.type)
 
 
 class Tiles:
-    """Logits of policy and reference for a range of rows, in two buffers that are used again and again."""
+    """Logits of policy and reference for a range of rows, in one buffer that is used again and again.
+
+    Where both have the same head (LoRA, or a frozen tied one), their hidden states are stacked: the head is read once.
+    """
 
     def __init__(self, policy: HeadRows, reference: HeadRows | None, rows: int):
-        self.policy, self.reference = policy, reference
-        self.z, self.ref_z = policy.buffer(rows), None if reference is None else reference.buffer(rows)
+        self.policy, self.reference, self.rows = policy, reference, rows
+        self.shared = reference is not None and _same(policy.weight, reference.weight)
+        models = 1 if reference is None else 2
+        dtype, device = accumulation_dtype(policy.hidden.dtype), policy.hidden.device
+        self.buffer = torch.empty(models * rows, len(policy.weight), dtype=dtype, device=device)
 
     def logits(self, a: int, b: int) -> tuple[Tensor, Tensor | None]:
-        """Raw logits [b-a, V] of rows a..b; they live until the next call."""
-        return self.policy.logits(a, b, self.z), None if self.reference is None else self.reference.logits(a, b, self.ref_z)
+        """Raw logits [b-a, V] of rows a..b, without bias; they live until the next call."""
+        n = b - a
+        z, ref_z = self.buffer[:n], self.buffer[n : 2 * n]
+        if self.shared:
+            products.logits(torch.cat([self.policy.take(a, b), self.reference.take(a, b)]), self.policy.weight, self.buffer[: 2 * n])
+        else:
+            self.policy.logits(a, b, z)
+            if self.reference is not None:
+                self.reference.logits(a, b, ref_z)
+        return z, None if self.reference is None else ref_z
+
+
+def _same(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors are the same memory, seen the same way."""
+    return (x.data_ptr(), x.shape, x.stride(), x.dtype) == (y.data_ptr(), y.shape, y.stride(), y.dtype)
 
 
 def row_ranges(start: int, stop: int, rows: int) -> list[tuple[int, int]]:
@@ -52,17 +68,10 @@ def row_ranges(start: int, stop: int, rows: int) -> list[tuple[int, int]]:
     return [(a, min(a + rows, stop)) for a in range(start, stop, rows)]
 
 
-def heads(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, index) -> tuple[HeadRows, HeadRows | None]:
+def heads(hidden, weight, ref_hidden, ref_weight, index) -> tuple[HeadRows, HeadRows | None]:
     """Policy and reference (None without hidden states of it) over the same rows."""
-    reference = None if ref_hidden is None else HeadRows(ref_hidden, ref_weight, ref_bias, index)
-    return HeadRows(hidden, weight, bias, index), reference
-
-
-def kept_rows(target: Tensor, ignore_index: int) -> Tensor | None:
-    """Index of the rows whose target is not ignored, or None when that is all of them. The one place where the host waits for a count."""
-    keep = target != ignore_index
-    index = keep.nonzero()[:, 0]
-    return None if len(index) == len(target) else index
+    reference = None if ref_hidden is None else HeadRows(ref_hidden, ref_weight, index)
+    return HeadRows(hidden, weight, index), reference
 
 
 class GradientSums:
@@ -70,7 +79,7 @@ class GradientSums:
 
     def __init__(self, rows: HeadRows, needs: tuple[bool, bool, bool]):
         self.rows, self.needs = rows, needs
-        dtype = products.accumulation_dtype(rows.hidden.dtype)
+        self.dtype = dtype = accumulation_dtype(rows.hidden.dtype)
         count = len(rows.hidden) if rows.index is None else len(rows.index)
         # every row that carries loss is written below; only the ignored ones need zeros
         empty = rows.hidden.new_empty
@@ -83,17 +92,18 @@ class GradientSums:
         """Add the rows a..b with dL/dlogits = coefficient [b-a] * d [b-a, V]: the factor goes to the skinny operands."""
         rows = self.rows
         if self.needs[0]:
-            grad = products.grad_hidden(d, rows.weight)
+            grad = products.grad_hidden(d, rows.weight, self.dtype)
             grad = grad if coefficient is None else grad.mul_(coefficient[:, None])
             place = slice(a, b) if rows.index is None else rows.index[a:b]
             self.hidden[place] = grad.to(self.hidden.dtype)
         if self.needs[1]:
-            hidden = rows.take(a, b).to(d.dtype)
+            hidden = rows.take(a, b)
             hidden = hidden if coefficient is None else hidden * coefficient[:, None]
-            products.add_grad_weight_(self.weight, d, hidden, rows.hidden.dtype, first=self.first)
+            products.add_grad_weight_(self.weight, d, hidden, first=self.first)
             self.first = False
         if self.needs[2]:
-            self.bias += d.sum(0) if coefficient is None else torch.mv(d.T, coefficient, out=torch.empty_like(self.bias))
+            ones = torch.ones(len(d), dtype=self.dtype, device=d.device) if coefficient is None else coefficient
+            self.bias += products.column_sums(d, ones)
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients in the dtypes of their inputs; 16-bit ones are rounded once, here."""

@@ -10,8 +10,9 @@ for are empty. Rows with `ignore_index` give 0 and no gradient.
 import torch
 from torch import Tensor
 
-from tisdpo.ops import fold, values
-from tisdpo.ops.products import accumulation_dtype
+from tisdpo.ops import backend as backends
+from tisdpo.ops import fold, products, values
+from tisdpo.ops.backend import accumulation_dtype
 from tisdpo.ops.rows import GradientSums, HeadRows, Tiles, heads, kept_rows, row_ranges
 
 Statistics5 = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -21,6 +22,13 @@ def _outputs(like: Tensor, rows: int, has_ref: bool, kl: str | None, fill) -> St
     dtype = accumulation_dtype(like.dtype)
     sizes = (rows, rows, rows if has_ref else 0, rows if has_ref else 0, 0 if kl is None else rows)
     return tuple(fill(n, dtype=dtype, device=like.device) for n in sizes)
+
+
+def _from_statistics(stats: fold.Statistics, like: Tensor) -> Statistics5:
+    """The statistics of all rows as the outputs of an operator, which share no memory; an empty tensor for each that was not asked for."""
+    nothing = torch.empty(0, dtype=accumulation_dtype(like.dtype), device=like.device)
+    lse, logp, ref_lse, ref_logp, kl = stats
+    return tuple((nothing if x is None else x).clone() for x in (logp, lse, ref_logp, ref_lse, kl))
 
 
 def _scatter(outputs: Statistics5, place, stats: fold.Statistics) -> None:
@@ -47,20 +55,18 @@ def token_stats(
     softcap: float | None,
     temperature: float,
     ignore_index: int,
+    overwrite_logits: bool,
     backend: str,
 ) -> Statistics5:
-    """logits [N, V], target [N], ref_logits [N, V] -> (logps, lse, ref_logps, ref_lse, kl)."""
-    values.target(target, logits.shape[1], ignore_index)
-    outputs = _outputs(logits, len(target), ref_logits is not None, kl, torch.zeros)
-    transform = fold.Transform(logit_scale, softcap, temperature)
-    for place in _row_blocks(logits, target, ignore_index):
-        z, q = _wide(logits, place), _wide(ref_logits, place)
-        _scatter(outputs, place, fold.statistics(z, target[place], q, kl, transform))
-    return outputs
+    """logits [N, V] or [B, T, V] (any strides), target [N], ref_logits as logits -> (logps, lse, ref_logps, ref_lse, kl), [N] each."""
+    values.target(target, logits.shape[-1], ignore_index)
+    folds = _folds(logits, kl, logit_scale, softcap, temperature, backend)
+    stats = folds.statistics(logits, _marked(target, ignore_index), ref_logits)
+    return _from_statistics(stats, logits)
 
 
 @token_stats.register_fake
-def _(logits, target, ref_logits, kl, logit_scale, softcap, temperature, ignore_index, backend):
+def _(logits, target, ref_logits, kl, logit_scale, softcap, temperature, ignore_index, overwrite_logits, backend):
     return _outputs(logits, target.shape[0], ref_logits is not None, kl, torch.empty)
 
 
@@ -69,16 +75,11 @@ def token_stats_backward(
     g_logps: Tensor | None, g_kl: Tensor | None, logits: Tensor, target: Tensor, ref_logits: Tensor | None, stats: list[Tensor],
     kl: str | None, logit_scale: float, softcap: float | None, temperature: float, ignore_index: int, backend: str,
 ) -> Tensor:  # fmt: skip
-    """Gradient [N, V] with respect to the logits, in their dtype."""
-    grad = torch.zeros_like(logits, memory_format=torch.contiguous_format)
-    transform = fold.Transform(logit_scale, softcap, temperature)
+    """Gradient with respect to the logits, in their shape and dtype."""
+    grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    folds = _folds(logits, kl, logit_scale, softcap, temperature, backend)
     g_logps, g_kl = _upstream(g_logps, g_kl, stats, kl)
-    for place in _row_blocks(logits, target, ignore_index):
-        z, q = _wide(logits, place, copy=True), _wide(ref_logits, place)
-        grad[place] = fold.gradient_(
-            z, target[place], q, _gathered(stats, place), g_logps[place], None if g_kl is None else g_kl[place], kl, transform
-        ).to(grad.dtype)
-    return grad
+    return folds.gradient(logits, _marked(target, ignore_index), ref_logits, _gathered(stats, slice(None)), g_logps, g_kl, out=grad)
 
 
 @token_stats_backward.register_fake
@@ -86,20 +87,25 @@ def _(g_logps, g_kl, logits, target, ref_logits, stats, kl, logit_scale, softcap
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-def _row_blocks(logits: Tensor, target: Tensor, ignore_index: int):
-    """Index or slice of the rows that carry loss, in blocks whose float32 copies stay small."""
-    rows = fold.block_rows(logits.shape[1], accumulation_dtype(logits.dtype).itemsize, logits.device.type)
-    index = kept_rows(target, ignore_index)
-    if index is None:
-        return [slice(a, min(a + rows, len(target))) for a in range(0, len(target), rows)]
-    return list(index.split(rows)) if len(index) else []
+@torch.library.custom_op("tisdpo::token_stats_backward_", mutates_args=("logits",))
+def token_stats_backward_(
+    g_logps: Tensor | None, g_kl: Tensor | None, logits: Tensor, target: Tensor, ref_logits: Tensor | None, stats: list[Tensor],
+    kl: str | None, logit_scale: float, softcap: float | None, temperature: float, ignore_index: int, backend: str,
+) -> None:  # fmt: skip
+    """The same, written over the logits."""
+    folds = _folds(logits, kl, logit_scale, softcap, temperature, backend)
+    g_logps, g_kl = _upstream(g_logps, g_kl, stats, kl)
+    folds.gradient(logits, _marked(target, ignore_index), ref_logits, _gathered(stats, slice(None)), g_logps, g_kl)
 
 
-def _wide(logits: Tensor | None, place, copy: bool = False) -> Tensor | None:
-    if logits is None:
-        return None
-    rows = logits[place]
-    return rows.to(accumulation_dtype(logits.dtype), copy=copy and isinstance(place, slice))
+def _folds(logits, kl, logit_scale, softcap, temperature, backend) -> fold.Fold:
+    name = backends.resolve(backend, logits.device.type, logits.dtype)
+    return fold.Fold(name, kl, fold.Transform(logit_scale, softcap, temperature), ignored=True)
+
+
+def _marked(target: Tensor, ignore_index: int) -> Tensor:
+    """Targets with -1 where they are ignored, as the folds want them."""
+    return torch.where(target == ignore_index, -1, target)
 
 
 def _upstream(g_logps, g_kl, stats, kl):
@@ -112,7 +118,8 @@ def _upstream(g_logps, g_kl, stats, kl):
 
 
 def _setup_token_stats(ctx, inputs, output):
-    logits, target, ref_logits, *ctx.options = inputs
+    logits, target, ref_logits, *options, ctx.overwrite, backend = inputs
+    ctx.options = (*options, backend)
     ctx.mark_non_differentiable(output[1], output[2], output[3])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(logits, target, ref_logits, *output)
@@ -120,8 +127,11 @@ def _setup_token_stats(ctx, inputs, output):
 
 def _backward_token_stats(ctx, g_logps, g_lse, g_ref_logps, g_ref_lse, g_kl):
     logits, target, ref_logits, *stats = ctx.saved_tensors
-    grad = token_stats_backward(g_logps, g_kl, logits, target, ref_logits, stats, *ctx.options)
-    return grad, None, None, *[None] * len(ctx.options)
+    nothing = [None] * (3 + len(ctx.options))
+    if ctx.overwrite and not torch.compiler.is_compiling():
+        token_stats_backward_(g_logps, g_kl, logits, target, ref_logits, stats, *ctx.options)
+        return logits, *nothing
+    return token_stats_backward(g_logps, g_kl, logits, target, ref_logits, stats, *ctx.options), *nothing
 
 
 token_stats.register_autograd(_backward_token_stats, setup_context=_setup_token_stats)
@@ -139,10 +149,12 @@ def linear_token_stats(
     """hidden [N, H], weight [V, H], bias [V], target [N] (and the same of the reference) -> (logps, lse, ref_logps, ref_lse, kl)."""
     values.target(target, len(weight), ignore_index)
     outputs = _outputs(hidden, len(target), ref_hidden is not None, kl, torch.zeros)
-    index = kept_rows(target, ignore_index)
-    policy, reference = heads(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, index)
+    index = kept_rows(target != ignore_index)
+    policy, reference = heads(hidden, weight, ref_hidden, ref_weight, index)
+    name = backends.resolve(backend, hidden.device.type, hidden.dtype)
+    folds = fold.Fold(name, kl, fold.Transform(logit_scale, softcap, temperature), bias, ref_bias)
     for _a, _b, place, z, ref_z in _tiles(policy, reference, index, len(target)):
-        _scatter(outputs, place, fold.statistics(z, target[place], ref_z, kl, fold.Transform(logit_scale, softcap, temperature)))
+        _scatter(outputs, place, folds.statistics(z, target[place], ref_z))
     return outputs
 
 
@@ -158,16 +170,19 @@ def linear_token_stats_backward(
     kl: str | None, logit_scale: float, softcap: float | None, temperature: float, ignore_index: int, backend: str, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of hidden [N, H], weight [V, H], bias [V]; those not in `needs` are empty."""
-    index = kept_rows(target, ignore_index)
+    index = kept_rows(target != ignore_index)
     if kl is None:
         ref_hidden = None  # the reference's log-probs are constants
-    policy, reference = heads(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, index)
-    transform = fold.Transform(logit_scale, softcap, temperature)
+    policy, reference = heads(hidden, weight, ref_hidden, ref_weight, index)
+    name = backends.resolve(backend, hidden.device.type, hidden.dtype)
+    folds = fold.Fold(name, kl, fold.Transform(logit_scale, softcap, temperature), bias, ref_bias)
     g_logps, g_kl = _upstream(g_logps, g_kl, stats, kl)
     sums = GradientSums(policy, tuple(needs))
+    dtype = products.gradient_dtype(weight, sums.dtype)
     for a, b, place, z, ref_z in _tiles(policy, reference, index, len(target)):
         g = None if g_kl is None else g_kl[place]
-        sums.add(a, b, fold.gradient_(z, target[place], ref_z, _gathered(stats, place), g_logps[place], g, kl, transform), None)
+        d = folds.gradient(z, target[place], ref_z, _gathered(stats, place), g_logps[place], g, dtype=dtype)
+        sums.add(a, b, d, None)
     return sums.result()
 
 

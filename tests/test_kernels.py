@@ -1,0 +1,244 @@
+"""The Triton kernels in Triton's interpreter: against the plain formulas in float64, on the awkward shapes, with one and several programs a row."""
+
+import math
+
+import pytest
+import torch
+from cases import SHAPES, make_case
+
+import tisdpo
+from tisdpo import Objective, Weighting, reference
+from tisdpo.kernels import configs, fold, sequence_sums
+
+ONE = configs.Tile(block=64, warps=4, programs=1)  # one program a row, several blocks
+SPLIT = configs.Tile(block=16, warps=4, programs=1 << 20)  # as many programs a row as allowed
+TILES = {"one": ONE, "split": SPLIT}
+TRANSFORMS = {"plain": (1.0, None, 1.0), "scaled": (0.7, None, 1.3), "softcap": (1.1, 2.0, 0.8)}
+KLS = [None, "reverse", "forward"]
+
+
+def normal(*shape, seed=0, scale=3.0, dtype=torch.float32):
+    return (scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)).to(dtype)
+
+
+def truth(z, target, q, bias, ref_bias, kl, transform):
+    """(logp, ref_logp, kl) in float64 by the plain formulas, ignored rows 0; gradients can be taken through it."""
+    scale, softcap, temperature = transform
+    options = dict(logit_scale=scale, softcap=softcap, temperature=temperature)
+    z, q = (x.double() if b is None else x.double() + b.double() for x, b in ((z, bias), (q, ref_bias)))
+    z, q = (reference.transform_logits(x, **options) for x in (z, q))
+    marked = target.masked_fill(target < 0, -100)
+    divergence = None if kl is None else reference.token_kl(z, q, kl).masked_fill(target < 0, 0)
+    return reference.token_logps(z, marked), reference.token_logps(q, marked), divergence
+
+
+def statistics(z, target, q, bias=None, ref_bias=None, kl=None, transform=TRANSFORMS["plain"], tile=ONE):
+    return fold.statistics(z, target, q, bias, ref_bias, True, kl, *transform, tile=tile)
+
+
+def gradient(z, target, q, stats, g, g_kl, bias=None, ref_bias=None, kl=None, transform=TRANSFORMS["plain"], tile=ONE, **where):
+    return fold.gradient(z, target, q, stats, g, g_kl, bias, ref_bias, True, kl, *transform, tile=tile, **where)
+
+
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kl", KLS)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_folds_equal_the_formulas(transform, kl, bias, tile):
+    rows, V = 5, 201  # V is no multiple of a block
+    z, q, target = normal(rows, V), normal(rows, V, seed=1), torch.tensor([0, V - 1, -1, 63, 64])
+    biases = (normal(V, seed=2), normal(V, seed=3)) if bias else (None, None)
+    leaf = z.double().requires_grad_()
+    expected = truth(leaf, target, q, *biases, kl, TRANSFORMS[transform])
+    stats = statistics(z, target, q, *biases, kl, TRANSFORMS[transform], TILES[tile])
+    lse, logp, ref_lse, ref_logp, divergence = stats
+    for x, true in ((logp, expected[0]), (ref_logp, expected[1]), (divergence, expected[2])):
+        assert (x is None) == (true is None)
+        if x is not None:
+            torch.testing.assert_close(x.double(), true.detach(), rtol=2e-6, atol=4e-6)
+    g, g_kl = normal(rows, seed=4, scale=1.0), normal(rows, seed=5, scale=1.0)
+    total = (g * expected[0]).sum() + (0 if kl is None else (g_kl * expected[2]).sum())
+    d = gradient(z, target, q, stats, g, g_kl, *biases, kl, TRANSFORMS[transform], TILES[tile])
+    assert d.data_ptr() == z.data_ptr() and (d[2] == 0).all()
+    torch.testing.assert_close(d.double(), torch.autograd.grad(total, leaf)[0], rtol=1e-5, atol=4e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kl", KLS)
+def test_a_narrow_gradient_shares_the_memory_of_the_logits(dtype, kl):
+    """float32 logits, 16-bit gradient at the start of every row: nothing is read after it was overwritten."""
+    rows, V = 4, 300
+    z, q, target = normal(rows, V), normal(rows, V, seed=1), torch.tensor([5, 0, 299, 150])
+    g_kl = torch.linspace(-1, 1, rows)
+    stats = statistics(z, target, q, kl=kl)
+    wide = gradient(z.clone(), target, q, stats, None, g_kl, kl=kl)
+    narrow = gradient(z, target, q, stats, None, g_kl, kl=kl, dtype=dtype)
+    assert narrow.dtype == dtype and narrow.data_ptr() == z.data_ptr() and narrow.stride() == (2 * V, 1)
+    # the interpreter cuts bfloat16 off, a GPU rounds
+    torch.testing.assert_close(narrow, wide.to(dtype), rtol=2**-7 if dtype == torch.bfloat16 else 0, atol=0)
+    split = gradient(normal(rows, V), target, q, stats, None, g_kl, kl=kl, dtype=dtype, tile=SPLIT)
+    assert split.is_contiguous() and torch.equal(split, narrow)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_tiles_of_16_bits(dtype):
+    z, q, target = normal(3, 100, dtype=dtype), normal(3, 100, seed=1, dtype=dtype), torch.tensor([1, 99, 7])
+    expected = truth(z, target, q, None, None, "reverse", TRANSFORMS["plain"])
+    stats = statistics(z, target, q, kl="reverse")
+    torch.testing.assert_close(stats[1].double(), expected[0], rtol=1e-6, atol=4e-6)
+    torch.testing.assert_close(stats[4].double(), expected[2], rtol=1e-6, atol=4e-6)
+    out = torch.empty_like(z)
+    gradient(z, target, q, stats, None, torch.ones(3), kl="reverse", out=out)
+    assert out.isfinite().all() and out.float().sum(-1).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("tile", TILES)
+def test_strided_logits_are_read_in_place(tile):
+    """Rows of a slice of padded logits, numbered through two dimensions; and rows with a gap behind them."""
+    padded, target = normal(3, 5, 37), torch.arange(12)
+    sliced = padded[:, :-1]
+    flat = sliced.reshape(12, 37)
+    expected = statistics(flat, target, None, tile=TILES[tile])
+    assert all(torch.equal(a, b) for a, b in zip(statistics(sliced, target, None, tile=TILES[tile])[:2], expected))
+    wide = torch.full((12, 50), math.nan)
+    wide[:, :37] = flat
+    assert all(torch.equal(a, b) for a, b in zip(statistics(wide[:, :37], target, None, tile=TILES[tile])[:2], expected))
+    d = gradient(flat.clone(), target, None, expected, None, None, tile=TILES[tile])
+    gradient(sliced, target, None, expected, None, None, tile=TILES[tile])
+    assert torch.equal(sliced.reshape(12, 37), d)
+    with pytest.raises(ValueError, match=r"must lie next to each other, got strides \(1, 12\)"):
+        statistics(normal(37, 12).T, target, None)
+
+
+@pytest.mark.parametrize("tile", TILES)
+def test_extreme_logits(tile):
+    """Huge, certain and impossible tokens: no NaN, and the right limits."""
+    z, q = torch.zeros(4, 200), normal(4, 200, seed=1)
+    z[0, 3] = 1e4  # certain
+    z[1] = 1e4  # uniform next to a huge constant
+    z[2, :150] = -math.inf  # impossible for both
+    q[2, :150] = -math.inf
+    z[3, ::2] = -math.inf  # impossible for the policy alone
+    target = torch.tensor([3, 7, 199, 1])
+    for kl in ("reverse", None):
+        lse, logp, _, _, divergence = stats = statistics(z, target, q, kl=kl, tile=TILES[tile])
+        torch.testing.assert_close(logp, -torch.tensor([0.0, math.log(200), math.log(50), math.log(100)]))
+        assert divergence is None or divergence.isfinite().all()
+        d = gradient(z.clone(), target, q, stats, None, torch.ones(4), kl=kl, tile=TILES[tile])
+        assert d.isfinite().all() and (d[2, :150] == 0).all()
+    impossible = statistics(q[2:3], target[2:3], z[2:3], kl="forward", tile=TILES[tile])
+    assert impossible[4].isfinite().all()
+
+
+def test_no_rows():
+    z, target = torch.empty(0, 7), torch.empty(0, dtype=torch.int64)
+    stats = statistics(z, target, None)
+    assert stats[0].shape == stats[1].shape == (0,)
+    assert gradient(z, target, None, stats, None, None).shape == (0, 7)
+
+
+def test_splits_fill_the_device_and_cover_the_vocabulary():
+    tile = configs.Tile(4096, 8, 528)
+    for rows in (1, 3, 16, 200, 528, 10_000):
+        for vocabulary in (1, 4096, 32000, 128256, 262208):
+            count, span = configs.splits(rows, vocabulary, tile)
+            assert span % tile.block == 0 and (count - 1) * span < vocabulary <= count * span
+            assert count == 1 or rows < tile.programs
+    assert configs.splits(4096, 128256, tile)[0] == 1 and configs.splits(1, 128256, tile)[0] == 16
+
+
+def test_an_unknown_architecture_falls_back_with_one_log_line(caplog):
+    configs._tile.cache_clear()
+    with caplog.at_level("WARNING", logger="tisdpo"):
+        assert configs._tile("gradient", "gfx1234") == configs._tile("gradient", "gfx1234") == configs.FALLBACK
+    assert len(caplog.records) == 1 and "no tile of 'gradient' for gfx1234" in caplog.text
+
+
+@pytest.mark.parametrize("weights", ["ones", "given", "formed"])
+@pytest.mark.parametrize("lengths", [(3, 1, 0, 5), (1,) * 10, (2500, 7)])
+def test_weighted_sums(lengths, weights):
+    N, cu = sum(lengths), torch.tensor([0, *lengths]).cumsum(0)
+    logps, ref_logps, kl, pos, neg = (normal(N, seed=i, scale=1.0) for i in range(5))
+    rule = Weighting(k=1.5, mu_chosen=0.8, mu_rejected=-1.2)
+    chosen = torch.repeat_interleave(torch.arange(len(lengths)) % 2 == 0, torch.tensor(lengths))
+    w = {
+        "ones": torch.ones(N), "given": normal(N, seed=6).abs(), "formed": tisdpo.token_weights(pos, neg, chosen, rule)
+    }[weights]  # fmt: skip
+    given = w if weights == "given" else None
+    contrast = (pos, neg) if weights == "formed" else (None, None)
+    sums, used = sequence_sums.sequence_sums(
+        logps, ref_logps, kl, cu, given, *contrast, rule.k, rule.mu_chosen, rule.mu_rejected, rule.lower, rule.upper
+    )
+    torch.testing.assert_close(used, w, rtol=1e-6, atol=0)
+    for row, values in zip(sums, (w * (logps - ref_logps), w * kl, logps)):
+        expected = torch.stack([x.double().sum() for x in values.split(lengths)])
+        torch.testing.assert_close(row.double(), expected, rtol=1e-5, atol=1e-4)
+    g_D, g_K = normal(len(lengths), seed=8), normal(len(lengths), seed=9)
+    out_D, out_K = sequence_sums.spread(g_D, g_K, used, cu)
+    spread = [torch.repeat_interleave(g, torch.tensor(lengths)) for g in (g_D, g_K)]
+    assert torch.equal(out_D, spread[0] * used) and torch.equal(out_K, spread[1] * used)
+    assert (sequence_sums.spread(None, g_K, used, cu)[0] == 0).all()
+
+
+# The public functions by these kernels, against the torch backend in float64
+
+
+@pytest.mark.parametrize("kl", KLS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_linear_loss_equals_the_torch_backend(shape, kl):
+    lengths, ignored = SHAPES[shape]
+    results = {}
+    for backend, dtype in (("triton", torch.float32), ("torch", torch.float64)):
+        case = make_case(lengths, ignored=ignored, dtype=torch.float32)
+        inputs = [x.to(dtype).requires_grad_() for x in (case.hidden, case.weight, case.bias)]
+        ref = dict(zip(("ref_hidden", "ref_weight", "ref_bias"), (x.to(dtype) for x in (case.ref_hidden, case.ref_weight, case.ref_bias))))
+        outputs = [
+            tisdpo.linear_tis_dpo_loss(
+                inputs[0], inputs[1], case.target, case.cu_seqlens, bias=inputs[2], token_weights=case.token_weights.to(dtype), plan=plan,
+                objective=Objective(kl=kl), softcap=4.0, backend=backend, **ref,
+            )
+            for plan in ("one_pass", "two_pass")
+        ]  # fmt: skip
+        results[backend] = [
+            x.detach().double()
+            for out in outputs
+            for x in (out.loss, out.logits, out.chosen_logps, out.rejected_rewards, *torch.autograd.grad(out.loss, inputs))
+        ]
+    for a, b in zip(results["triton"], results["torch"]):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_shifted_logits_and_a_gradient_over_them(backend, overwrite):
+    padded, tokens = normal(2, 6, 19).requires_grad_(), torch.arange(12).reshape(2, 6)
+    tokens[0, 3] = -100
+    logits = padded * 1.0
+    address = logits.data_ptr()
+    loss = tisdpo.token_logps(logits[:, :-1], tokens[:, 1:], overwrite_logits=overwrite, backend=backend).logps.square().sum()
+    before = logits.detach().clone()
+    grad = torch.autograd.grad(loss, padded, retain_graph=True)[0]
+    expected = torch.autograd.grad(reference.token_logps(padded[:, :-1], tokens[:, 1:]).square().sum(), padded)[0]
+    torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-5)
+    assert logits.data_ptr() == address and torch.equal(logits, before) == (not overwrite)
+    if overwrite:  # the logits are gone
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(loss, padded)
+
+
+def test_reruns_are_equal_bit_for_bit():
+    def run():
+        case = make_case((8, 5, 1, 6), V=211, dtype=torch.float32)
+        inputs = [x.requires_grad_() for x in (case.hidden, case.weight)]
+        loss = tisdpo.linear_tis_dpo_loss(
+            *inputs, case.target, case.cu_seqlens, token_weights=case.token_weights, ref_hidden=case.ref_hidden,
+            ref_weight=case.ref_weight, objective=Objective(kl="reverse"), backend="triton",
+        ).loss  # fmt: skip
+        return [loss.detach(), *torch.autograd.grad(loss, inputs)]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run()))
+
+
+def test_float64_is_refused_by_name():
+    with pytest.raises(RuntimeError, match="float64 is served by backend='torch'"):
+        tisdpo.token_logps(torch.zeros(2, 3, dtype=torch.float64), torch.tensor([0, 1]), backend="triton")

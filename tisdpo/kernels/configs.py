@@ -1,0 +1,79 @@
+"""Tile sizes of the kernels: one table, with reasons. The architecture is looked up once a device.
+
+A row program streams through the vocabulary in blocks. Bandwidth needs some 30 KB in flight on every multiprocessor (4.3 TB/s x 0.8 us / 132):
+one block of 4096 float32 logits and 8 warps are 16 KB (with KL 32 KB), 16 values a thread, and three to eight programs fit beside each other.
+Larger blocks spill with KL or leave one program a multiprocessor; smaller ones pay more for the reductions, two of which join all warps
+once a block. `python -m benchmarks.kernel_report` prints registers, spills and shared memory of every row. Not yet tuned on a GPU.
+"""
+
+import logging
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+log = logging.getLogger("tisdpo")
+
+
+class Tile(NamedTuple):
+    """Logits of one block, warps of a program, and how many programs fill the device (rows are split until there are so many)."""
+
+    block: int
+    warps: int
+    programs: int
+
+
+# kernel: {architecture: tile}. Programs: four for every multiprocessor (A100 108, H100/H200 132, B200 148, MI300X 304 units).
+TABLE = {
+    "statistics": {
+        "sm_80": Tile(4096, 8, 4 * 108),
+        "sm_90": Tile(4096, 8, 4 * 132),
+        "sm_100": Tile(4096, 8, 4 * 148),
+        "gfx942": Tile(4096, 4, 4 * 304),  # a wavefront has 64 lanes: as many values a lane
+    },
+    "gradient": {
+        "sm_80": Tile(4096, 8, 4 * 108),
+        "sm_90": Tile(4096, 8, 4 * 132),
+        "sm_100": Tile(4096, 8, 4 * 148),
+        "gfx942": Tile(4096, 4, 4 * 304),
+    },
+}
+FALLBACK = Tile(2048, 4, 256)
+
+MAX_SPLITS = 64
+
+
+def tile(kernel: str, device: torch.device) -> Tile:
+    """The row of the table for this device; a fallback, with one log line, for an architecture that has none."""
+    return _tile(kernel, architecture(device))
+
+
+@cache
+def _tile(kernel: str, arch: str) -> Tile:
+    if arch not in TABLE[kernel]:
+        log.warning("tisdpo.kernels.configs has no tile of %r for %s: using %s, which nobody tuned", kernel, arch, FALLBACK)
+        return FALLBACK
+    return TABLE[kernel][arch]
+
+
+@cache
+def architecture(device: torch.device) -> str:
+    """sm_90, gfx942, ...; newer chips of a family count as the family (sm_89: sm_80, sm_103: sm_100). The interpreter counts as sm_90."""
+    if device.type == "cpu":
+        return "sm_90"
+    if device.type != "cuda":
+        return device.type
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}0"
+
+
+def splits(rows: int, vocabulary: int, tile: Tile) -> tuple[int, int]:
+    """(programs of a row, logits of each): 1 where there are rows enough, else the power of two that fills the device, at least a block each."""
+    count = 1
+    while rows * count < tile.programs and count < MAX_SPLITS and vocabulary > 2 * count * tile.block:
+        count *= 2
+    blocks = -(-vocabulary // tile.block)
+    span = -(-blocks // count) * tile.block
+    return -(-vocabulary // span), span

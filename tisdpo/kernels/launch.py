@@ -1,0 +1,16 @@
+"""What every launcher needs."""
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+
+def on(device: torch.device):
+    """Triton launches on the current device: make it this one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def some(x: Tensor | None, other: Tensor) -> Tensor:
+    """x, or any pointer at all where a variant of the kernel does not read it."""
+    return other if x is None else x
