@@ -130,6 +130,15 @@ def test_extreme_logits(tile):
     assert impossible[4].isfinite().all()
 
 
+def test_expanded_and_strided_vectors():
+    """Autograd sends `expand`ed upstream gradients; targets, biases and statistics may be slices."""
+    z, target, bias = normal(3, 40), torch.tensor([1, 9, 2, 9, 3, 9])[::2], normal(80)[::2]
+    stats = statistics(z, target, None, bias)
+    torch.testing.assert_close(stats[1], (z + bias).log_softmax(-1).gather(1, target[:, None])[:, 0])
+    dense = gradient(z.clone(), target, None, stats, torch.full((3,), 2.0), None, bias)
+    assert torch.equal(gradient(z.clone(), target, None, stats, torch.tensor(2.0).expand(3), None, bias), dense)
+
+
 def test_no_rows():
     z, target = torch.empty(0, 7), torch.empty(0, dtype=torch.int64)
     stats = statistics(z, target, None)

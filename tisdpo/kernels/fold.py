@@ -247,8 +247,8 @@ def statistics(
         splits, span = configs.splits(rows, vocabulary, tile)
         partial = torch.empty(5, splits, rows, dtype=torch.float32, device=z.device)
         inner, outer = _transform(logit_scale, softcap, temperature)
-        q = some(ref_z, z)
-        shared = (z, q, target, some(bias, z), some(ref_bias, z), partial)
+        q = z if ref_z is None else ref_z
+        shared = (z, q, target.contiguous(), some(bias, z), some(ref_bias, z), partial)
         strides = (*_rows(z), *_rows(q)[1:])
         flags = dict(
             HAS_REF=ref_z is not None, KL=_KL[kl], SOFTCAP=softcap is not None, HAS_BIAS=bias is not None,
@@ -295,7 +295,7 @@ def gradient(
     q, any_ = z if kl is None else ref_z, lse  # a pointer for what a variant of the kernel does not read
     with on(z.device):
         gradient_kernel[(rows, splits)](
-            z, q, out, target, some(bias, z), some(ref_bias, z), lse, some(ref_lse, any_), some(divergence, any_), some(g_logp, any_),
+            z, q, out, target.contiguous(), some(bias, z), some(ref_bias, z), lse.contiguous(), some(ref_lse, any_), some(divergence, any_), some(g_logp, any_),
             some(g_kl, any_), vocabulary, span, *_rows(z), *_rows(q)[1:], *_rows(out)[1:], inner, outer,
             KL=_KL[kl], SOFTCAP=softcap is not None, HAS_BIAS=bias is not None, HAS_REF_BIAS=ref_bias is not None,
             HAS_G=g_logp is not None, NARROW_IN_PLACE=narrow, BLOCK=tile.block, num_warps=tile.warps,

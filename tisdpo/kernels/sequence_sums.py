@@ -87,7 +87,7 @@ def sequence_sums(
         )
         with on(logps.device):
             sums_kernel[(sequences,)](
-                logps, ref_logps, some(kl, logps), some(token_weights, logps), some(pos_logps, logps), some(neg_logps, logps), cu_seqlens,
+                logps, ref_logps, some(kl, logps), some(token_weights, logps), some(pos_logps, logps), some(neg_logps, logps), cu_seqlens.contiguous(),
                 sums, used, sequences, k, mu_chosen, mu_rejected, lower, upper,
                 HAS_KL=kl is not None, WEIGHTS=1 if token_weights is not None else 2 if pos_logps is not None else 0,
                 BLOCK=BLOCK, num_warps=4,
@@ -102,7 +102,7 @@ def spread(g_D: Tensor | None, g_K: Tensor | None, weights: Tensor, cu_seqlens: 
     if sequences:
         with on(weights.device):
             spread_kernel[(sequences,)](
-                some(g_D, weights).contiguous(), some(g_K, weights).contiguous(), weights, cu_seqlens, out_D, out_K,
+                some(g_D, weights), some(g_K, weights), weights, cu_seqlens.contiguous(), out_D, out_K,
                 HAS_D=g_D is not None, HAS_K=g_K is not None, BLOCK=BLOCK, num_warps=4,
             )  # fmt: skip
     return out_D, out_K
