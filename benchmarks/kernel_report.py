@@ -1,0 +1,221 @@
+"""What the compiler makes of every Triton kernel, for GPUs that need not be there: registers, spills, shared memory, width of the loads.
+
+    python -m benchmarks.kernel_report                    # a table for sm_80, sm_90, sm_100 and gfx942
+    python -m benchmarks.kernel_report --arch sm_90 --json
+
+The kernels are compiled ahead of time with the tile sizes of `tisdpo.kernels.configs` and the types and alignments that a head with a
+vocabulary of 32000, 128256, 151936 or 262208 gives them: the vocabulary is an argument, and all of these are multiples of 16, so they share
+the compiled code (`specialisation` says so). Exit code 1 where a kernel spills, needs more shared memory than the chip has, or loads less
+than 16 bytes at a time although it could.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "0"  # the interpreter compiles nothing
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from tisdpo.kernels import configs, fold, sequence_sums
+
+VOCABULARIES = (32000, 128256, 151936, 262208)
+
+# name: (target, bytes of shared memory a program may have)
+ARCHITECTURES = {
+    "sm_80": (GPUTarget("cuda", 80, 32), 163 << 10),
+    "sm_90": (GPUTarget("cuda", 90, 32), 227 << 10),
+    "sm_100": (GPUTarget("cuda", 100, 32), 227 << 10),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 << 10),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compiled form of a kernel: its compile-time flags, and the types of the pointers that have no fixed one."""
+
+    name: str
+    kernel: object
+    tile: str | None  # the row of configs.TABLE
+    flags: dict
+    types: dict
+    streams: bool = True  # reads whole rows, so that the width of its loads matters
+
+
+@dataclass
+class Row:
+    """What one variant became on one architecture."""
+
+    kernel: str
+    arch: str
+    block: int
+    warps: int
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    shared_limit: int
+    wide_loads: float | None  # share of the loaded bytes that come 16 at a time; None where the kernel reads no rows
+    reads_before_writing: bool  # where the gradient shares the memory of the logits: all of a block is loaded before any of it is stored
+
+    @property
+    def problems(self) -> list[str]:
+        found = []
+        if self.spilled_bytes:
+            found.append(f"spills {self.spilled_bytes} bytes")
+        if self.shared_bytes > self.shared_limit:
+            found.append(f"needs {self.shared_bytes} bytes of shared memory, {self.arch} has {self.shared_limit}")
+        if self.wide_loads is not None and self.wide_loads < 0.6:  # a third may be the few scalars of a row, counted once
+            found.append(f"loads only {self.wide_loads:.0%} of its bytes 16 at a time")
+        if not self.reads_before_writing:
+            found.append("writes over logits that were not read yet")
+        return found
+
+
+def variants() -> list[Variant]:
+    """The forms that the drivers launch: float32 logits of a product, 16-bit logits of a caller, with and without a reference and KL."""
+    none = dict(SOFTCAP=False, HAS_BIAS=False, HAS_REF_BIAS=False)
+    everything = dict(SOFTCAP=True, HAS_BIAS=True, HAS_REF_BIAS=True)
+    wide, bf16 = dict(z_ptr="*fp32", q_ptr="*fp32"), dict(z_ptr="*bf16", q_ptr="*bf16")
+    found = []
+    for label, types in (("fp32", wide), ("bf16", bf16)):
+        for name, flags in (
+            ("one model", dict(HAS_REF=False, KL=0, **none)),
+            ("reference", dict(HAS_REF=True, KL=0, **none)),
+            ("reverse", dict(HAS_REF=True, KL=1, **none)),
+            ("forward", dict(HAS_REF=True, KL=2, **none)),
+            ("reverse, bias, softcap", dict(HAS_REF=True, KL=1, **everything)),
+        ):
+            found.append(Variant(f"statistics {label} {name}", fold.statistics_kernel, "statistics", flags, types))
+    for label, types, narrow in (
+        ("fp32>bf16 in place", wide | dict(d_ptr="*bf16"), True),
+        ("fp32", wide | dict(d_ptr="*fp32"), False),
+        ("bf16", bf16 | dict(d_ptr="*bf16"), False),
+    ):
+        for name, flags in (
+            ("one model", dict(KL=0, HAS_G=False, **none)),
+            ("reverse", dict(KL=1, HAS_G=False, **none)),
+            ("forward", dict(KL=2, HAS_G=False, **none)),
+            ("reverse, bias, softcap", dict(KL=1, HAS_G=True, **everything)),
+        ):
+            flags = flags | dict(NARROW_IN_PLACE=narrow)
+            found.append(Variant(f"gradient {label} {name}", fold.gradient_kernel, "gradient", flags, types))
+    combine = dict(HAS_REF=True, KL=1, **everything, ROWS=128, SPLITS=2)
+    found.append(Variant("combine reverse, bias, softcap", fold.combine_kernel, None, combine, wide, streams=False))
+    sums = dict(HAS_KL=True, WEIGHTS=2, BLOCK=sequence_sums.BLOCK)
+    found.append(Variant("weighted sums", sequence_sums.sums_kernel, None, sums, {}, streams=False))
+    spread = dict(HAS_D=True, HAS_K=True, BLOCK=sequence_sums.BLOCK)
+    found.append(Variant("spread", sequence_sums.spread_kernel, None, spread, {}, streams=False))
+    return found
+
+
+def specialisation(vocabulary: int) -> dict[str, bool]:
+    """What the compiler is told of a vocabulary: only whether rows start on 16 bytes."""
+    return {"divisible by 16": vocabulary % 16 == 0}
+
+
+_INTEGERS = {"target_ptr": "*i64", "cu_ptr": "*i64"}
+_FLOATS = ("inner", "outer", "k", "mu_chosen", "mu_rejected", "lower", "upper")
+
+
+def _source(variant: Variant, flags: dict) -> ASTSource:
+    signature, aligned = {}, {}
+    for place, name in enumerate(variant.kernel.arg_names):
+        if name in flags:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            signature[name] = variant.types.get(name) or _INTEGERS.get(name, "*fp32")
+            aligned[(place,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32" if name in _FLOATS else "i32"
+            if name in ("vocabulary", "span") or name.endswith(("_outer", "_inner")):
+                aligned[(place,)] = [["tt.divisibility", 16]]
+    return ASTSource(variant.kernel, signature, flags, aligned)
+
+
+def compiled(variant: Variant, arch: str) -> Row:
+    """Compile one variant for one architecture and read the result."""
+    target, limit = ARCHITECTURES[arch]
+    tile = configs.TABLE[variant.tile][arch] if variant.tile else None
+    flags = variant.flags | (dict(BLOCK=tile.block) if tile else {})
+    warps = tile.warps if tile else 4
+    kernel = triton.compile(_source(variant, flags), target=target, options={"num_warps": warps})
+    registers, spilled, wide, ordered = _nvidia(kernel) if target.backend == "cuda" else _amd(kernel)
+    return Row(
+        variant.name, arch, flags.get("BLOCK", 0), warps, registers, spilled, kernel.metadata.shared, limit,
+        wide if variant.streams else None, ordered or not flags.get("NARROW_IN_PLACE", False),
+    )  # fmt: skip
+
+
+def _nvidia(kernel) -> tuple[int, int, float, bool]:
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([cuobjdump, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
+    text = kernel.asm["ptx"]
+    widths = [int(count or 1) * int(bits) // 8 for count, bits in re.findall(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+)", text)]
+    ordered = _barrier_between(text, r"ld\.global\S*\.v\d", r"bar\.sync|barrier", r"st\.global")
+    return int(found["REG"]), int(found["STACK"]) + int(found["LOCAL"]), _wide_share(widths), ordered
+
+
+def _amd(kernel) -> tuple[int, int, float, bool]:
+    text = kernel.asm["amdgcn"]
+    spilled = int(re.search(r"\.vgpr_spill_count:\s*(\d+)", text)[1]) * 4 + int(re.search(r"\.private_segment_fixed_size:\s*(\d+)", text)[1])
+    sizes = {"": 4, "x2": 8, "x3": 12, "x4": 16}
+    widths = [sizes[size] for size in re.findall(r"(?:global|buffer)_load_dword(x\d)?\s", text)]
+    ordered = _barrier_between(text, r"(?:global|buffer)_load_dwordx4", r"s_barrier", r"(?:global|buffer)_store")
+    return int(re.search(r"\.vgpr_count:\s*(\d+)", text)[1]), spilled, _wide_share(widths), ordered
+
+
+def _wide_share(widths: list[int]) -> float:
+    return sum(w for w in widths if w >= 16) / max(sum(widths), 1)
+
+
+def _barrier_between(text: str, load: str, barrier: str, store: str) -> bool:
+    """Whether a barrier stands between the last wide load in front of the first store, and that store, in the order of the text."""
+    first_store = re.search(store, text).start()
+    loads = [m.end() for m in re.finditer(load, text[:first_store])]
+    return bool(loads) and re.search(barrier, text[loads[-1] : first_store]) is not None
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES), help="architectures (default: all)")
+    parser.add_argument("--kernel", default="", help="only kernels whose name contains this text")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    args = parser.parse_args(argv)
+    rows = []
+    if not args.json:
+        print(f"triton {triton.__version__}; V = {', '.join(map(str, VOCABULARIES))}: the same code\n")
+        print(f"{'kernel':<50}{'arch':>7}{'block':>7}{'warps':>6}{'regs':>6}{'spill':>6}{'shared':>8}  16-byte loads")
+    for variant in variants():
+        if args.kernel not in variant.name:
+            continue
+        for arch in args.arch:
+            row = compiled(variant, arch)
+            rows.append(row)
+            if not args.json:
+                wide = "-" if row.wide_loads is None else f"{row.wide_loads:.0%}"
+                print(
+                    f"{row.kernel:<50}{arch:>7}{row.block:>7}{row.warps:>6}{row.registers:>6}{row.spilled_bytes:>6}{row.shared_bytes:>8}  {wide}",
+                    flush=True,
+                )
+    if args.json:
+        print(json.dumps({"triton": triton.__version__, "rows": [asdict(row) | {"problems": row.problems} for row in rows]}, indent=1))
+    bad = [f"{row.kernel} on {row.arch} {problem}" for row in rows for problem in row.problems]
+    for line in bad:
+        print(line, file=sys.stderr)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
