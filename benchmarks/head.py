@@ -21,15 +21,15 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 import tisdpo
-from tisdpo import Objective
+from benchmarks.registry import SMOKE, Problem, Size, Step, fused, plain, relative_error
 
 RESULTS = Path(__file__).parent / "results"
 MIB = 1 << 20
@@ -39,123 +39,34 @@ TIME_GOALS = {"one_pass": 1.35, "one_pass_kl": 1.6}
 MEMORY_GOALS = {"one_pass": ("plain", 0.5), "one_pass_kl": ("plain_kl", 0.5)}
 
 
-@dataclass(frozen=True)
-class Size:
-    tokens: int = 1024
-    hidden: int = 1024
-    vocabulary: int = 32000
-    pairs: int = 8
+FULL = Size()
 
-
-FULL, SMOKE = Size(), Size(tokens=96, hidden=48, vocabulary=1003, pairs=3)
-
-
-@dataclass(frozen=True)
-class Step:
-    """What is measured: a plan ("one_pass", "two_pass", or "plain" torch), with KL and online reference or without, head frozen or not."""
-
-    plan: str
-    kl: bool = False
-    frozen: bool = False
-
-    @property
-    def products(self) -> int:
-        """Head-sized products that one pass needs: logits, dHidden; dWeight of a trainable head; logits of the reference."""
-        return 2 + (not self.frozen) + self.kl
-
-
+# name: (who computes it, what)
+PLANS = {"one_pass": fused, "two_pass": partial(fused, plan="two_pass"), "plain": plain}
 STEPS = {
-    "one_pass": Step("one_pass"),
-    "one_pass_kl": Step("one_pass", kl=True),
-    "one_pass_frozen": Step("one_pass", frozen=True),
-    "one_pass_kl_frozen": Step("one_pass", kl=True, frozen=True),
-    "two_pass": Step("two_pass"),
-    "two_pass_kl": Step("two_pass", kl=True),
-    "plain": Step("plain"),
-    "plain_kl": Step("plain", kl=True),
+    "one_pass": ("one_pass", Step()),
+    "one_pass_kl": ("one_pass", Step(kl=True)),
+    "one_pass_frozen": ("one_pass", Step(frozen=True)),
+    "one_pass_kl_frozen": ("one_pass", Step(kl=True, frozen=True)),
+    "two_pass": ("two_pass", Step()),
+    "two_pass_kl": ("two_pass", Step(kl=True)),
+    "plain": ("plain", Step()),
+    "plain_kl": ("plain", Step(kl=True)),
 }
-
-
-class Problem:
-    """Inputs of one size: flat pairs of unequal lengths, random weights, a reference close to the policy."""
-
-    def __init__(self, size: Size, dtype: torch.dtype = torch.float32):
-        g = torch.Generator().manual_seed(0)
-
-        def normal(*shape: int, std: float = 1.0) -> Tensor:
-            return torch.empty(shape, dtype=dtype).normal_(0, std, generator=g)
-
-        N, H, V = size.tokens, size.hidden, size.vocabulary
-        self.hidden, self.weight = normal(N, H), normal(V, H, std=H**-0.5)
-        self.ref_hidden, self.ref_weight = normal(N, H).mul_(0.1).add_(self.hidden), normal(V, H, std=0.1 * H**-0.5).add_(self.weight)
-        self.target = torch.randint(V, (N,), generator=g)
-        self.token_weights = torch.rand(N, generator=g, dtype=dtype).mul_(1.5).add_(0.5)
-        self.ref_logps = torch.full((N,), -8.0, dtype=dtype)
-        cuts = torch.randperm(N - 1, generator=g)[: 2 * size.pairs - 1].add_(1).sort().values
-        self.cu_seqlens = torch.cat([torch.tensor([0]), cuts, torch.tensor([N])])
-
-    def run(self, step: Step) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Forward and backward: (loss, dHidden, dWeight or None)."""
-        self.hidden.grad = self.weight.grad = None
-        self.hidden.requires_grad_(True)
-        self.weight.requires_grad_(not step.frozen)
-        loss = self.plain_loss(step.kl) if step.plan == "plain" else self.fused_loss(step)
-        loss.backward()
-        return loss.detach(), self.hidden.grad, self.weight.grad
-
-    def fused_loss(self, step: Step) -> Tensor:
-        reference = dict(ref_hidden=self.ref_hidden, ref_weight=self.ref_weight) if step.kl else dict(ref_logps=self.ref_logps)
-        return tisdpo.linear_tis_dpo_loss(
-            self.hidden, self.weight, self.target, self.cu_seqlens, token_weights=self.token_weights,
-            objective=objective(step.kl), plan=step.plan, **reference,
-        ).loss  # fmt: skip
-
-    def plain_loss(self, kl: bool) -> Tensor:
-        """What a careful user writes: every log-softmax once, the reference under no_grad."""
-        logp = (self.hidden @ self.weight.T).log_softmax(-1)
-        logps = logp.gather(-1, self.target[:, None])[:, 0]
-        ref_logps, divergence = self.ref_logps, None
-        if kl:
-            with torch.no_grad():
-                ref_logp = (self.ref_hidden @ self.ref_weight.T).log_softmax(-1)
-            ref_logps = ref_logp.gather(-1, self.target[:, None])[:, 0]
-            divergence = (logp.exp() * (logp - ref_logp)).sum(-1)
-        return tisdpo.tis_dpo_loss(
-            logps, ref_logps, self.cu_seqlens, token_weights=self.token_weights, kl=divergence, objective=objective(kl)
-        ).loss
-
-    @torch.no_grad()
-    def products(self, step: Step, z: Tensor, out: tuple[Tensor, Tensor]) -> None:
-        """The head-sized products of the step and nothing else; z [N, V] and the gradients' memory are there already."""
-        torch.mm(self.hidden, self.weight.T, out=z)
-        if step.kl:
-            torch.mm(self.ref_hidden, self.ref_weight.T, out=z)
-        torch.mm(z, self.weight, out=out[0])
-        if not step.frozen:
-            torch.mm(z.T, self.hidden, out=out[1])
-
-
-def objective(kl: bool) -> Objective:
-    return Objective.preset("paper" if kl else "dpo")
-
-
-def relative_error(x: Tensor, truth: Tensor) -> float:
-    return ((x.double() - truth.double()).norm() / truth.double().norm()).item()
 
 
 def wrong_results(size: Size) -> list[str]:
     """Every step against plain torch in float64, at a small size in float64 and at the measured size in its own dtype."""
     failures = []
     for small, dtype, tolerance in ((SMOKE, torch.float64, 1e-12), (size, torch.float32, 1e-4)):
-        ours, truth = Problem(small, dtype), Problem(small, dtype)
-        for name in ("hidden", "weight", "ref_hidden", "ref_weight", "token_weights", "ref_logps"):
-            setattr(truth, name, getattr(truth, name).double())
+        ours = Problem(small, dtype)
+        truth = ours.double()
         for kl in (False, True):
-            expected = truth.run(Step("plain", kl=kl))
-            for name, step in STEPS.items():
+            expected = truth.run(plain, Step(kl=kl))
+            for name, (plan, step) in STEPS.items():
                 if step.kl != kl:
                     continue
-                for what, x, y in zip(("loss", "dHidden", "dWeight"), ours.run(step), expected):
+                for what, x, y in zip(("loss", "dHidden", "dWeight"), ours.run(PLANS[plan], step), expected):
                     error = 0.0 if x is None else relative_error(x, y)
                     if not error <= tolerance:
                         failures.append(f"{name}: {what} is off by {error:.2g} (relative, {dtype}, allowed {tolerance:.0e})")
@@ -166,9 +77,8 @@ def measure_time(size: Size, rounds: int) -> dict[str, dict[str, float]]:
     """Seconds of every step and of its products: {name: {median, low, high, products, ratio}}, interleaved over the rounds."""
     problem = Problem(size)
     z, dh, dw = torch.empty(size.tokens, size.vocabulary), torch.empty_like(problem.hidden), torch.empty_like(problem.weight)
-    kinds = {(step.kl, step.frozen): step for step in STEPS.values()}
-    jobs = {name: lambda step=step: problem.run(step) for name, step in STEPS.items()}
-    jobs |= {kind: lambda step=step: problem.products(step, z, (dh, dw)) for kind, step in kinds.items()}
+    jobs = {name: lambda plan=plan, step=step: problem.run(PLANS[plan], step) for name, (plan, step) in STEPS.items()}
+    jobs |= {step: lambda step=step: problem.products(step, z, (dh, dw)) for _, step in STEPS.values()}
     seconds = {name: [] for name in jobs}
     for round_number in range(rounds + 1):  # the first warms up
         for name, job in jobs.items():
@@ -177,18 +87,19 @@ def measure_time(size: Size, rounds: int) -> dict[str, dict[str, float]]:
             if round_number:
                 seconds[name].append(time.perf_counter() - start)
     results = {}
-    for name, step in STEPS.items():
-        median, products = statistics.median(seconds[name]), statistics.median(seconds[step.kl, step.frozen])
+    for name, (_, step) in STEPS.items():
+        median, products = statistics.median(seconds[name]), statistics.median(seconds[step])
         results[name] = dict(median=median, low=min(seconds[name]), high=max(seconds[name]), products=products, ratio=median / products)
     return results
 
 
-def peak_memory(step: Step, size: Size) -> dict[str, int]:
+def peak_memory(name: str, size: Size) -> dict[str, int]:
     """Bytes by which one step raises this process's high-water mark, of which its gradients are a known part."""
-    Problem(SMOKE).run(step)  # loads code and starts threads
+    plan, step = STEPS[name]
+    Problem(SMOKE).run(PLANS[plan], step)  # loads code and starts threads
     problem = Problem(size)
     before = high_water()
-    _, *gradients = problem.run(step)
+    _, *gradients = problem.run(PLANS[plan], step)
     peak = high_water() - before
     if peak <= 0:
         raise RuntimeError("the step did not raise the high-water mark, so its memory cannot be measured this way")
@@ -259,7 +170,7 @@ def cpu_name() -> str:
 def table(report: dict) -> str:
     """The report for a terminal: one line a step, goals beside the figures they belong to."""
     lines = [f"{'step':20} {'ms':>9} {'min..max':>17} {'products':>9} {'ratio':>6}  {'goal':>6} {'extra MiB':>10}  of plain"]
-    for name, step in STEPS.items():
+    for name, (_, step) in STEPS.items():
         t, memory = report["time"][name], report["memory"].get(name)
         spread = f"{1e3 * t['low']:.1f}..{1e3 * t['high']:.1f}"
         goal = f"<={TIME_GOALS[name]}" if name in TIME_GOALS else ""
@@ -292,7 +203,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.memory_of:
-        print(json.dumps(peak_memory(STEPS[args.memory_of], size)))
+        print(json.dumps(peak_memory(args.memory_of, size)))
         return 0
     failures = wrong_results(size)
     if failures:

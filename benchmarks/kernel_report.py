@@ -169,11 +169,12 @@ def _nvidia(kernel) -> tuple[int, int, float, bool]:
 
 def _amd(kernel) -> tuple[int, int, float, bool]:
     text = kernel.asm["amdgcn"]
-    spilled = int(re.search(r"\.vgpr_spill_count:\s*(\d+)", text)[1]) * 4 + int(re.search(r"\.private_segment_fixed_size:\s*(\d+)", text)[1])
+    found = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size):\s*(\d+)", text))
+    spilled = 4 * int(found["vgpr_spill_count"]) + int(found["private_segment_fixed_size"])
     sizes = {"": 4, "x2": 8, "x3": 12, "x4": 16}
     widths = [sizes[size] for size in re.findall(r"(?:global|buffer)_load_dword(x\d)?\s", text)]
     ordered = _barrier_between(text, r"(?:global|buffer)_load_dwordx4", r"s_barrier", r"(?:global|buffer)_store")
-    return int(re.search(r"\.vgpr_count:\s*(\d+)", text)[1]), spilled, _wide_share(widths), ordered
+    return int(found["vgpr_count"]), spilled, _wide_share(widths), ordered
 
 
 def _wide_share(widths: list[int]) -> float:
@@ -206,7 +207,8 @@ def main(argv: list[str] | None = None) -> int:
             if not args.json:
                 wide = "-" if row.wide_loads is None else f"{row.wide_loads:.0%}"
                 print(
-                    f"{row.kernel:<50}{arch:>7}{row.block:>7}{row.warps:>6}{row.registers:>6}{row.spilled_bytes:>6}{row.shared_bytes:>8}  {wide}",
+                    f"{row.kernel:<50}{arch:>7}{row.block:>7}{row.warps:>6}{row.registers:>6}{row.spilled_bytes:>6}{row.shared_bytes:>8}  "
+                    f"{wide}",
                     flush=True,
                 )
     if args.json:

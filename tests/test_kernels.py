@@ -1,14 +1,22 @@
-"""The Triton kernels in Triton's interpreter: against the plain formulas in float64, on the awkward shapes, with one and several programs a row."""
+"""The Triton kernels against the plain formulas in float64: awkward shapes, one and several programs a row.
+
+Without a GPU they run in Triton's interpreter, with one on it.
+"""
 
 import math
 
+import cases
 import pytest
 import torch
-from cases import SHAPES, make_case
+from cases import SHAPES
 
 import tisdpo
 from tisdpo import Objective, Weighting, reference
 from tisdpo.kernels import configs, fold, sequence_sums
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+pytestmark = [pytest.mark.gpu] if ON_GPU else []
 
 ONE = configs.Tile(block=64, warps=4, programs=1)  # one program a row, several blocks
 SPLIT = configs.Tile(block=16, warps=4, programs=1 << 20)  # as many programs a row as allowed
@@ -17,8 +25,24 @@ TRANSFORMS = {"plain": (1.0, None, 1.0), "scaled": (0.7, None, 1.3), "softcap": 
 KLS = [None, "reverse", "forward"]
 
 
+@pytest.fixture(autouse=True)
+def default_device():
+    """Every tensor of these tests lies where the kernels run."""
+    with torch.device(DEVICE):
+        yield
+
+
+def make_case(*args, **options):
+    with torch.device("cpu"):
+        case = cases.make_case(*args, **options)
+    for name, x in vars(case).items():
+        setattr(case, name, x.to(DEVICE))
+    return case
+
+
 def normal(*shape, seed=0, scale=3.0, dtype=torch.float32):
-    return (scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)).to(dtype)
+    g = torch.Generator("cpu").manual_seed(seed)
+    return (scale * torch.randn(*shape, generator=g, dtype=torch.float64, device="cpu")).to(DEVICE, dtype)
 
 
 def truth(z, target, q, bias, ref_bias, kl, transform):
@@ -51,7 +75,7 @@ def test_folds_equal_the_formulas(transform, kl, bias, tile):
     leaf = z.double().requires_grad_()
     expected = truth(leaf, target, q, *biases, kl, TRANSFORMS[transform])
     stats = statistics(z, target, q, *biases, kl, TRANSFORMS[transform], TILES[tile])
-    lse, logp, ref_lse, ref_logp, divergence = stats
+    _, logp, _, ref_logp, divergence = stats
     for x, true in ((logp, expected[0]), (ref_logp, expected[1]), (divergence, expected[2])):
         assert (x is None) == (true is None)
         if x is not None:
@@ -75,7 +99,7 @@ def test_a_narrow_gradient_shares_the_memory_of_the_logits(dtype, kl):
     narrow = gradient(z, target, q, stats, None, g_kl, kl=kl, dtype=dtype)
     assert narrow.dtype == dtype and narrow.data_ptr() == z.data_ptr() and narrow.stride() == (2 * V, 1)
     # the interpreter cuts bfloat16 off, a GPU rounds
-    torch.testing.assert_close(narrow, wide.to(dtype), rtol=2**-7 if dtype == torch.bfloat16 else 0, atol=0)
+    torch.testing.assert_close(narrow, wide.to(dtype), rtol=2**-7 if dtype == torch.bfloat16 and not ON_GPU else 0, atol=0)
     split = gradient(normal(rows, V), target, q, stats, None, g_kl, kl=kl, dtype=dtype, tile=SPLIT)
     assert split.is_contiguous() and torch.equal(split, narrow)
 
@@ -121,7 +145,7 @@ def test_extreme_logits(tile):
     z[3, ::2] = -math.inf  # impossible for the policy alone
     target = torch.tensor([3, 7, 199, 1])
     for kl in ("reverse", None):
-        lse, logp, _, _, divergence = stats = statistics(z, target, q, kl=kl, tile=TILES[tile])
+        _, logp, _, _, divergence = stats = statistics(z, target, q, kl=kl, tile=TILES[tile])
         torch.testing.assert_close(logp, -torch.tensor([0.0, math.log(200), math.log(50), math.log(100)]))
         assert divergence is None or divergence.isfinite().all()
         d = gradient(z.clone(), target, q, stats, None, torch.ones(4), kl=kl, tile=TILES[tile])

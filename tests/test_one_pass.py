@@ -9,7 +9,7 @@ from cases import SHAPES, make_case
 
 import tisdpo
 from tisdpo import Objective, reference
-from tisdpo.ops import backend
+from tisdpo.ops import backend, pairwise, rows
 
 TRANSFORMS = {
     "plain": {},
@@ -252,3 +252,41 @@ def test_rerun_is_bitwise_equal():
     results = [loss_and_gradients(case, Objective(kl="reverse"), {}, plan="one_pass") for _ in range(2)]
     assert torch.equal(results[0][0], results[1][0])
     assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1]))
+
+
+@pytest.mark.parametrize("options", [dict(kl="reverse"), dict(loss="ipo"), dict(kl="forward", detach_chosen_kl=True)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_without_compaction(shape, options, monkeypatch):
+    """What runs while a CUDA graph is captured: ignored rows are walked over instead of left out."""
+    lengths, ignored = SHAPES[shape]
+    case, results = make_case(lengths, ignored=ignored), []
+    online = dict(ref_hidden=case.ref_hidden, ref_weight=case.ref_weight)
+    reference = online if "kl" in options else dict(ref_logps=torch.randn(len(case.target), dtype=torch.float64))
+    for capturing in (False, True):
+        monkeypatch.setattr(pairwise, "capturing", lambda capturing=capturing: capturing)
+        inputs = [x.clone().requires_grad_() for x in (case.hidden, case.weight, case.bias)]
+        out = tisdpo.linear_tis_dpo_loss(
+            inputs[0], inputs[1], case.target, case.cu_seqlens, bias=inputs[2], token_weights=case.token_weights,
+            objective=Objective(**options), **reference,
+        )  # fmt: skip
+        results.append([out.loss, out.logits, out.chosen_logps, *torch.autograd.grad(out.loss, inputs)])
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-13)
+
+
+def test_the_budget_can_be_set_and_must_be_a_number(monkeypatch):
+    monkeypatch.setenv("TISDPO_CHUNK_MIB", "0.5")
+    assert backend.chunk_rows(1024, 2, 4, "cpu") == 64
+    for text in ("0", "-3", "much"):
+        monkeypatch.setenv("TISDPO_CHUNK_MIB", text)
+        with pytest.raises(ValueError, match=f"TISDPO_CHUNK_MIB must be a positive number of MiB of logits, got '{text}'"):
+            backend.chunk_rows(1024, 2, 4, "cpu")
+
+
+def test_out_of_memory_names_the_budget(monkeypatch):
+    def refuse(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    case = make_case()
+    monkeypatch.setattr(rows.torch, "empty", refuse)
+    with pytest.raises(torch.OutOfMemoryError, match=r"lower the budget by TISDPO_CHUNK_MIB \(now 64"):
+        rows.Tiles(rows.HeadRows(case.hidden, case.weight, None), None, 4)

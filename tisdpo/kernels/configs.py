@@ -1,9 +1,10 @@
 """Tile sizes of the kernels: one table, with reasons. The architecture is looked up once a device.
 
-A row program streams through the vocabulary in blocks. Bandwidth needs some 30 KB in flight on every multiprocessor (4.3 TB/s x 0.8 us / 132):
-one block of 4096 float32 logits and 8 warps are 16 KB (with KL 32 KB), 16 values a thread, and three to eight programs fit beside each other.
-Larger blocks spill with KL or leave one program a multiprocessor; smaller ones pay more for the reductions, two of which join all warps
-once a block. `python -m benchmarks.kernel_report` prints registers, spills and shared memory of every row. Not yet tuned on a GPU.
+A row's program streams through the vocabulary in blocks. Bandwidth needs some 30 KB in flight on every multiprocessor (4.3 TB/s x 0.8 us
+/ 132): one block of 4096 float32 logits and 8 warps are 16 KB (with KL 32 KB), 16 values a thread, and three to eight programs fit beside
+each other. Larger blocks spill with KL or leave one program a multiprocessor; smaller ones pay more for the reductions, two of which join
+all warps once a block. `python -m benchmarks.kernel_report` prints registers, spills and shared memory of every row. Not yet tuned on any
+GPU.
 """
 
 import logging
@@ -70,7 +71,7 @@ def architecture(device: torch.device) -> str:
 
 
 def splits(rows: int, vocabulary: int, tile: Tile) -> tuple[int, int]:
-    """(programs of a row, logits of each): 1 where there are rows enough, else the power of two that fills the device, at least a block each."""
+    """(programs of a row, logits of each): one where there are rows enough, else as many as fill the device, with at least a block each."""
     count = 1
     while rows * count < tile.programs and count < MAX_SPLITS and vocabulary > 2 * count * tile.block:
         count *= 2

@@ -10,8 +10,8 @@ One row of V logits, `item` bytes each (float32 from the head's product: 4). u =
     combine                       0 (some tens a row)              0
 
 Floor: bytes / memory bandwidth. At 4.3 TB/s, float32 logits and a 16-bit D, 8192 rows of 128256: 1.0 ms for the statistics, 1.5 ms for the
-gradient (with KL 2.0 and 2.4 ms), beside 33 ms of three matrix products at 790 TFLOP/s. An H200 has some 3.6e12 exponentials a second; one a
-logit takes 0.3 ms and hides behind the loads. Not yet measured on a GPU.
+gradient (with KL 2.0 and 2.4 ms), beside 33 ms of three matrix products at 790 TFLOP/s. An H200 has some 3.6e12 exponentials a second: one
+a logit takes 0.3 ms and hides behind the loads. Not yet measured on a GPU.
 
 A row is walked by one program, or, where rows are few, by several, each over a contiguous span of the vocabulary (`configs.splits`).
 Every program leaves five partial results, which a second kernel combines in a fixed order: no atomics, the same bits every time.
@@ -238,8 +238,8 @@ def statistics(
     z: Tensor, target: Tensor, ref_z: Tensor | None, bias: Tensor | None, ref_bias: Tensor | None, ignored: bool,
     kl: str | None, logit_scale: float, softcap: float | None, temperature: float, *, tile: configs.Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """(lse, logp, reference lse, reference logp, KL), float32 [n] each, of raw logits z [n, V] or [B, T, V] (n = B T; any strides but 1 in the
-    last dimension) in float32 or 16 bits; target [n]. Negative targets are ignored whatever `ignored` says."""
+    """(lse, logp, reference lse, reference logp, KL), float32 [n] each, of raw logits z [n, V] or [B, T, V] (n = B T; any strides, but 1 in
+    the last dimension) in float32 or 16 bits; target [n]. Negative targets are ignored whatever `ignored` says."""
     rows, vocabulary = target.numel(), z.shape[-1]
     out = torch.empty(5, rows, dtype=torch.float32, device=z.device)
     if rows:
@@ -269,7 +269,8 @@ def statistics(
 
 def gradient(
     z: Tensor, target: Tensor, ref_z: Tensor | None, stats: tuple[Tensor | None, ...], g_logp: Tensor | None, g_kl: Tensor | None,
-    bias: Tensor | None, ref_bias: Tensor | None, ignored: bool, kl: str | None, logit_scale: float, softcap: float | None, temperature: float,
+    bias: Tensor | None, ref_bias: Tensor | None, ignored: bool,
+    kl: str | None, logit_scale: float, softcap: float | None, temperature: float,
     *, out: Tensor | None = None, dtype: torch.dtype | None = None, tile: configs.Tile | None = None,
 ) -> Tensor:  # fmt: skip
     """The derivative of sum(g_logp * logp + g_kl * KL) with respect to raw logits z, from `stats` as `statistics` returned them.
@@ -295,8 +296,9 @@ def gradient(
     q, any_ = z if kl is None else ref_z, lse  # a pointer for what a variant of the kernel does not read
     with on(z.device):
         gradient_kernel[(rows, splits)](
-            z, q, out, target.contiguous(), some(bias, z), some(ref_bias, z), lse.contiguous(), some(ref_lse, any_), some(divergence, any_), some(g_logp, any_),
-            some(g_kl, any_), vocabulary, span, *_rows(z), *_rows(q)[1:], *_rows(out)[1:], inner, outer,
+            z, q, out, target.contiguous(), some(bias, z), some(ref_bias, z), lse.contiguous(), some(ref_lse, any_),
+            some(divergence, any_), some(g_logp, any_), some(g_kl, any_),
+            vocabulary, span, *_rows(z), *_rows(q)[1:], *_rows(out)[1:], inner, outer,
             KL=_KL[kl], SOFTCAP=softcap is not None, HAS_BIAS=bias is not None, HAS_REF_BIAS=ref_bias is not None,
             HAS_G=g_logp is not None, NARROW_IN_PLACE=narrow, BLOCK=tile.block, num_warps=tile.warps,
         )  # fmt: skip
@@ -320,4 +322,3 @@ def _reinterpreted(z: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype == z.dtype:
         return z
     return z.view(dtype)[..., : z.shape[-1]]
-

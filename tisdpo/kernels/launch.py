@@ -12,5 +12,5 @@ def on(device: torch.device):
 
 
 def some(x: Tensor | None, other: Tensor) -> Tensor:
-    """x, its values one after the other (autograd sends expanded gradients), or any pointer where a variant of the kernel does not read it."""
+    """x with its values one after the other (autograd sends expanded gradients), or any pointer where a kernel does not read it."""
     return other if x is None else x.contiguous()

@@ -87,8 +87,8 @@ def sequence_sums(
         )
         with on(logps.device):
             sums_kernel[(sequences,)](
-                logps, ref_logps, some(kl, logps), some(token_weights, logps), some(pos_logps, logps), some(neg_logps, logps), cu_seqlens.contiguous(),
-                sums, used, sequences, k, mu_chosen, mu_rejected, lower, upper,
+                logps, ref_logps, some(kl, logps), some(token_weights, logps), some(pos_logps, logps), some(neg_logps, logps),
+                cu_seqlens.contiguous(), sums, used, sequences, k, mu_chosen, mu_rejected, lower, upper,
                 HAS_KL=kl is not None, WEIGHTS=1 if token_weights is not None else 2 if pos_logps is not None else 0,
                 BLOCK=BLOCK, num_warps=4,
             )  # fmt: skip

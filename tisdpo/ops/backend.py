@@ -39,7 +39,7 @@ def _triton(device: str) -> str:
         return "the triton package is not installed; a CUDA or ROCm build of torch brings it, else: pip install triton"
     if device in GPUS or os.environ.get("TRITON_INTERPRET") == "1":
         return ""
-    return f"Triton has no compiler for {device}; set TRITON_INTERPRET=1 before Python starts to run the kernels, slowly, in its interpreter"
+    return f"Triton has no compiler for {device}; set TRITON_INTERPRET=1 before Python starts to run the kernels, slowly, interpreted"
 
 
 def resolve(backend: str, device: str, dtype: torch.dtype = torch.float32) -> str:
@@ -81,8 +81,22 @@ def _announce(backend: str, why: str, device: str) -> None:
 
 
 def chunk_rows(vocabulary: int, models: int, itemsize: int, device: str) -> int:
-    """Rows of logits that fit the byte budget: CHUNK_BYTES / (V * itemsize * models), at least one."""
-    return max(1, _for(device, CHUNK_BYTES) // (max(vocabulary, 1) * itemsize * models))
+    """Rows of logits that fit the byte budget: bytes / (V * itemsize * models), at least one."""
+    return max(1, chunk_bytes(device) // (max(vocabulary, 1) * itemsize * models))
+
+
+def chunk_bytes(device: str) -> int:
+    """The budget: CHUNK_BYTES, or TISDPO_CHUNK_MIB of the environment. Raises ValueError where that is no positive number."""
+    text = os.environ.get("TISDPO_CHUNK_MIB")
+    if text is None:
+        return _for(device, CHUNK_BYTES)
+    try:
+        size = int(float(text) * (1 << 20))
+    except ValueError:
+        size = 0
+    if size <= 0:
+        raise ValueError(f"TISDPO_CHUNK_MIB must be a positive number of MiB of logits, got {text!r}")
+    return size
 
 
 def longest_held(chunk_rows: int, device: str) -> int:

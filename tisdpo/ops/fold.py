@@ -7,7 +7,7 @@ dL/dz, over z where that is allowed. With z = softcap(logit_scale * (raw + bias)
     reverse KL  g_K * p * (log p - log q - KL)
     forward KL  g_K * (p - q)
 
-A backend is a module with the four functions `statistics`, `gradient`, `sequence_sums` and `spread`: `torch_fold` here, `tisdpo.kernels` in Triton.
+A backend has four functions, `statistics`, `gradient`, `sequence_sums` and `spread`: `torch_fold` here, `tisdpo.kernels` in Triton.
 """
 
 from types import SimpleNamespace

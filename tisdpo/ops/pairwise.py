@@ -43,10 +43,12 @@ def linear_pairwise(
     index = rows.index
     if index is not None:
         target, token_weights, ref_logps = (None if x is None else x[index] for x in (target, token_weights, ref_logps))
+    elif rows.ignored is not None:
+        target, ref_logps = target.masked_fill(rows.ignored, -1), None if ref_logps is None else ref_logps.masked_fill(rows.ignored, 0)
     policy, reference = heads(hidden, weight, ref_hidden, ref_weight, index)
     name = backends.resolve(backend, hidden.device.type, hidden.dtype)
-    folds = fold.Fold(name, kl, fold.Transform(logit_scale, softcap, temperature), bias, ref_bias)
-    walk = _Walk(policy, reference, target, token_weights, ref_logps, rows.cu_seqlens, objective, folds, any(needs))
+    folds = fold.Fold(name, kl, fold.Transform(logit_scale, softcap, temperature), bias, ref_bias, ignored=rows.ignored is not None)
+    walk = _Walk(policy, reference, target, token_weights, ref_logps, rows, objective, folds, any(needs))
     grads = GradientSums(policy, tuple(needs))
     total, sums = hidden.new_zeros((), dtype=walk.dtype), []
     for first, last in _whole_pairs(rows.bounds, walk.rows):
@@ -68,21 +70,45 @@ def _(
 
 
 class _Rows(NamedTuple):
-    """The rows that carry loss: their index (None: all), and the sequences' boundaries [S+1] among them, on the device and on the host."""
+    """The rows to walk over, and the sequences' boundaries [S+1] among them, on the device and on the host.
+
+    index: of the rows that carry loss, None for all; ignored: a mask [N] of rows that do not, but are walked over nevertheless;
+    lengths [S]: rows of each sequence that carry loss.
+    """
 
     index: Tensor | None
+    ignored: Tensor | None
     cu_seqlens: Tensor
     bounds: list[int]
+    lengths: Tensor
 
     @classmethod
     def of(cls, target: Tensor, cu_seqlens: Tensor, ignore_index: int) -> "_Rows":
-        """The one place where the host waits for the device."""
+        """Rows without those that are ignored. The one place where the host waits for the device.
+
+        While a CUDA graph is captured it must not wait: nothing is compacted, and the boundaries have to be on the host already.
+        """
         keep = target != ignore_index
+        if capturing():
+            if cu_seqlens.device.type != "cpu":
+                raise ValueError("while a CUDA graph is captured cu_seqlens must be on the CPU: its values decide what is launched")
+            bounds = cu_seqlens.tolist()
+            on_device = torch.empty(len(bounds), dtype=torch.int64, device=target.device)
+            for place, bound in enumerate(bounds):  # as kernel arguments: a copy from the host would be read again at every replay
+                on_device[place].fill_(bound)
+            before = torch.cat([keep.new_zeros(1, dtype=torch.int64), keep.cumsum(0)])
+            return cls(None, ~keep, on_device, bounds, before[on_device].diff())
         before = torch.cat([keep.new_zeros(1, dtype=torch.int64), keep.cumsum(0)])  # kept rows in front of every position
         cu_seqlens = before[cu_seqlens.to(target.device, torch.int64)]
         bounds = cu_seqlens.tolist()
         kept = bounds[-1]
-        return cls(None if kept == len(target) else torch.nonzero_static(keep, size=kept)[:, 0], cu_seqlens, bounds)
+        index = None if kept == len(target) else torch.nonzero_static(keep, size=kept)[:, 0]
+        return cls(index, None, cu_seqlens, bounds, cu_seqlens.diff())
+
+
+def capturing() -> bool:
+    """Whether the current stream records a CUDA graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _whole_pairs(bounds: list[int], rows: int) -> list[tuple[int, int]]:
@@ -99,9 +125,10 @@ def _whole_pairs(bounds: list[int], rows: int) -> list[tuple[int, int]]:
 class _Walk:
     """What stays the same from chunk to chunk."""
 
-    def __init__(self, policy, reference, target, token_weights, ref_logps, cu_seqlens, objective, folds, with_gradient):
+    def __init__(self, policy, reference, target, token_weights, ref_logps, rows, objective, folds, with_gradient):
         self.policy, self.reference = policy, reference
-        self.target, self.token_weights, self.ref_logps, self.cu_seqlens = target, token_weights, ref_logps, cu_seqlens
+        self.target, self.token_weights, self.ref_logps = target, token_weights, ref_logps
+        self.cu_seqlens, self.lengths = rows.cu_seqlens, rows.lengths
         self.objective, self.folds, self.with_gradient = objective, folds, with_gradient
         self.dtype = accumulation_dtype(policy.hidden.dtype)
         self.rows = policy.chunk_rows(1 if reference is None else 2)
@@ -127,7 +154,8 @@ class _Walk:
             if self.with_gradient and len(ranges) == 1:
                 held = self._unscaled_gradient(a, b, z, ref_z, stats[0], kl_sign)
 
-        loss, sums, g_scores = self._pairs(fold.concatenated(stats, self.dtype, cu.device), start, stop, cu, normalizer)
+        lengths = self.lengths[first : first + len(bounds) - 1].to(self.dtype)
+        loss, sums, g_scores = self._pairs(fold.concatenated(stats, self.dtype, cu.device), start, stop, cu, lengths, normalizer)
         if self.with_gradient:
             coefficient = g_scores[sequence]
             if self.token_weights is not None:
@@ -153,12 +181,13 @@ class _Walk:
         dtype = products.gradient_dtype(self.policy.weight, self.dtype)
         return self.folds.gradient(z, self.target[a:b], ref_z, stats, None, kl_sign, dtype=dtype)
 
-    def _pairs(self, stats: fold.Statistics, start: int, stop: int, cu: Tensor, normalizer: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _pairs(
+        self, stats: fold.Statistics, start: int, stop: int, cu: Tensor, lengths: Tensor, normalizer: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Loss [], sums [4, s] and dloss/dscore [s] from the token statistics of whole pairs."""
         ref_logp = stats.ref_logp if self.ref_logps is None else self.ref_logps[start:stop]
         weights = None if self.token_weights is None else self.token_weights[start:stop]
         (D, K, logps), _ = weighted_sums(self.folds.backend, stats.logp, ref_logp, stats.kl, cu, weights)
-        lengths = cu.diff().to(self.dtype)
         scores = sequence_scores(D, K, self.objective)
         loss = pairwise_losses(scores, lengths, self.objective).sum() / normalizer
         slopes = score_gradients(scores, lengths, self.objective) / normalizer if self.with_gradient else None

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from tisdpo.ops import backend, products
 from tisdpo.ops.backend import accumulation_dtype
-from tisdpo.ops.torch_fold import kept_rows
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,14 @@ class Tiles:
         self.shared = reference is not None and _same(policy.weight, reference.weight)
         models = 1 if reference is None else 2
         dtype, device = accumulation_dtype(policy.hidden.dtype), policy.hidden.device
-        self.buffer = torch.empty(models * rows, len(policy.weight), dtype=dtype, device=device)
+        try:
+            self.buffer = torch.empty(models * rows, len(policy.weight), dtype=dtype, device=device)
+        except torch.OutOfMemoryError as error:
+            size = models * rows * len(policy.weight) * dtype.itemsize >> 20
+            raise torch.OutOfMemoryError(
+                f"no memory for a chunk of {size} MiB of logits; lower the budget by TISDPO_CHUNK_MIB "
+                f"(now {backend.chunk_bytes(device.type) >> 20}; a single pair may take more). {error}"
+            ) from None
 
     def logits(self, a: int, b: int) -> tuple[Tensor, Tensor | None]:
         """Raw logits [b-a, V] of rows a..b, without bias; they live until the next call."""

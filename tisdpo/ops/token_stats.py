@@ -13,7 +13,8 @@ from torch import Tensor
 from tisdpo.ops import backend as backends
 from tisdpo.ops import fold, products, values
 from tisdpo.ops.backend import accumulation_dtype
-from tisdpo.ops.rows import GradientSums, HeadRows, Tiles, heads, kept_rows, row_ranges
+from tisdpo.ops.rows import GradientSums, HeadRows, Tiles, heads, row_ranges
+from tisdpo.ops.torch_fold import kept_rows
 
 Statistics5 = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 

@@ -140,7 +140,9 @@ def _block_gradient_(z, target, q, lse, logp, ref_lse, ref_logp, divergence, g_l
     scale, softcap, temperature = transform
     logits = _transformed(z, bias, transform)
     # dz/d raw; the slope of the soft cap is read off the capped logits before they are overwritten
-    slope = scale / temperature if softcap is None else (logits * (temperature / softcap)).square_().neg_().add_(1).mul_(scale / temperature)
+    slope = scale / temperature
+    if softcap is not None:
+        slope = (logits * (temperature / softcap)).square_().neg_().add_(1).mul_(slope)
     factor = -1.0 if g_logp is None else -g_logp
     if kl == "reverse":
         difference = _difference(logits, q).mul_(g_kl[:, None])

@@ -1,0 +1,255 @@
+"""What is measured (sizes, steps, inputs) and who is measured (providers): every one of them gets the same tensors in the same process.
+
+Sizes: P pairs, N completion tokens, H hidden, V vocabulary. A step is forward and backward of TIS-DPO's loss from hidden states.
+"""
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib import metadata
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import tisdpo
+from tisdpo import Objective
+
+
+@dataclass(frozen=True)
+class Size:
+    tokens: int = 1024
+    hidden: int = 1024
+    vocabulary: int = 32000
+    pairs: int = 8
+
+
+SMOKE = Size(tokens=96, hidden=48, vocabulary=1003, pairs=3)
+
+# The heads of real models: (hidden, vocabulary)
+HEADS = {"Llama-3-8B": (4096, 128256), "Qwen2.5-3B": (2048, 151936), "Gemma-3-4B": (2560, 262208)}
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is computed: with KL (reverse) and online reference, or without and with the reference's log-probs at hand; head frozen or
+    not."""
+
+    kl: bool = False
+    frozen: bool = False
+
+    @property
+    def products(self) -> int:
+        """Head-sized products that one pass needs: logits, dHidden; dWeight of a trainable head; logits of the reference."""
+        return 2 + (not self.frozen) + self.kl
+
+    @property
+    def name(self) -> str:
+        return ("KL, online reference" if self.kl else "no KL") + (", frozen head" if self.frozen else "")
+
+
+MODES = [Step(), Step(frozen=True), Step(kl=True), Step(kl=True, frozen=True)]
+
+
+class Problem:
+    """Inputs of one size: flat pairs of unequal lengths, random weights, a reference close to the policy."""
+
+    def __init__(self, size: Size, dtype: torch.dtype = torch.float32, device: str = "cpu"):
+        g = torch.Generator(device).manual_seed(0)
+
+        def normal(*shape: int, std: float = 1.0) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device).normal_(0, std, generator=g)
+
+        N, H, V = size.tokens, size.hidden, size.vocabulary
+        self.size = size
+        self.hidden, self.weight = normal(N, H), normal(V, H, std=H**-0.5)
+        self.ref_hidden, self.ref_weight = normal(N, H).mul_(0.1).add_(self.hidden), normal(V, H, std=0.1 * H**-0.5).add_(self.weight)
+        self.target = torch.randint(V, (N,), generator=g, device=device)
+        self.token_weights = torch.rand(N, generator=g, device=device).mul_(1.5).add_(0.5)
+        self.ref_logps = torch.full((N,), -8.0, device=device)
+        cuts = torch.randperm(N - 1, generator=g, device=device)[: 2 * size.pairs - 1].add_(1).sort().values
+        self.cu_seqlens = torch.cat([cuts.new_zeros(1), cuts, cuts.new_tensor([N])])
+        if dtype == torch.float64:
+            self.token_weights, self.ref_logps = self.token_weights.double(), self.ref_logps.double()
+
+    def double(self) -> "Problem":
+        """The same inputs in float64."""
+        other = object.__new__(Problem)
+        other.__dict__ = {
+            name: x.detach().double() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in vars(self).items()
+        }
+        return other
+
+    def run(self, loss: Callable[["Problem", Step], Tensor], step: Step) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Forward and backward: (loss, dHidden, dWeight or None)."""
+        self.hidden.grad = self.weight.grad = None
+        self.hidden.requires_grad_(True)
+        self.weight.requires_grad_(not step.frozen)
+        total = loss(self, step)
+        total.backward()
+        return total.detach(), self.hidden.grad, self.weight.grad
+
+    @torch.no_grad()
+    def products(self, step: Step, z: Tensor, out: tuple[Tensor, Tensor]) -> None:
+        """The head-sized products of the step and nothing else; z [N, V] and the gradients' memory are there already."""
+        torch.mm(self.hidden, self.weight.T, out=z)
+        if step.kl:
+            torch.mm(self.ref_hidden, self.ref_weight.T, out=z)
+        torch.mm(z, self.weight, out=out[0])
+        if not step.frozen:
+            torch.mm(z.T, self.hidden, out=out[1])
+
+
+def objective(step: Step) -> Objective:
+    return Objective.preset("paper" if step.kl else "dpo")
+
+
+# Ways to compute the loss: (problem, step) -> scalar
+
+
+def fused(p: Problem, step: Step, plan: str = "one_pass", backend: str = "auto") -> Tensor:
+    """This library."""
+    reference = dict(ref_hidden=p.ref_hidden, ref_weight=p.ref_weight) if step.kl else dict(ref_logps=p.ref_logps)
+    return tisdpo.linear_tis_dpo_loss(
+        p.hidden, p.weight, p.target, p.cu_seqlens, token_weights=p.token_weights, objective=objective(step), plan=plan, backend=backend,
+        **reference,
+    ).loss  # fmt: skip
+
+
+def plain(p: Problem, step: Step, upcast: bool = False) -> Tensor:
+    """What a careful user writes: every log-softmax once, the reference under no_grad; `upcast`: logits widened to float32 first."""
+    widen = (lambda z: z.float()) if upcast else (lambda z: z)
+    logp = widen(p.hidden @ p.weight.T).log_softmax(-1)
+    logps = logp.gather(-1, p.target[:, None])[:, 0]
+    if not step.kl:
+        return _loss(p, step, logps, p.ref_logps)
+    with torch.no_grad():
+        ref_logp = widen(p.ref_hidden @ p.ref_weight.T).log_softmax(-1)
+    divergence = (logp.exp() * (logp - ref_logp)).sum(-1)
+    return _loss(p, step, logps, ref_logp.gather(-1, p.target[:, None])[:, 0], divergence)
+
+
+def _loss(p: Problem, step: Step, logps: Tensor, ref_logps: Tensor, divergence: Tensor | None = None) -> Tensor:
+    return tisdpo.tis_dpo_loss(logps, ref_logps, p.cu_seqlens, token_weights=p.token_weights, kl=divergence, objective=objective(step)).loss
+
+
+def per_token(p: Problem, step: Step, logps: Callable[[Tensor, Tensor, Tensor], Tensor], divergence: Callable | None = None) -> Tensor:
+    """A library's per-token log-probs (and KL, where it has one) with this library's loss on top."""
+    ref_logps, kl = p.ref_logps, None
+    if step.kl:
+        with torch.no_grad():
+            ref_logps = logps(p.ref_hidden, p.ref_weight, p.target)
+        kl = divergence(p)
+    return _loss(p, step, logps(p.hidden, p.weight, p.target), ref_logps, kl)
+
+
+_compiled = {}
+
+
+def compiled(p: Problem, step: Step, upcast: bool) -> Tensor:
+    """`plain` under torch.compile, one graph for every kind of step."""
+    if (step, upcast) not in _compiled:
+        _compiled[step, upcast] = torch.compile(partial(_compiled_body, step=step, upcast=upcast), dynamic=False)
+    return _compiled[step, upcast](p.hidden, p.weight, p.ref_hidden, p.ref_weight, p.target, p.token_weights, p.ref_logps, p.cu_seqlens)
+
+
+def _compiled_body(hidden, weight, ref_hidden, ref_weight, target, token_weights, ref_logps, cu_seqlens, step, upcast):
+    p = object.__new__(Problem)
+    p.hidden, p.weight, p.ref_hidden, p.ref_weight, p.target = hidden, weight, ref_hidden, ref_weight, target
+    p.token_weights, p.ref_logps, p.cu_seqlens = token_weights, ref_logps, cu_seqlens
+    return plain(p, step, upcast)
+
+
+def _torch_linear_cross_entropy(hidden, weight, target):
+    options = torch.nn.LinearCrossEntropyOptions()  # chunks, with the release's own defaults
+    return -F.linear_cross_entropy(hidden, weight, target, reduction="none", options=options)
+
+
+def _trl_logps(hidden, weight, target):
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+    return ChunkedLogProbFunction.apply(hidden, weight, None, target, 1.0, 32768, None, 1.0, ())[0]
+
+
+def _trl_divergence(p: Problem) -> Tensor:
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    return ChunkedDivergenceFunction.apply(p.hidden, p.weight, None, p.ref_hidden, p.ref_weight, None, 1.0)[0]
+
+
+def _liger_logps(hidden, weight, target):
+    from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction
+
+    return -LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, target)
+
+
+def _cce_logps(hidden, weight, target):
+    from cut_cross_entropy import linear_cross_entropy
+
+    return -linear_cross_entropy(hidden, weight, target, reduction="none", filter_eps=None)  # exact: no gradient is filtered away
+
+
+@dataclass(frozen=True)
+class Provider:
+    """Somebody who computes the step.
+
+    package: what must be importable; devices: where it runs; kl: whether it can compute the KL term; note: what a reader should know.
+    """
+
+    name: str
+    loss: Callable[[Problem, Step], Tensor]
+    package: str = "torch"
+    devices: tuple[str, ...] = ("cpu", "cuda", "xpu")
+    kl: bool = True
+    note: str = ""
+
+    def missing(self, device: str, step: Step | None = None) -> str:
+        """Why it does not take part, or ""."""
+        if importlib.util.find_spec(self.package) is None:
+            return f"{self.package} is not installed"
+        if device not in self.devices:
+            return f"does not run on {device}"
+        if self.name.startswith("F.linear_cross_entropy") and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+            return f"torch {torch.__version__} does not have it"
+        if step is not None and step.kl and not self.kl:
+            return "has no KL"
+        return ""
+
+    @property
+    def version(self) -> str:
+        names = metadata.packages_distributions().get(self.package, [self.package])
+        return f"{names[0]} {metadata.version(names[0])}"
+
+
+GPU = ("cuda",)
+OURS = "tisdpo one pass"
+PROVIDERS = [
+    Provider(OURS, fused, "tisdpo"),
+    Provider("tisdpo two passes", partial(fused, plan="two_pass"), "tisdpo"),
+    Provider("plain torch", plain, note="log-softmax in the dtype of the model"),
+    Provider("plain torch, float32 logits", partial(plain, upcast=True)),
+    Provider("torch.compile", partial(compiled, upcast=False)),
+    Provider("torch.compile, float32 logits", partial(compiled, upcast=True)),
+    Provider("F.linear_cross_entropy", partial(per_token, logps=_torch_linear_cross_entropy), kl=False),
+    Provider("TRL chunked", partial(per_token, logps=_trl_logps, divergence=_trl_divergence), "trl", note="log-probs and KL composed"),
+    Provider("Liger scaled CE", partial(per_token, logps=_liger_logps), "liger_kernel", GPU, kl=False),
+    Provider("Cut Cross-Entropy, exact", partial(per_token, logps=_cce_logps), "cut_cross_entropy", GPU, kl=False),
+]
+
+
+def relative_error(x: Tensor, truth: Tensor) -> float:
+    """|x - truth| / |truth| in the Euclidean norm."""
+    return ((x.double() - truth.double()).norm() / truth.double().norm()).item()
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that takes part."""
+    packages = dict.fromkeys(p.package for p in PROVIDERS)
+    found = {"python": sys.version.split()[0]}
+    for package in (*packages, "triton"):
+        if importlib.util.find_spec(package) is not None:
+            name = metadata.packages_distributions().get(package, [package])[0]
+            found[package] = metadata.version(name)
+    return found

@@ -1,0 +1,157 @@
+"""On a GPU: the compiled kernels at real sizes, 16-bit inputs, and everything that only exists there (graphs, streams, waiting)."""
+
+import warnings
+
+import pytest
+import torch
+
+import tisdpo
+from benchmarks.registry import MODES, Problem, Size, Step, fused, plain, relative_error
+from tisdpo import Objective
+from tisdpo.ops import backend
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+SMALL = Size(tokens=777, hidden=256, vocabulary=4099, pairs=5)  # nothing is a multiple of anything
+REAL = Size(tokens=600, hidden=1024, vocabulary=128256, pairs=4)
+
+
+def error(results, truth):
+    return [0.0 if x is None else relative_error(x, y) for x, y in zip(results, truth)]
+
+
+def test_triton_is_what_runs():
+    assert backend.resolve("auto", "cuda") == "triton" and not backend.available("cuda")["triton"]
+
+
+@pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("step", MODES, ids=lambda s: s.name)
+@pytest.mark.parametrize("size", [SMALL, REAL], ids=["small", "real"])
+def test_no_less_accurate_than_plain_torch(size, step, dtype, plan):
+    """err(ours) <= 2 err(plain torch in the same dtype) + tiny, against float64, for the loss and all gradients."""
+    problem = Problem(size, dtype, "cuda")
+    truth = problem.double().run(plain, step)
+    ours = error(problem.run(lambda p, s: fused(p, s, plan), step), truth)
+    theirs = error(problem.run(plain, step), truth)
+    tiny = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}[dtype]  # half an ulp or so of the gradients' own dtype
+    for name, x, y in zip(("loss", "dHidden", "dWeight"), ours, theirs):
+        assert x <= 2 * y + tiny, f"{name}: ours {x:.2e}, plain torch {y:.2e}"
+
+
+def test_log_probs_of_bfloat16_inputs():
+    """Mean error of a log-prob at most 1e-3 nat: logits are never rounded to 16 bits."""
+    p = Problem(REAL, torch.bfloat16, "cuda")
+    p.weight *= 5  # sharp distributions, as trained models have
+    with torch.no_grad():
+        logps = tisdpo.linear_token_logps(p.hidden, p.weight, p.target).logps
+        truth = (p.hidden.double() @ p.weight.double().T).log_softmax(-1).gather(-1, p.target[:, None])[:, 0]
+    assert (logps.double() - truth).abs().mean() <= 1e-3
+
+
+@pytest.mark.parametrize("step", MODES, ids=lambda s: s.name)
+def test_reruns_are_equal_bit_for_bit(step):
+    problem = Problem(REAL, torch.bfloat16, "cuda")
+    first = [None if x is None else x.clone() for x in problem.run(fused, step)]
+    assert all(x is None or torch.equal(x, y) for x, y in zip(first, problem.run(fused, step)))
+
+
+def test_few_and_many_rows():
+    """One long row split over programs, and rows of a whole chunk, give the same statistics."""
+    g = torch.Generator("cuda").manual_seed(0)
+    logits = torch.randn(3000, 32000, device="cuda", generator=g)
+    target = torch.randint(32000, (3000,), device="cuda", generator=g)
+    many = tisdpo.token_logps(logits, target).logps
+    few = torch.cat([tisdpo.token_logps(logits[i : i + 1], target[i : i + 1]).logps for i in range(8)])
+    truth = logits.double().log_softmax(-1).gather(-1, target[:, None])[:, 0]
+    torch.testing.assert_close(many.double(), truth, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(few, many[:8], rtol=1e-6, atol=1e-5)
+
+
+def test_offsets_beyond_32_bits():
+    """More than 2^31 logits in one tensor."""
+    if torch.cuda.mem_get_info()[0] < 14 << 30:
+        pytest.skip("needs 14 GiB")
+    logits = torch.zeros(17000, 131072, dtype=torch.bfloat16, device="cuda")
+    logits[-1, 5] = 12.0
+    target = torch.full((17000,), 5, device="cuda")
+    logps = tisdpo.token_logps(logits, target).logps
+    expected = logits[-1:].float().log_softmax(-1)[0, 5]
+    torch.testing.assert_close(logps[-1], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_host_waits_once():
+    problem = Problem(SMALL, torch.bfloat16, "cuda")
+    problem.target[::7] = -100
+    problem.run(fused, Step(kl=True))
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            problem.run(fused, Step(kl=True))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([w for w in found if "synchroniz" in str(w.message)]) <= 1, [str(w.message) for w in found]
+
+
+@pytest.mark.parametrize("step", [Step(), Step(kl=True)], ids=lambda s: s.name)
+def test_cuda_graphs(step):
+    problem = Problem(SMALL, torch.bfloat16, "cuda")
+    problem.target[::7] = -100
+    expected = [x.clone() for x in problem.run(fused, step)]
+    problem.cu_seqlens = problem.cu_seqlens.cpu()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            problem.run(fused, step)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    problem.hidden.grad = problem.weight.grad = None
+    with torch.cuda.graph(graph):
+        captured = problem.run(fused, step)
+    for x in captured:
+        x.zero_()
+    graph.replay()
+    torch.testing.assert_close(captured, tuple(expected), rtol=2e-2, atol=1e-5)
+
+
+def test_compiled_without_a_graph_break():
+    problem = Problem(SMALL, torch.bfloat16, "cuda")
+    expected = problem.run(fused, Step(kl=True))
+    torch._dynamo.reset()
+
+    def loss(hidden, weight):
+        return tisdpo.linear_tis_dpo_loss(
+            hidden, weight, problem.target, problem.cu_seqlens, token_weights=problem.token_weights, ref_hidden=problem.ref_hidden,
+            ref_weight=problem.ref_weight, objective=Objective.preset("paper"),
+        ).loss  # fmt: skip
+
+    compiled = torch.compile(loss, fullgraph=True)
+    results = problem.run(lambda p, s: compiled(p.hidden, p.weight), Step(kl=True))
+    torch.testing.assert_close(results, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_autocast_and_checkpointing():
+    problem = Problem(SMALL, torch.float32, "cuda")
+
+    def checkpointed(p, step):
+        with torch.autocast("cuda", torch.bfloat16):
+            return torch.utils.checkpoint.checkpoint(fused, p, step, use_reentrant=False)
+
+    low = Problem(SMALL, torch.float32, "cuda")
+    truth = low.double().run(plain, Step(kl=True))
+    assert max(error(problem.run(checkpointed, Step(kl=True)), truth)) < 0.02
+
+
+def test_peak_memory_stays_within_the_budget(monkeypatch):
+    monkeypatch.setenv("TISDPO_CHUNK_MIB", "256")
+    extra = []
+    for tokens in (2048, 8192):
+        p = Problem(Size(tokens, 512, 128256, pairs=tokens // 128), torch.bfloat16, "cuda")
+        p.run(fused, Step(frozen=True))
+        p.hidden.grad = None
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        p.run(fused, Step(frozen=True))
+        extra.append(torch.cuda.max_memory_allocated() - before - p.hidden.grad.nbytes)
+    assert extra[0] < 300 << 20 and extra[1] < 320 << 20, extra
