@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench kernels clean
 
 help:  ## what can be done here
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -21,6 +21,9 @@ lint: $(INSTALLED)  ## style
 
 bench: $(INSTALLED)  ## the loss head against plain torch; writes benchmarks/results/
 	$(BIN)/python -m benchmarks.head
+
+kernels: $(INSTALLED)  ## what the compiler makes of the Triton kernels, for GPUs that need not be there
+	$(BIN)/python -m benchmarks.kernel_report
 
 clean:  ## remove the environment and all runs
 	rm -rf .venv runs build dist *.egg-info
