@@ -324,9 +324,10 @@ def test_an_override_that_is_not_yaml(file):
         load(file, "description=a: b: c")
 
 
-def test_truth_needs_a_known_truth(file):
-    with pytest.raises(InputError, match=r"methods has truth, but the true rewards are known with data.source=synthetic only"):
-        load(file, "data.source=x.jsonl", "methods=[dpo, truth]")
+@pytest.mark.parametrize("method", ["truth", "oracle"])
+def test_truth_needs_a_known_truth(file, method):
+    with pytest.raises(InputError, match=rf"methods has {method}, but the true rewards are known with data.source=synthetic only"):
+        load(file, "data.source=x.jsonl", f"methods=[dpo, {method}]")
 
 
 def test_swapped_needs_a_construction(file):

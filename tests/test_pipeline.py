@@ -1,6 +1,7 @@
 """A whole run at its smallest: everything is written, an interrupted run goes on, a run may grow but not change."""
 
 import json
+import math
 
 import pytest
 
@@ -65,6 +66,18 @@ def test_a_run_writes_everything_and_goes_on_where_it_was(tmp_path, monkeypatch)
         pipeline.run(config(tmp_path, "train.steps=5"))
 
 
+def test_the_oracle_weighs_only_what_is_to_be_learned(tmp_path):
+    run = config(tmp_path, "methods=[oracle]", "contrast.constructions=[]", "weighting.eos_weight=2", "weighting.k=3")
+    seed_run = pipeline.SeedRun(run, 0, tmp_path / "run" / "seed-0")
+    rows, options = seed_run.method_rows("oracle")
+    assert "weighting" not in options
+    for side, mu in (("chosen", 1), ("rejected", -1)):
+        truth, weights = ([x for values in rows[f"{side}_{kind}"] for x in values] for kind in ("truth", "weights"))
+        expected = {0.0: 0.0, 1.0: 3 * math.exp(mu * 1.5), -1.0: 3 * math.exp(mu * -0.5)}
+        assert weights == pytest.approx([expected[x] for x in truth]) and set(truth) == set(expected)
+    pipeline.run(run, until="train")
+
+
 def test_the_same_seed_gives_the_same_results(tmp_path):
     results = []
     for name in ("a", "b"):
@@ -123,7 +136,7 @@ def test_comparison_at_equal_kl_interpolates_between_checkpoints():
             {"method": "dpo", "seed": 0, "points": [{"step": 1, "kl": 3.0, "y": 1.5}]},
         ],
     }  # fmt: skip
-    assert interpolated([(0.0, 0.0), (2.0, 1.0)], 1.0) == 0.5
+    assert interpolated([(0.0, 0.0), (2.0, 1.0)], 0.5) == pytest.approx(0.5)  # the root of the KL is half way
     sentence = at_equal_kl("S", {"S": "TIS-DPO (S)"}, "reward", metrics)
     assert "(3.0 nats)" in sentence and "+0.50 reward" in sentence  # 2.0 against 1.5
 

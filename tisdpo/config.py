@@ -17,7 +17,7 @@ from tisdpo.settings import COMMAND_LINE, build, nearest, read_yaml, settings_te
 from tisdpo.weighting import Weighting
 
 CONSTRUCTIONS = ("P", "S", "D", "R")
-METHODS = ("dpo", "random", "equal", "swapped", "truth", *CONSTRUCTIONS)
+METHODS = ("dpo", "random", "equal", "swapped", "truth", "oracle", *CONSTRUCTIONS)
 
 # TrainingArguments that a run sets itself: the key to use instead
 _SET_ELSEWHERE = {
@@ -220,7 +220,7 @@ class RunConfig:
     train: StageConfig = option("training of the policies, the same for every method")
     methods: list[str] = option(
         "policies to train: dpo, TIS-DPO with the weights of P, S, D or R, and controls: random, equal, swapped (signs exchanged), "
-        "truth (the known rewards; synthetic only)",
+        "truth (the known rewards), oracle (truth, 0 on tokens without reward); both synthetic only",
         default_factory=lambda: ["dpo", "random", "P", "S", "D"],
     )
     evaluation: EvaluationConfig = option("measurements", default_factory=EvaluationConfig)
@@ -264,8 +264,9 @@ class RunConfig:
                 raise InputError(
                     f"methods has {control}, which {what} of the first construction, but contrast.constructions is empty; add one"
                 )
-        if "truth" in self.methods and self.data.source != "synthetic":
-            raise InputError("methods has truth, but the true rewards are known with data.source=synthetic only; leave it out")
+        for known in ("truth", "oracle"):
+            if known in self.methods and self.data.source != "synthetic":
+                raise InputError(f"methods has {known}, but the true rewards are known with data.source=synthetic only; leave it out")
 
     @property
     def control(self) -> str:

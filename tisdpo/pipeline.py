@@ -29,7 +29,7 @@ from tisdpo.scored import load_scored, make_provenance, save_scored
 from tisdpo.sources import Source, load_source
 from tisdpo.stages import read_points, train_stage, write_json
 from tisdpo.summary import collect
-from tisdpo.trainer import add_reference_logps
+from tisdpo.trainer import add_reference_logps, apply_weighting
 
 UNTIL = ("weights", "train", "eval", "report")
 
@@ -263,7 +263,7 @@ class SeedRun:
             weighting = replace(weighting, transform=method, **({"seed": self.seed} if method == "random" else {}))
         if method == "equal":  # the rule does not look at the contrast
             contrast = {side: [[0.0] * len(ids) for ids in self.rows[f"{side}_ids"]] for side in ("chosen", "rejected")}
-        elif method == "truth":  # the reward itself, scaled to fill the clamp
+        elif method in ("truth", "oracle"):  # the reward itself, scaled to fill the clamp
             scale = max(abs(weighting.lower), abs(weighting.upper))
             contrast = {side: [[scale * x for x in values] for values in self.rows[f"{side}_truth"]] for side in ("chosen", "rejected")}
         else:
@@ -272,6 +272,9 @@ class SeedRun:
         rows = self.rows
         for side, values in contrast.items():
             rows = rows.add_column(f"{side}_contrast", values)
+        if method == "oracle":  # the same, but 0 wherever there is nothing to learn
+            rows = apply_weighting(rows, weighting, self.tokenizer.eos_token_id).map(_only_where_it_counts)
+            return rows, options
         return rows, options | {"weighting": asdict(weighting)}
 
     def policy(self, method: str) -> dict:
@@ -354,3 +357,8 @@ class SeedRun:
             for g in generations[: self.config.evaluation.samples]
         ]
         return {"metrics": metrics, "samples": samples}
+
+
+def _only_where_it_counts(row: dict) -> dict:
+    """The weights of a row, 0 on tokens without reward."""
+    return {f"{s}_weights": [w if t else 0.0 for w, t in zip(row[f"{s}_weights"], row[f"{s}_truth"])] for s in ("chosen", "rejected")}

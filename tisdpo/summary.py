@@ -2,6 +2,7 @@
 
 import datetime
 import itertools
+import math
 import json
 import platform
 import subprocess
@@ -26,7 +27,8 @@ LABELS = {
     "S": ("TIS-DPO (S)", "contrast of two SFT models"),
     "D": ("TIS-DPO (D)", "contrast of DPO and reverse DPO"),
     "R": ("TIS-DPO (R)", "contrast of DPO and the reference"),
-    "truth": ("TIS-DPO, true weights", "yardstick: weights from the known rewards"),
+    "truth": ("TIS-DPO, true contrast", "the known rewards as contrast, through the same clamp"),
+    "oracle": ("TIS-DPO, true weights", "ceiling: the same, and 0 on tokens without reward"),
 }
 METRIC_INFO = {
     "reward": {"label": "reward", "unit": "", "better": "higher", "help": "Mean reward of sampled responses to held-out prompts."},
@@ -247,13 +249,15 @@ def notes(metrics: dict) -> list[str]:
         if y in r["metrics"]:
             values.setdefault(r["method"], {})[r["seed"]] = r["metrics"][y]
     labels = {m["id"]: m["label"] for m in metrics["methods"]}
-    trained = [m for m in values if m not in ("base", "truth")]
+    constructions = [m for m in values if m in ("P", "S", "D", "R")]
     found = []
-    for construction in [m for m in trained if m in ("P", "S", "D", "R")]:
+    for construction in constructions:
         for other in [m for m in ("dpo", "random") if m in values]:
             found.append(compare(labels[construction], labels[other], label, values[construction], values[other]))
+    if "oracle" in values:  # how much knowing the truth would still add
+        found += [compare(labels["oracle"], labels[m], label, values["oracle"], values[m]) for m in constructions]
     if "dpo" in values:
-        found += [at_equal_kl(m, labels, label, metrics) for m in trained if m in ("P", "S", "D", "R")]
+        found += [at_equal_kl(m, labels, label, metrics) for m in [*constructions, *({"oracle"} & set(values))]]
     agreement = {}
     for w in metrics["weights"]:
         if w["auc"] is not None:
@@ -273,7 +277,8 @@ def notes(metrics: dict) -> list[str]:
 def at_equal_kl(method: str, labels: dict, label: str, metrics: dict) -> str:
     """One sentence: the method against DPO where both frontiers have the same KL, interpolated between checkpoints, paired over seeds.
 
-    The KL is the smaller of the two final ones, for each seed.
+    The KL is the smaller of the two final ones, for each seed. Interpolated in the root of the KL, in which reward starts as a straight
+    line (Gao et al., arXiv 2210.10760): chords in the KL itself would lie below a frontier with few checkpoints.
     """
     points = {(f["method"], f["seed"]): [(p["kl"], p["y"]) for p in f["points"]] for f in metrics["frontier"]}
     base = {r["seed"]: r["metrics"].get(metrics["frontier_y"]) for r in metrics["results"] if r["method"] == "base"}
@@ -287,10 +292,11 @@ def at_equal_kl(method: str, labels: dict, label: str, metrics: dict) -> str:
     return f"At equal KL to the base model ({kl:.1f} nats), {labels[method]} has {found.mean:+.2f}{interval} {label} compared with DPO."
 
 
-def interpolated(line: list[tuple[float, float]], x: float) -> float:
-    """y at x on a line through points sorted by x."""
-    for (x0, y0), (x1, y1) in itertools.pairwise(line):
-        if x0 <= x <= x1:
+def interpolated(line: list[tuple[float, float]], kl: float) -> float:
+    """y at this KL on a line through points (KL, y) sorted by KL, straight in the root of the KL."""
+    for (a, y0), (b, y1) in itertools.pairwise(line):
+        if a <= kl <= b:
+            x0, x, x1 = math.sqrt(max(a, 0)), math.sqrt(max(kl, 0)), math.sqrt(max(b, 0))
             return y0 if x1 == x0 else y0 + (y1 - y0) * (x - x0) / (x1 - x0)
     return line[-1][1]
 
