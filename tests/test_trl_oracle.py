@@ -42,10 +42,14 @@ def pairs() -> Dataset:
     return Dataset.from_list([dict(prompt=words(p), chosen=words(w) + " ", rejected=words(l) + " ") for p, w, l in sizes])
 
 
-def trl_trainer(tmp_path, options):
+def trl_trainer_tokenizer():
     tokenizer = Tokenizer(models.WordLevel({f"t{i}": i for i in range(V)}, unk_token="t2"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="t0", eos_token="t1")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="t0", eos_token="t1")
+
+
+def trl_trainer(tmp_path, options):
+    tokenizer = trl_trainer_tokenizer()
     args = trl.DPOConfig(
         output_dir=str(tmp_path), beta=BETA, report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=False,
         disable_tqdm=True, **options,

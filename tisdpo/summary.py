@@ -2,8 +2,8 @@
 
 import datetime
 import itertools
-import math
 import json
+import math
 import platform
 import subprocess
 from pathlib import Path

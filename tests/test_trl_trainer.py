@@ -1,0 +1,191 @@
+"""`tisdpo.integrations.trl`: with weights 1 TRL's own losses, step by step; with weights and KL this library's; nothing ignored."""
+
+import pytest
+import torch
+
+trl = pytest.importorskip("trl", reason="needs the extra trl")
+
+import test_trl_oracle as oracle  # noqa: E402
+
+import tisdpo  # noqa: E402
+from tisdpo import Objective  # noqa: E402
+from tisdpo.errors import InputError  # noqa: E402
+from tisdpo.integrations.trl import TISDPOConfig, TISDPOTrainer  # noqa: E402
+
+BETA = oracle.BETA
+PLAIN = dict(report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=False, disable_tqdm=True)
+
+
+def tokenizer():
+    return oracle.trl_trainer_tokenizer()
+
+
+def arguments(tmp_path, **options):
+    options = {"beta": BETA, "max_steps": 3, "per_device_train_batch_size": 2, "logging_steps": 1, "learning_rate": 1e-2, **options}
+    return dict(output_dir=str(tmp_path), save_strategy="no", lr_scheduler_type="constant", **PLAIN, **options)
+
+
+def weighted(rows=None, value=None, kind="contrast"):
+    """The pairs with one number for every token that TRL makes of them, EOS included."""
+    rows = oracle.pairs() if rows is None else rows
+    for side in ("chosen", "rejected"):
+        lengths = [
+            len(tokenizer()(p + text + "t1").input_ids) - len(tokenizer()(p).input_ids) for p, text in zip(rows["prompt"], rows[side])
+        ]
+        values = [[value if value is not None else 0.3 * ((i + n) % 5) - 0.5 for i in range(n)] for n in lengths]
+        rows = rows.add_column(f"{side}_{kind}", values)
+    return rows
+
+
+def trained(trainer) -> list[dict]:
+    trainer.train()
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def trainer(tmp_path, rows, **options):
+    args = TISDPOConfig(**arguments(tmp_path, **options))
+    return TISDPOTrainer(oracle.tiny_model(1), oracle.tiny_model(2), args, train_dataset=rows, processing_class=tokenizer())
+
+
+@pytest.mark.parametrize("name", oracle.LOSSES)
+def test_equals_trl_step_by_step(name, tmp_path):
+    options = oracle.LOSSES[name][0]
+    args = trl.DPOConfig(**arguments(tmp_path, **options))
+    theirs = trained(
+        trl.DPOTrainer(oracle.tiny_model(1), oracle.tiny_model(2), args, train_dataset=oracle.pairs(), processing_class=tokenizer())
+    )
+    runs = {
+        "dpo": trainer(tmp_path, oracle.pairs(), method="dpo", **options),
+        "weights one": trainer(tmp_path, weighted(value=1.0, kind="weights"), **options),
+        "equal": trainer(tmp_path, weighted(), weighting={"transform": "equal"}, **options),
+    }
+    for label, run in runs.items():
+        ours = trained(run)
+        assert len(ours) == len(theirs) == 3
+        for a, b in zip(ours, theirs):
+            for key in (
+                "loss",
+                "rewards/chosen",
+                "rewards/rejected",
+                "rewards/margins",
+                "rewards/accuracies",
+                "logps/chosen",
+                "num_tokens",
+            ):
+                assert a[key] == pytest.approx(b[key], rel=2e-4, abs=2e-5), f"{label}: {key}"
+
+
+@pytest.mark.parametrize("kl", [None, "reverse", "forward"])
+def test_weights_and_kl_are_this_librarys(kl, tmp_path):
+    run = trainer(tmp_path, weighted(), kl=kl, alpha=0.7 if kl else 1.0, max_steps=1, per_device_train_batch_size=3)
+    batch = run.data_collator(list(run.train_dataset))
+    found = run._compute_loss(run.model, dict(batch), return_outputs=False)
+    hidden, target, cu_seqlens = oracle.flat(run.model, batch)
+    ref_hidden = oracle.flat(run.ref_model, batch)[0].detach()
+    order = torch.arange(6).reshape(2, -1).T.flatten()
+    weights = batch["token_weights"][order][:, 1:][batch["completion_mask"][order][:, 1:].bool()]
+    assert weights.std() > 0.1
+    expected = tisdpo.linear_tis_dpo_loss(
+        hidden, run.model.lm_head.weight, target, cu_seqlens, token_weights=weights, ref_hidden=ref_hidden,
+        ref_weight=run.ref_model.lm_head.weight.detach(), objective=Objective(beta=BETA, kl=kl, alpha=0.7 if kl else 1.0),
+    ).loss  # fmt: skip
+    torch.testing.assert_close(found, expected)
+    logged = trained(run)[0]
+    assert ("kl/chosen" in logged) == (kl is not None)
+    plain = trained(trainer(tmp_path, oracle.pairs(), method="dpo", max_steps=1, per_device_train_batch_size=3))[0]
+    assert abs(logged["loss"] - plain["loss"]) > 1e-3
+
+
+def test_lora_takes_its_base_as_reference(tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    options = arguments(tmp_path, learning_rate=5e-2)
+    theirs = trained(trl.DPOTrainer(
+        oracle.tiny_model(1), args=trl.DPOConfig(**options), train_dataset=oracle.pairs(), processing_class=tokenizer(), peft_config=config
+    ))  # fmt: skip
+    run = TISDPOTrainer(
+        oracle.tiny_model(1), args=TISDPOConfig(**options, method="dpo"), train_dataset=oracle.pairs(), processing_class=tokenizer(),
+        peft_config=config,
+    )  # fmt: skip
+    ours = trained(run)
+    assert ours[0]["loss"] == pytest.approx(0.6931, abs=1e-4) and ours[-1]["loss"] != ours[0]["loss"]
+    for a, b in zip(ours, theirs):
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-4) and a["logps/chosen"] == pytest.approx(b["logps/chosen"], rel=2e-4)
+    assert not [n for n, p in run.model.named_parameters() if p.requires_grad and "lora" not in n]
+
+
+def test_reference_log_probs_per_token_from_a_cache(tmp_path):
+    options = dict(max_steps=2, per_device_train_batch_size=3)
+    online = trained(trainer(tmp_path, weighted(), **options))
+    cached = trainer(tmp_path, weighted(), precompute_ref_log_probs=True, **options)
+    assert len(cached.train_dataset[0]["chosen_ref_logps"]) == len(cached.train_dataset[0]["chosen_ids"])
+    for a, b in zip(trained(cached), online):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    rows = cached.train_dataset.select_columns(
+        ["prompt_ids", "chosen_ids", "rejected_ids", "chosen_weights", "rejected_weights", "chosen_ref_logps", "rejected_ref_logps"]
+    )
+    again = trained(trainer(tmp_path, rows, precompute_ref_log_probs=True, **options))  # ready ids, weights and cache
+    assert [a["loss"] for a in again] == pytest.approx([b["loss"] for b in online], rel=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
+def test_truncation_cuts_weights_with_their_tokens(mode, tmp_path):
+    run = trainer(tmp_path, weighted(), max_length=9, truncation_mode=mode)
+    batch = run.data_collator(list(run.train_dataset))
+    assert batch["token_weights"].shape == batch["input_ids"].shape
+    rows = list(run.train_dataset)
+    for place, (row, side) in enumerate([(r, s) for s in ("chosen", "rejected") for r in rows]):
+        full = [0.0] * len(row["prompt_ids"]) + row[f"{side}_weights"]
+        cut = full[:9] if mode == "keep_start" else full[-9:]
+        assert batch["token_weights"][place][: len(cut)].tolist() == pytest.approx(cut)
+    assert (batch["token_weights"][batch["completion_mask"] == 1] > 0).all()
+
+
+@pytest.mark.parametrize(
+    "options, rows, error, words",
+    [
+        ({}, lambda: oracle.pairs(), InputError, "method='tis-dpo' needs train rows with chosen_contrast"),
+        (dict(method="dpo"), lambda: weighted(), InputError, "chosen_contrast, which method='dpo' does not use"),
+        (dict(weighting={"upper": 2.0}), lambda: weighted(value=1.0, kind="weights"), InputError, "weighting has no effect"),
+        (dict(method="dpo", weighting={"upper": 2.0}), lambda: oracle.pairs(), ValueError, "weighting has no effect with method='dpo'"),
+        (dict(method="sft"), lambda: oracle.pairs(), ValueError, "method must be 'tis-dpo' or 'dpo', got 'sft'"),
+        (dict(loss_type="apo_zero"), lambda: weighted(), ValueError, "loss_type must be one of .*, got apo_zero; for others use trl"),
+        (dict(loss_type=["sigmoid", "sft"]), lambda: weighted(), ValueError, "loss_type must be one of .*, got sigmoid, sft"),
+        (dict(f_divergence_type="js_divergence"), lambda: weighted(), ValueError, "f_divergence_type='js_divergence' has no effect"),
+        (dict(ld_alpha=0.5), lambda: weighted(), ValueError, "ld_alpha=0.5 has no effect"),
+        (dict(use_weighting=True), lambda: weighted(), ValueError, "use_weighting=True has no effect"),
+        (dict(kl="sideways"), lambda: weighted(), ValueError, "kl must be None, 'reverse' or 'forward', got 'sideways'"),
+        (dict(alpha=0.5), lambda: weighted(), ValueError, "alpha=0.5 has no effect with kl=None"),
+        (dict(kl="reverse", precompute_ref_log_probs=True), lambda: weighted(), ValueError, "needs the reference's distribution"),
+    ],
+)
+def test_nothing_is_ignored_silently(options, rows, error, words, tmp_path):
+    with pytest.raises(error, match=words):
+        trainer(tmp_path, rows(), **options)
+
+
+def test_a_weight_too_many_is_named(tmp_path):
+    rows = weighted()
+    values = list(rows["rejected_contrast"])
+    values[1] = [*values[1], 0.1]
+    rows = rows.remove_columns("rejected_contrast").add_column("rejected_contrast", values)
+    with pytest.raises(InputError, match=r"row 1: rejected_contrast has 9 values, but TRL makes 8 tokens of rejected"):
+        trainer(tmp_path, rows)
+
+
+def test_arguments_of_the_wrong_kind(tmp_path):
+    args = trl.DPOConfig(**arguments(tmp_path))
+    with pytest.raises(TypeError, match=r"args must be a tisdpo.integrations.trl.TISDPOConfig, got DPOConfig"):
+        TISDPOTrainer(oracle.tiny_model(1), oracle.tiny_model(2), args, train_dataset=weighted(), processing_class=tokenizer())
+
+
+def test_an_unsupported_trl_says_so_at_import(monkeypatch):
+    import importlib
+    import importlib.metadata
+
+    import tisdpo.integrations.trl as module
+
+    real = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.19.1" if name == "trl" else real(name))
+    with pytest.raises(ImportError, match=r"works with trl>=1.16,<1.17, but trl 0.19.1 is installed"):
+        importlib.reload(module)

@@ -1,0 +1,1 @@
+"""The loss inside other people's trainers."""

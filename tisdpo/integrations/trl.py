@@ -1,0 +1,251 @@
+"""TIS-DPO on `trl.DPOTrainer`: TRL's tokens, collation and reference handling, with token weights, the KL term and the one-pass head.
+
+    from tisdpo.integrations.trl import TISDPOConfig, TISDPOTrainer
+    TISDPOTrainer(model, args=TISDPOConfig("out", kl="reverse"), train_dataset=rows, processing_class=tokenizer).train()
+
+Rows are TRL's preference pairs with `chosen_contrast`, `rejected_contrast` (raw, one number a completion token; the rule is in
+`weighting`) or ready `chosen_weights`, `rejected_weights`; as text, or as ready `prompt_ids`, `chosen_ids`, `rejected_ids`, such as a
+scored set of this library. With method="dpo" and kl=None the losses are TRL's own.
+
+Left out, compared with `trl.DPOTrainer`: metrics that need logits (entropy, logits/*, mean_token_accuracy) and `compute_metrics`; losses
+other than sigmoid, hinge, ipo and robust; f-divergences, LD-DPO, WPO; vision-language models; the MoE auxiliary loss. All but the metrics
+are refused by name.
+"""
+
+from dataclasses import dataclass, field
+from importlib.metadata import version
+
+import torch
+from packaging.version import Version
+from torch import Tensor
+
+from tisdpo.batches import flatten_batch
+from tisdpo.errors import InputError
+from tisdpo.functional import linear_tis_dpo_loss
+from tisdpo.hf import Head, attach_head, model_inputs
+from tisdpo.losses import LOSSES, Objective
+from tisdpo.trainer import add_reference_logps, apply_weighting
+from tisdpo.weighting import Weighting
+
+OLDEST, NEWEST = "1.16", "1.17"  # supported: from the first up to, not including, the second
+if not Version(OLDEST) <= Version(version("trl")) < Version(NEWEST):
+    raise ImportError(
+        f"tisdpo.integrations.trl works with trl>={OLDEST},<{NEWEST}, but trl {version('trl')} is installed; "
+        f'run: pip install "trl>={OLDEST},<{NEWEST}", or use tisdpo.TISDPOTrainer, which needs no TRL'
+    )
+
+from accelerate.utils import is_peft_model  # noqa: E402
+from trl import DPOConfig, DPOTrainer  # noqa: E402
+from trl.trainer.dpo_trainer import DataCollatorForPreference, use_adapter  # noqa: E402
+from trl.trainer.utils import pad  # noqa: E402
+
+SIDES = ("chosen", "rejected")
+COLUMNS = [f"{side}_{kind}" for kind in ("weights", "contrast", "ref_logps") for side in SIDES]
+
+
+@dataclass
+class TISDPOConfig(DPOConfig):
+    """`trl.DPOConfig` with the fields below. Raises ValueError for options of DPOConfig that have no meaning here.
+
+    method            "tis-dpo" uses the rows' weights and raises without them; "dpo" has weights 1 and raises where rows carry weights
+    kl                None, "reverse" (the paper) or "forward": the sequence KL term, weighted like the log-ratio
+    alpha             factor of the KL term
+    detach_chosen_kl  no gradient through the chosen sequence's KL (TDPO2)
+    weighting         fields of `tisdpo.Weighting` for rows with a raw contrast, such as {"upper": 2.0}
+    """
+
+    method: str = field(default="tis-dpo", metadata={"help": "tis-dpo or dpo"})
+    kl: str | None = field(default=None, metadata={"help": "reverse, forward or nothing"})
+    alpha: float = field(default=1.0, metadata={"help": "factor of the KL term"})
+    detach_chosen_kl: bool = field(default=False, metadata={"help": "no gradient through the chosen KL"})
+    weighting: dict | None = field(default=None, metadata={"help": "fields of tisdpo.Weighting"})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.method not in ("tis-dpo", "dpo"):
+            raise ValueError(f"method must be 'tis-dpo' or 'dpo', got {self.method!r}")
+        losses = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
+        if len(losses) != 1 or losses[0] not in LOSSES:
+            raise ValueError(f"loss_type must be one of {', '.join(LOSSES)}, got {', '.join(losses)}; for others use trl.DPOTrainer")
+        self._loss = losses[0]
+        for name, usual in (("f_divergence_type", "reverse_kl"), ("ld_alpha", None), ("use_weighting", False), ("loss_weights", None)):
+            value = getattr(self, name, usual)
+            if getattr(value, "value", value) != usual:
+                raise ValueError(f"{name}={value!r} has no effect with token weights and is not supported; leave it at {usual!r}")
+        if self.weighting is not None and self.method == "dpo":
+            raise ValueError("weighting has no effect with method='dpo'; use method='tis-dpo' or leave it out")
+        self.objective  # noqa: B018  (raises for values out of range)
+
+    @property
+    def objective(self) -> Objective:
+        """The pairwise loss that these options describe."""
+        smoothing = self.label_smoothing if self._loss in ("sigmoid", "robust") else 0.0
+        return Objective(self._loss, self.beta, self.kl, self.alpha, self.detach_chosen_kl, smoothing)
+
+
+@dataclass
+class WeightedCollator(DataCollatorForPreference):
+    """TRL's collator, with `token_weights` and `ref_logps` [2B, T] in the coordinates of `input_ids` where the rows have them."""
+
+    def torch_call(self, examples):
+        batch = super().torch_call(examples)
+        for kind, name in (("weights", "token_weights"), ("ref_logps", "ref_logps")):
+            if f"chosen_{kind}" in examples[0]:
+                batch[name] = self._padded(examples, kind)
+        return batch
+
+    def _padded(self, examples, kind: str) -> Tensor:
+        cut = slice(None) if self.max_length is None else slice(None, self.max_length)
+        if self.max_length is not None and self.truncation_mode == "keep_end":
+            cut = slice(-self.max_length, None)
+        values = [([0.0] * len(e["prompt_ids"]) + list(e[f"{side}_{kind}"]))[cut] for side in SIDES for e in examples]
+        values = [torch.tensor(v, dtype=torch.float32) for v in values]
+        return pad(values, padding_value=0.0, padding_side="right", pad_to_multiple_of=self.pad_to_multiple_of)
+
+
+class TISDPOTrainer(DPOTrainer):
+    """`trl.DPOTrainer` with a weight for every token, the sequence KL, and the head inside the loss (no [tokens, vocabulary] logits).
+
+    Takes what DPOTrainer takes. The reference is `ref_model`, the base of a PEFT model with its adapters off, a copy that TRL loads, or,
+    with precompute_ref_log_probs=True and kl=None, log-probs per token (columns `chosen_ref_logps`, `rejected_ref_logps`, computed where
+    the rows lack them).
+    """
+
+    def __init__(self, model, ref_model=None, args=None, *more, **kwargs):
+        args = args if args is not None else TISDPOConfig("tis-dpo")
+        if not isinstance(args, TISDPOConfig):
+            raise TypeError(f"args must be a tisdpo.integrations.trl.TISDPOConfig, got {type(args).__name__}")
+        if args.kl is not None and args.precompute_ref_log_probs:
+            raise ValueError(
+                f"kl={args.kl!r} needs the reference's distribution, not only its log-probs; set precompute_ref_log_probs=False"
+            )
+        self.objective = args.objective
+        super().__init__(model, ref_model, args, *more, **kwargs)
+        if self._is_vision_dataset:
+            raise ValueError("vision-language pairs are not supported: their collation happens elsewhere in TRL; use trl.DPOTrainer")
+        if self.aux_loss_enabled:
+            raise ValueError("the auxiliary loss of a mixture-of-experts model is not supported; set router_aux_loss_coef=0")
+        if type(self.data_collator) is DataCollatorForPreference:
+            self.data_collator = WeightedCollator(**vars(self.data_collator))
+        self._attach()
+
+    def _attach(self) -> None:
+        attach_head(_base(self.model))
+        if self.ref_model is not None:
+            attach_head(_base(self.accelerator.unwrap_model(self.ref_model)))
+
+    # Rows
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        columns = set(dataset.column_names or next(iter(dataset)))
+        if "prompt_ids" not in columns:  # a scored set is tokenised already
+            dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        weighted = {"chosen_weights", "chosen_contrast"} & columns
+        if args.method == "dpo":
+            if weighted:
+                raise InputError(
+                    f"the {dataset_name} rows carry {', '.join(sorted(weighted))}, which method='dpo' does not use; "
+                    "remove the columns or use method='tis-dpo'"
+                )
+            return dataset
+        if not weighted:
+            raise InputError(
+                f"method='tis-dpo' needs {dataset_name} rows with chosen_contrast and rejected_contrast, or chosen_weights and "
+                f"rejected_weights; they have {', '.join(sorted(columns))}. Use method='dpo' for none"
+            )
+        kind = "weights" if "chosen_weights" in columns else "contrast"
+        if kind == "weights" and args.weighting is not None:
+            raise InputError("the rows carry ready weights, so weighting has no effect; remove the *_weights columns or the weighting")
+        _check_lengths(dataset, kind)
+        if kind == "contrast":
+            tokenizer = getattr(processing_class, "tokenizer", processing_class)
+            dataset = apply_weighting(dataset, Weighting(**(args.weighting or {})), tokenizer.eos_token_id)
+        return dataset
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        self._signature_columns += [name for name in COLUMNS if name not in self._signature_columns]
+
+    def _precompute_ref_logps(self, dataset, name, batch_size):
+        """Per token instead of TRL's one number a sequence, which could not be weighted."""
+        if "chosen_ref_logps" in dataset.column_names:
+            _check_lengths(dataset, "ref_logps")
+            return dataset
+        reference = self.ref_model if self.ref_model is not None else self.model
+        attach_head(_base(reference))
+        with self._reference_adapter():
+            return add_reference_logps(dataset, reference, self.data_collator.pad_token_id)
+
+    # The loss
+
+    def _compute_loss(self, model, inputs, return_outputs):
+        if return_outputs:
+            raise ValueError("compute_metrics needs logits, which are never formed here; leave it out or use trl.DPOTrainer")
+        mode = "train" if self.model.training else "eval"
+        batch = _interleaved(inputs)
+        flat = flatten_batch(batch)
+        reference = self._reference(batch, flat)
+
+        def preference(hidden: Tensor, head: Head):
+            return linear_tis_dpo_loss(
+                flat.take(hidden), head.weight, flat.target, flat.cu_seqlens, token_weights=flat.token_weights, bias=head.bias,
+                objective=self.objective, **reference, **head.transform,
+            )  # fmt: skip
+
+        output = model(**model_inputs(batch), head=preference)
+        if mode == "train":
+            tokens = self.accelerator.gather_for_metrics(inputs["attention_mask"].sum()).sum().item()
+            self._total_train_tokens += tokens // self._tp_size
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        metrics = {
+            "rewards/chosen": output.chosen_rewards,
+            "rewards/rejected": output.rejected_rewards,
+            "rewards/accuracies": (output.chosen_rewards > output.rejected_rewards).float(),
+            "rewards/margins": output.logits,
+            "logps/chosen": output.chosen_logps,
+            "logps/rejected": output.rejected_logps,
+        }
+        if output.chosen_kl is not None:
+            metrics |= {"kl/chosen": output.chosen_kl, "kl/rejected": output.rejected_kl}
+        for key, values in metrics.items():
+            self._metrics[mode][key].append(self.accelerator.gather(values).mean().item())
+        return output.loss
+
+    def _reference(self, batch: dict, flat) -> dict:
+        if flat.ref_logps is not None:
+            return {"ref_logps": flat.ref_logps}
+        model = self.ref_model if self.ref_model is not None else self.model
+        with torch.no_grad(), self._reference_adapter():
+            return model(
+                **model_inputs(batch),
+                head=lambda hidden, head: {"ref_hidden": flat.take(hidden), "ref_weight": head.weight.detach(), "ref_bias": head.bias},
+            )
+
+    def _reference_adapter(self):
+        """Adapters off (or the copy of a retrained one) where a PEFT model is its own reference."""
+        unwrapped = self.accelerator.unwrap_model(self.model)
+        if self.ref_model is None and is_peft_model(unwrapped):
+            return use_adapter(unwrapped, adapter_name="ref" if "ref" in unwrapped.peft_config else None)
+        return torch.no_grad()
+
+
+def _base(model):
+    return model.get_base_model() if is_peft_model(model) else model
+
+
+def _interleaved(inputs: dict) -> dict:
+    """TRL's batch holds all chosen rows, then all rejected ones; here chosen_0, rejected_0, chosen_1, ..."""
+    rows = len(inputs["input_ids"])
+    order = torch.arange(rows, device=inputs["input_ids"].device).view(2, -1).T.flatten()
+    return {name: x[order] if isinstance(x, Tensor) and x.dim() and len(x) == rows else x for name, x in inputs.items()}
+
+
+def _check_lengths(dataset, kind: str) -> None:
+    """One value for every completion token that TRL made, EOS included."""
+    for side in SIDES:
+        for index, (values, ids) in enumerate(zip(dataset[f"{side}_{kind}"], dataset[f"{side}_ids"])):
+            if len(values) != len(ids):
+                raise InputError(
+                    f"row {index}: {side}_{kind} has {len(values)} values, but TRL makes {len(ids)} tokens of {side}; "
+                    "score the same tokens (pass the scored set itself, which carries its ids)"
+                )
