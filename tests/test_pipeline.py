@@ -138,7 +138,7 @@ def test_comparison_at_equal_kl_interpolates_between_checkpoints():
     }  # fmt: skip
     assert interpolated([(0.0, 0.0), (2.0, 1.0)], 0.5) == pytest.approx(0.5)  # the root of the KL is half way
     sentence = at_equal_kl("S", {"S": "TIS-DPO (S)"}, "reward", metrics)
-    assert "(3.0 nats)" in sentence and "+0.50 reward" in sentence  # 2.0 against 1.5
+    assert "(3.0 nats)" in sentence and "+0.59 reward" in sentence  # 1 + 2 (√3 - √2) / (√4 - √2) = 2.09 against 1.5
 
 
 def test_pieces_join_to_the_text():
