@@ -29,7 +29,20 @@ from pathlib import Path
 import torch
 
 from benchmarks.head import git
-from benchmarks.registry import HEADS, MODES, OURS, PROVIDERS, Problem, Provider, Size, Step, plain, relative_error, versions
+from benchmarks.registry import (
+    HEADS,
+    MODES,
+    OURS,
+    PROVIDERS,
+    Problem,
+    Provider,
+    Size,
+    Step,
+    forget_compiled,
+    plain,
+    relative_error,
+    versions,
+)
 
 ROOT = Path(__file__).parents[1]
 MIB = 1 << 20
@@ -71,7 +84,11 @@ def gpu_tests(clock: Clock, smoke: bool) -> dict:
     """Result of `pytest -m gpu`; the last lines of its output on red."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/test_gpu.py", "tests/test_kernels.py"]
     command += ["--collect-only"] if smoke else []
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(60.0, clock.limit * 0.5))
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(60.0, clock.limit * 0.5))
+    except subprocess.TimeoutExpired as error:
+        lines = (error.stdout or b"").decode(errors="replace").splitlines()
+        return {"passed": False, "summary": f"took longer than {error.timeout:.0f} s", "failures": lines[-60:]}
     lines = done.stdout.strip().splitlines()
     passed = done.returncode == 0 or (smoke and done.returncode == 5)  # 5: nothing is marked gpu where there is no GPU
     return {"passed": passed, "summary": lines[-1] if lines else done.stderr[-500:], "failures": [] if passed else lines[-60:]}
@@ -120,6 +137,7 @@ def extra_memory(job, device: str) -> int | None:
 
 def measure(size: Size, step: Step, providers: list[Provider], rounds: int, device: str, dtype: torch.dtype, check: bool) -> dict:
     """One row of the table for every provider, and the products; interleaved over the rounds."""
+    forget_compiled()
     problem = Problem(size, dtype, device)
     truth = None
     if check:
@@ -146,7 +164,8 @@ def measure(size: Size, step: Step, providers: list[Provider], rounds: int, devi
             rows[name]["extra_bytes"] = extra_memory(job, device)
             jobs[name] = job
         except Exception as error:  # a peer that fails here must not end the run
-            rows[name] = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+            rows[name] = {"failed": _reason(error)}
+        problem.hidden.grad = problem.weight.grad = None
         gc.collect()
     truth = None
     out = (torch.empty_like(problem.hidden), torch.empty_like(problem.weight))
@@ -156,13 +175,22 @@ def measure(size: Size, step: Step, providers: list[Provider], rounds: int, devi
         seconds["products"].append(timed(lambda: problem.products(step, z, out), device, flush))
         for name, job in jobs.items():
             problem.hidden.grad = problem.weight.grad = None
-            seconds[name].append(timed(job, device, flush))
+            try:
+                seconds[name].append(timed(job, device, flush))
+            except Exception as error:  # memory that sufficed alone may not beside the buffers of the products
+                rows[name] = {"failed": _reason(error)}
+                seconds.pop(name)
+        jobs = {name: job for name, job in jobs.items() if name in seconds}
     products = statistics.median(seconds.pop("products"))
     for name, values in seconds.items():
         median = statistics.median(values)
         rows[name] |= {"seconds": median, "low": min(values), "high": max(values), "ratio": median / products}
     flop = 2 * size.tokens * size.hidden * size.vocabulary * step.products
     return {"size": asdict(size), "step": step.name, "products_seconds": products, "products_tflops": flop / products / 1e12, "rows": rows}
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
 def bandwidth(device: str, rows: int, vocabulary: int, rounds: int) -> dict:
@@ -307,9 +335,13 @@ def main(argv: list[str] | None = None) -> int:
         save()
     if "bandwidth" in parts and device == "cuda":
         clock.say("bandwidth of the folds")
-        report["bandwidth"] = bandwidth(device, 2048, 128256, args.rounds)
-        for name, row in report["bandwidth"].items():
-            print(f"  {name:<32}{1e3 * row['seconds']:8.3f} ms {row['terabytes_per_second']:6.2f} TB/s")
+        try:
+            report["bandwidth"] = bandwidth(device, 2048, 128256, args.rounds)
+            for name, row in report["bandwidth"].items():
+                print(f"  {name:<32}{1e3 * row['seconds']:8.3f} ms {row['terabytes_per_second']:6.2f} TB/s")
+        except Exception as error:  # the other parts still say something
+            report["bandwidth"] = {"failed": _reason(error)}
+            print(report["bandwidth"]["failed"])
         save()
     if "steps" in parts:
         heads = {"smoke": (48, 1003)} if args.smoke else HEADS

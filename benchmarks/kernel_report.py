@@ -48,6 +48,7 @@ class Variant:
     flags: dict
     types: dict
     streams: bool = True  # reads whole rows, so that the width of its loads matters
+    ones: tuple[str, ...] = ()  # integer arguments equal to 1: Triton makes compile-time constants of them
 
 
 @dataclass
@@ -109,8 +110,17 @@ def variants() -> list[Variant]:
             found.append(Variant(f"gradient {label} {name}", fold.gradient_kernel, "gradient", flags, types))
     combine = dict(HAS_REF=True, KL=1, **everything, ROWS=128, SPLITS=2)
     found.append(Variant("combine reverse, bias, softcap", fold.combine_kernel, None, combine, wide, streams=False))
+    # a chunk that needs no splitting, and the smallest inputs
+    found.append(Variant("combine, one split", fold.combine_kernel, None, combine, wide, streams=False, ones=("splits",)))
+    single = dict(streams=False, ones=("rows", "inner_rows", "splits", "sequences", "vocabulary", "z_inner", "q_inner", "d_inner"))
+    one_row = dict(HAS_REF=True, KL=2, **none)
+    found.append(Variant("combine, all integers one", fold.combine_kernel, None, one_row | dict(ROWS=128, SPLITS=2), wide, **single))
+    found.append(Variant("statistics, all integers one", fold.statistics_kernel, "statistics", one_row, wide, **single))
+    one_row = dict(KL=2, HAS_G=True, NARROW_IN_PLACE=False, **none)
+    found.append(Variant("gradient, all integers one", fold.gradient_kernel, "gradient", one_row, wide | dict(d_ptr="*fp32"), **single))
     sums = dict(HAS_KL=True, WEIGHTS=2, BLOCK=sequence_sums.BLOCK)
     found.append(Variant("weighted sums", sequence_sums.sums_kernel, None, sums, {}, streams=False))
+    found.append(Variant("weighted sums, one sequence", sequence_sums.sums_kernel, None, sums, {}, **single))
     spread = dict(HAS_D=True, HAS_K=True, BLOCK=sequence_sums.BLOCK)
     found.append(Variant("spread", sequence_sums.spread_kernel, None, spread, {}, streams=False))
     return found
@@ -127,8 +137,9 @@ _FLOATS = ("inner", "outer", "k", "mu_chosen", "mu_rejected", "lower", "upper")
 
 def _source(variant: Variant, flags: dict) -> ASTSource:
     signature, aligned = {}, {}
+    constants = flags | {name: 1 for name in variant.ones if name in variant.kernel.arg_names}
     for place, name in enumerate(variant.kernel.arg_names):
-        if name in flags:
+        if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
             signature[name] = variant.types.get(name) or _INTEGERS.get(name, "*fp32")
@@ -137,7 +148,7 @@ def _source(variant: Variant, flags: dict) -> ASTSource:
             signature[name] = "fp32" if name in _FLOATS else "i32"
             if name in ("vocabulary", "span") or name.endswith(("_outer", "_inner")):
                 aligned[(place,)] = [["tt.divisibility", 16]]
-    return ASTSource(variant.kernel, signature, flags, aligned)
+    return ASTSource(variant.kernel, signature, constants, aligned)
 
 
 def compiled(variant: Variant, arch: str) -> Row:

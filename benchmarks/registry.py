@@ -148,6 +148,12 @@ def per_token(p: Problem, step: Step, logps: Callable[[Tensor, Tensor, Tensor], 
 _compiled = {}
 
 
+def forget_compiled() -> None:
+    """Start torch.compile afresh: after eight shapes of one function it would silently run the rest uncompiled."""
+    torch._dynamo.reset()
+    _compiled.clear()
+
+
 def compiled(p: Problem, step: Step, upcast: bool) -> Tensor:
     """`plain` under torch.compile, one graph for every kind of step."""
     if (step, upcast) not in _compiled:

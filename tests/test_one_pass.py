@@ -290,3 +290,34 @@ def test_out_of_memory_names_the_budget(monkeypatch):
     monkeypatch.setattr(rows.torch, "empty", refuse)
     with pytest.raises(torch.OutOfMemoryError, match=r"lower the budget by TISDPO_CHUNK_MIB \(now 64"):
         rows.Tiles(rows.HeadRows(case.hidden, case.weight, None), None, 4)
+
+
+def test_float16_gradients_are_scaled_before_they_are_rounded():
+    """A GradScaler multiplies the loss so that small gradients survive float16; gradients formed in the forward would be gone by then."""
+    case, results = make_case((9, 7, 8, 5), dtype=torch.float16), {}
+    truth = [x.double().requires_grad_() for x in (case.hidden, case.weight)]
+    zeros = torch.zeros(len(case.target))
+    options = dict(ref_logps=zeros, normalizer=4e4)
+    tisdpo.linear_tis_dpo_loss(*truth, case.target, case.cu_seqlens, **options).loss.backward()
+    for scale in (1.0, 65536.0):
+        inputs = [x.clone().requires_grad_() for x in (case.hidden, case.weight)]
+        (tisdpo.linear_tis_dpo_loss(*inputs, case.target, case.cu_seqlens, **options).loss * scale).backward()
+        results[scale] = [relative(x.grad.double() / scale, y.grad) for x, y in zip(inputs, truth)]
+    assert max(results[65536.0]) < 2e-3 and max(results[1.0]) > 5 * max(results[65536.0])
+
+
+def relative(x, truth):
+    return ((x - truth).norm() / truth.norm()).item()
+
+
+def test_bfloat16_gradients_are_multiplied_in_float32():
+    """An upstream gradient of 1/3 must not be rounded to bfloat16 itself, which would make every gradient 0.2 % too large."""
+    case = make_case((9, 7, 8, 5), H=64, dtype=torch.bfloat16)
+    grads = []
+    for g in (1.0, 1 / 3):
+        weight = case.weight.clone().requires_grad_()
+        loss = tisdpo.linear_tis_dpo_loss(case.hidden, weight, case.target, case.cu_seqlens, ref_logps=torch.zeros(29)).loss
+        loss.backward(torch.tensor(g))
+        grads.append(weight.grad.double())
+    ratio = (grads[1] * grads[0]).sum() / (grads[0] ** 2).sum()
+    assert abs(ratio * 3 - 1) < 5e-4

@@ -8,6 +8,7 @@ import pytest
 from tisdpo import pipeline
 from tisdpo.config import load_config
 from tisdpo.errors import InputError
+from tisdpo.stages import last_complete_checkpoint
 from tisdpo.summary import at_equal_kl, compare, interpolated, pieces
 
 SMALL = """
@@ -147,3 +148,45 @@ def test_pieces_join_to_the_text():
     tokenizer = tiny.tokenizer()
     ids = tokenizer("the gardener was warm. we went home.", add_special_tokens=False)["input_ids"]
     assert "".join(pieces(tokenizer, ids)) == tokenizer.decode(ids) == "the gardener was warm. we went home."
+
+
+def test_a_checkpoint_written_half_is_passed_over(tmp_path):
+    for step, files in ((2, ["model.safetensors", "trainer_state.json"]), (4, ["model.safetensors"]), (10, [])):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        for name in files:
+            (tmp_path / f"checkpoint-{step}" / name).write_text("x")
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-2"]
+    assert last_complete_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_another_scored_set_does_not_get_the_results_of_the_first(tmp_path):
+    run = config(tmp_path, "contrast.constructions=[S,R]", "contrast.dpo={steps: 2, batch_size: 4, learning_rate: 1e-3}", "methods=[dpo]")
+    pipeline.run(run, until="weights")
+    seed = tmp_path / "run" / "seed-0"
+    pipeline.train_on(run, seed / "scored" / "S")
+    first = (seed / "policy" / "scored" / "result.json").read_text()
+    pipeline.train_on(run, seed / "scored" / "S")  # the same set: nothing is done again
+    with pytest.raises(InputError, match="holds a policy trained on another scored set"):
+        pipeline.train_on(run, seed / "scored" / "R")
+    assert (seed / "policy" / "scored" / "result.json").read_text() == first
+
+
+def test_a_control_keeps_its_construction(tmp_path):
+    more = ("contrast.dpo={steps: 2, batch_size: 4, learning_rate: 1e-3}", "methods=[random]")
+    pipeline.run(config(tmp_path, "contrast.constructions=[S,R]", *more), until="train")
+    with pytest.raises(InputError, match=r"holds a control .random or swapped. made from the contrasts of another construction"):
+        pipeline.run(config(tmp_path, "contrast.constructions=[R,S]", *more), until="train")
+    pipeline.run(config(tmp_path, "contrast.constructions=[S]", *more), until="train")
+
+
+def test_seconds_of_a_stage_inside_another_count_once(tmp_path, monkeypatch):
+    clock = iter([0.0, 10.0, 13.0, 20.0, 22.0, 30.0])
+    seed_run = pipeline.SeedRun(config(tmp_path), 0, tmp_path / "run" / "seed-0")
+    monkeypatch.setattr(pipeline.time, "monotonic", lambda: next(clock))
+    with seed_run.timed("outer"):
+        with seed_run.timed("a"):
+            pass
+        with seed_run.timed("b"):
+            pass
+    assert seed_run.seconds == {"a": 3.0, "b": 2.0, "outer": 25.0}

@@ -256,3 +256,72 @@ def test_ids_outside_the_vocabulary_are_refused(tmp_path):
     dataset = tiny.rows(4).map(lambda row: {"chosen_ids": [*row["chosen_ids"][:-1], 10**6, row["chosen_ids"][-1]]})
     with pytest.raises(InputError, match="pair 0: chosen_ids holds 1000000, outside of the vocabulary"):
         trainer(tmp_path, dataset, method="dpo")
+
+
+# What a review found
+
+
+def losses_of(t) -> list[float]:
+    t.train()
+    return [entry["loss"] for entry in t.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("options", [dict(), dict(kl="reverse")], ids=["precomputed", "kl"])
+def test_lora_takes_its_base_as_reference(tmp_path, options):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    dataset = tiny.contrast(tiny.rows())
+    t = trainer(tmp_path, dataset, model=peft.get_peft_model(tiny.model(), config), learning_rate=5e-2, **options)
+    assert t.ref_model is None  # no second copy
+    t.train()
+    batch = batch_of(t)
+    found = t.compute_loss(t.model, batch)
+    expected = full_logits_loss(t.model, tiny.model(), batch, beta=0.1, **({"kl": "reverse"} if options else {}))
+    assert abs(found.item() - math.log(2)) > 1e-3  # the adapters have moved
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_several_evaluation_sets_and_prefixes_keep_their_metrics(tmp_path):
+    sets = {"a": tiny.rows(24).select(range(4)), "b": tiny.rows(24).select(range(8, 12))}
+    t = trainer(tmp_path, method="dpo", eval_dataset=sets, ref_model=tiny.model(seed=1))
+    both = t.evaluate()
+    alone = {
+        name: trainer(tmp_path, method="dpo", eval_dataset=rows, ref_model=tiny.model(seed=1)).evaluate() for name, rows in sets.items()
+    }
+    for name in sets:
+        assert both[f"eval_{name}_rewards/margins"] == pytest.approx(alone[name]["eval_rewards/margins"], rel=1e-5)
+    assert both["eval_a_rewards/margins"] != both["eval_b_rewards/margins"]
+    tested = t.evaluate(sets["b"], metric_key_prefix="test")  # rows without reference log-probs, prepared here
+    assert tested["test_rewards/margins"] == pytest.approx(alone["b"]["eval_rewards/margins"], rel=1e-5)
+
+
+def test_new_rows_after_training_need_a_reference(tmp_path):
+    t = trainer(tmp_path, method="dpo")
+    t.train()
+    with pytest.raises(InputError, match="the reference was the policy before training"):
+        t.evaluate(tiny.rows().select(range(4)))
+
+
+def test_attention_dropout_is_off_as_well(tmp_path):
+    model = tiny.model()
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.3
+    assert losses_of(trainer(tmp_path, method="dpo", model=model))[0] == pytest.approx(math.log(2), abs=1e-5)
+    noisy = tiny.model()
+    for layer in noisy.model.layers:
+        layer.self_attn.attention_dropout = 0.3
+    first = losses_of(trainer(tmp_path, method="dpo", model=noisy, disable_dropout=False))[0]
+    assert first != pytest.approx(math.log(2), abs=1e-6)  # wanted, so the first loss is not checked
+
+
+def test_sft_cuts_ready_ids_and_checks_them(tmp_path, caplog):
+    rows = tiny.rows()
+    longest = max(len(p) for p in rows["prompt_ids"])
+    t = trainer(tmp_path, rows, method="sft", max_length=longest + 3)
+    assert max(len(p) + len(c) for p, c in zip(t.train_dataset["prompt_ids"], t.train_dataset["chosen_ids"])) <= longest + 3
+    shortest = min(len(p) for p in rows["prompt_ids"])
+    left = trainer(tmp_path, rows, method="sft", max_length=shortest + 1).train_dataset
+    assert 0 < len(left) < len(rows) and "have no completion within max_length" in caplog.text
+    bad = rows.remove_columns("chosen_ids").add_column("chosen_ids", [[10**6]] * len(rows))
+    with pytest.raises(InputError, match="row 0: 1000000 is no token id of this model"):
+        trainer(tmp_path, bad, method="sft")

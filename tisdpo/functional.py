@@ -251,7 +251,8 @@ def linear_tis_dpo_loss(
     the KL term needs the latter.
 
     Cost in products of 2 N H V FLOP, forward and backward together: trainable head 3, with KL or online reference 4; frozen head 2
-    and 3. plan="two_pass" (recompute in the backward, 4 and 6) is for comparison; neither plan has second derivatives. Memory: a byte
+    and 3. plan="two_pass" (recompute in the backward, 4 and 6) is for comparison, and what "auto" takes for float16, whose small
+    gradients a GradScaler has to scale before they are rounded. Neither plan has second derivatives. Memory: a byte
     budget of logits and a [V, H] float32 accumulator; the gradients are computed in the forward, and skipped where none is needed. A
     pair longer than the budget is computed twice.
 
@@ -279,7 +280,8 @@ def linear_tis_dpo_loss(
     )
     divisor = resolve_normalizer(normalizer, reduction, (len(cu_seqlens) - 1) // 2)
 
-    if plan == "two_pass":
+    # float16 gradients must be scaled before they are rounded (GradScaler), which gradients formed in the forward cannot be
+    if plan == "two_pass" or (plan == "auto" and hidden.dtype == torch.float16):
         stats = _token_stats(
             token_stats.linear_token_stats(*head, objective.kl, *transform, ignore_index, backend),
             target.shape,

@@ -35,8 +35,8 @@ class Head:
 def logit_transform(config) -> dict:
     """How a model of this configuration turns the product of its head into logits: logit_scale and softcap.
 
-    Gemma caps (`final_logit_softcapping`); Cohere multiplies by `logit_scale`, Falcon-H1 by `lm_head_multiplier`; Granite and MiniCPM3
-    divide by `logits_scaling`, HyperCLOVA X multiplies by it.
+    Gemma and others cap (`final_logit_softcapping`); Cohere multiplies by `logit_scale`, Falcon-H1 by `lm_head_multiplier`; Granite and
+    MiniCPM3 divide by `logits_scaling`, HyperCLOVA X multiplies by it. `verify_head` compares with the model's own logits.
     """
     text = config.get_text_config()
     scale = 1.0
@@ -49,6 +49,8 @@ def logit_transform(config) -> dict:
         if scaling is not None:
             scale = float(scaling) if text.model_type == "hyperclovax" else 1.0 / float(scaling)
     softcap = getattr(text, "final_logit_softcapping", None)
+    if softcap is None:
+        softcap = getattr(text, "logits_soft_cap", None)  # RecurrentGemma
     return {"logit_scale": scale, "softcap": None if softcap is None else float(softcap)}
 
 
@@ -63,8 +65,11 @@ def head_of(model) -> Head:
 def attach_head(model):
     """Let `model(..., head=function)` return function(hidden, Head); without `head` the forward is the model's own. Returns the model.
 
-    Only this instance changes, and attaching twice changes nothing.
+    Only this instance changes, and attaching twice changes nothing. Of a PEFT model it is the base that gets it: PEFT passes keywords on.
     """
+    if hasattr(model, "get_base_model"):
+        attach_head(model.get_base_model())
+        return model
     if getattr(model, "_tisdpo_head", False):
         return model
     head_of(model)  # a model without a head is refused here, not at the first step
@@ -84,6 +89,45 @@ def attach_head(model):
     model.forward = types.MethodType(forward, model)
     model._tisdpo_head = True
     return model
+
+
+def disable_dropout(model) -> None:
+    """Set every dropout to 0: the modules, and the probabilities that attention layers keep as numbers."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+@torch.no_grad()
+def verify_head(model) -> None:
+    """Refuse a model (with attached head) whose logits are not made from its hidden states the way `head_of` says; a forward on 8 tokens.
+
+    Without it a scale or a cap that a new family keeps under another name would train on wrong log-probs, silently. Weights that are not
+    here yet (meta device, sharded at construction) are not checked.
+    """
+    head = head_of(model)
+    if head.weight.is_meta or not head.weight.numel():
+        return
+    ids = torch.arange(8, device=head.weight.device)[None] % len(head.weight)
+    training = model.training
+    model.eval()
+    own = model(input_ids=ids, use_cache=False).logits.float()
+    raw = model(
+        input_ids=ids, head=lambda hidden, head: torch.nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias)
+    ).float()
+    model.train(training)
+    found = raw * head.logit_scale
+    if head.softcap is not None:
+        found = head.softcap * torch.tanh(found / head.softcap)
+    tolerance = 1e-3 if head.weight.dtype == torch.float32 else 0.1  # nats; 16-bit logits are rounded
+    if own.shape != found.shape or (own.log_softmax(-1) - found.log_softmax(-1)).abs().max() > tolerance * max(1.0, own.abs().max().item()):
+        raise InputError(
+            f"{type(model).__name__} makes its logits in a way that is not known here (read from its configuration: logit scale "
+            f"{head.logit_scale}, soft cap {head.softcap}); use tisdpo.token_logps on the model's own logits instead"
+        )
 
 
 def model_inputs(batch: dict) -> dict:
@@ -129,7 +173,9 @@ def load_model(path: str, **kwargs):
         raise InputError(
             f"the model in {path!r} lacks weights of a causal language model ({', '.join(missing[:3])}); was it saved without its head?"
         )
-    return attach_head(model)
+    attach_head(model)
+    verify_head(model)
+    return model
 
 
 def _first_line(error: Exception) -> str:

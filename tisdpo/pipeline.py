@@ -21,11 +21,12 @@ from tqdm.auto import tqdm
 
 from tisdpo import contrastive, evaluate
 from tisdpo.config import RunConfig, dump, load_config, to_dict
+from tisdpo.doctor import default_device
 from tisdpo.errors import InputError
 from tisdpo.fingerprints import tokenizer_fingerprint
 from tisdpo.hf import load_model, tiny_llama
 from tisdpo.prompts import PROMPTS
-from tisdpo.scored import load_scored, make_provenance, save_scored
+from tisdpo.scored import load_provenance, load_scored, make_provenance, save_scored
 from tisdpo.sources import Source, load_source
 from tisdpo.stages import read_points, train_stage, write_json
 from tisdpo.summary import collect
@@ -64,9 +65,21 @@ def train_on(config: RunConfig, scored: str | Path) -> Path:
     """Train and evaluate one policy on a scored set made elsewhere, of the training rows of this run; returns its directory."""
     directory = _prepare(config)
     seed_run = SeedRun(config, config.seed_list[0], directory / f"seed-{config.seed_list[0]}", scored=Path(scored))
+    record, provenance = seed_run.directory / "scored-set.json", load_provenance(scored)
+    if (seed_run.directory / "policy" / "scored").exists() and json.loads(record.read_text()) != provenance:
+        raise InputError(
+            f"{directory} holds a policy trained on another scored set; give another output_dir, or remove "
+            f"{seed_run.directory / 'policy' / 'scored'}"
+        )
+    write_json(record, provenance)
     metrics = seed_run.policy("scored")["metrics"]
     print(", ".join(f"{name} {value:.3f}" for name, value in metrics.items() if isinstance(value, float)))
     return seed_run.directory / "policy" / "scored"
+
+
+def ready(model):
+    """A model to be asked, not trained: on the device that computes here, without dropout."""
+    return model.to(default_device()).eval()
 
 
 def _prepare(config: RunConfig) -> Path:
@@ -79,6 +92,15 @@ def _prepare(config: RunConfig) -> Path:
     if path.exists() and any(directory.glob("seed-*/*")):
         earlier, now = to_dict(load_config(path, [])), to_dict(config)
         # a run may grow (seeds, methods, constructions); what was trained may not change
+        shuffled = [
+            config.control != load_config(path, []).control and m in now["methods"] and any(directory.glob(f"seed-*/policy/{m}"))
+            for m in ("random", "swapped")
+        ]
+        if any(shuffled):
+            raise InputError(
+                f"{directory} holds a control (random or swapped) made from the contrasts of another construction than now the first of "
+                "contrast.constructions; keep the order, or give another output_dir"
+            )
         for settings in (earlier, now):
             settings["contrast"].pop("constructions")
         changed = [
@@ -101,17 +123,19 @@ class SeedRun:
 
     def __init__(self, config: RunConfig, seed: int, directory: Path, scored: Path | None = None):
         self.config, self.seed, self.directory, self.external = config, seed, directory, scored
+        self._inside = 0.0  # seconds of the stages inside the one that is timed
         directory.mkdir(parents=True, exist_ok=True)
 
     @contextmanager
     def timed(self, stage: str):
-        """Add the seconds of a stage to those of earlier, interrupted tries."""
-        start = time.monotonic()
+        """Add the seconds of a stage to those of earlier, interrupted tries; a stage inside another is not counted in both."""
+        start, before, self._inside = time.monotonic(), self._inside, 0.0
         try:
             yield
         finally:
-            seconds = self.seconds
-            seconds[stage] = seconds.get(stage, 0.0) + time.monotonic() - start
+            passed, seconds = time.monotonic() - start, self.seconds
+            seconds[stage] = seconds.get(stage, 0.0) + passed - self._inside
+            self._inside = before + passed
             write_json(self.directory / "seconds.json", seconds)
 
     @property
@@ -165,7 +189,7 @@ class SeedRun:
     @cached_property
     def reference(self):
         """The base model, for evaluation."""
-        return self.base().eval()
+        return ready(self.base())
 
     @cached_property
     def rows(self):
@@ -202,7 +226,7 @@ class SeedRun:
                 train_stage(
                     start, self.tokenizer, rows, stage, path, label=self.label(f"contrastive {name}"), seed=self.seed, options=options
                 )
-        return load_model(str(path / "model")).eval()
+        return ready(load_model(str(path / "model")))
 
     def scored(self, construction: str):
         """Training rows with the raw contrast of a construction."""
@@ -293,7 +317,7 @@ class SeedRun:
                     checkpoints=settings.checkpoints, measure=self.measure_checkpoint,
                 )  # fmt: skip
         with self.timed(f"evaluation {method}"):
-            content = self.evaluated(load_model(str(path / "model")).eval())
+            content = self.evaluated(ready(load_model(str(path / "model"))))
         write_json(result, content | {"points": read_points(path / "points.json")})
         shutil.rmtree(path / "checkpoints", ignore_errors=True)
         return self.policy(method)

@@ -1,6 +1,7 @@
 """One training stage of a run: a model, rows and a `StageConfig` in; a trained model in a directory and its log out. Resumable."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +9,6 @@ import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from tisdpo.config import StageConfig
 from tisdpo.hf import save_model
@@ -63,6 +63,16 @@ def write_json(path: Path, content) -> None:
     beside.replace(path)
 
 
+def last_complete_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written to its end (trainer_state.json comes last); newer, half-written ones are removed."""
+    numbered = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    for path in numbered:
+        if (path / "trainer_state.json").exists():
+            return str(path)
+        shutil.rmtree(path)
+    return None
+
+
 def train_stage(
     model,
     tokenizer,
@@ -107,7 +117,7 @@ def train_stage(
         callbacks.append(AtCheckpoints(measure, every, directory / "points.json"))
     trainer = TISDPOTrainer(model, args, train_dataset=rows, processing_class=tokenizer, callbacks=callbacks)
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(saved) if saved.is_dir() else None)
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(saved))
     history = trainer.state.log_history
     write_json(directory / "log.json", history)
     save_model(model, tokenizer, directory / "model")  # last: the stage is done when its model is there

@@ -160,7 +160,8 @@ def _weights_of_seed(seed_run, construction: str, sides: dict, edges) -> dict:
         out |= truth_agreement(torch.tensor(flat["contrast"]), torch.tensor(flat["truth"]))
         log_weights = torch.cat([w for side in SIDES for w in sides[side]]).log().abs()
         important = torch.tensor(flat["truth"]) != 0
-        out["signal_to_noise"] = (log_weights[important].mean() / log_weights[~important].mean()).item()
+        ratio = log_weights[important].mean() / log_weights[~important].mean()
+        out["signal_to_noise"] = ratio.item() if ratio.isfinite() and log_weights.isfinite().all() else None  # weights of 0 have no log
     out["histogram"] = {
         "edges": edges.tolist(),
         **{side: torch.histogram(torch.cat(w).double(), edges).hist.int().tolist() for side, w in sides.items()},
@@ -265,7 +266,9 @@ def notes(metrics: dict) -> list[str]:
     if agreement:
         parts = ", ".join(f"({c}) {estimate(a).mean:.2f}" for c, a in agreement.items())
         found.append(f"How well the contrast finds the tokens that truly carry reward (AUC, 0.5 is chance): {parts}.")
-        signal = {c: estimate(w["signal_to_noise"] for w in metrics["weights"] if w["construction"] == c).mean for c in agreement}
+        ratios = {c: [w["signal_to_noise"] for w in metrics["weights"] if w["construction"] == c] for c in agreement}
+        signal = {c: estimate(values).mean for c, values in ratios.items() if None not in values}
+    if agreement and signal:
         order = ", ".join(f"({c}) {value:.1f}" for c, value in sorted(signal.items(), key=lambda item: -item[1]))
         found.append(
             "What AUC does not see is how far these tokens stand out after the clamp (mean |log w| where a token carries reward, over the "

@@ -13,9 +13,11 @@ import copy
 import logging
 import math
 from collections import defaultdict
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
+from accelerate.utils import is_peft_model
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
@@ -23,7 +25,7 @@ from tisdpo.batches import flatten_batch
 from tisdpo.data import PairCollator, tokenize_pairs
 from tisdpo.errors import InputError
 from tisdpo.functional import linear_tis_dpo_loss, linear_token_logps
-from tisdpo.hf import Head, attach_head, head_of, model_inputs
+from tisdpo.hf import Head, attach_head, disable_dropout, head_of, model_inputs, verify_head
 from tisdpo.losses import Objective, pairwise_losses
 from tisdpo.scoring import completion_logps
 from tisdpo.weighting import Weighting, contrast_weights
@@ -97,7 +99,7 @@ class TISDPOTrainer(Trainer):
     args               `TISDPOConfig`
     train_dataset, eval_dataset   rows of `tisdpo.data` (prompt_ids, chosen_ids, rejected_ids, ...) or pairs as text, which are tokenised
     processing_class   the tokenizer
-    ref_model          the reference policy; None: the model as it is when training starts
+    ref_model          the reference policy; None: the model as it is when training starts, of a PEFT model its base (adapters off)
 
     Metrics carry TRL's names (`rewards/chosen`, `rewards/margins`, `logps/chosen`, ...) plus `kl/*` and `weights/*`.
     """
@@ -116,19 +118,21 @@ class TISDPOTrainer(Trainer):
         if processing_class is None:
             raise InputError("processing_class is missing: pass the model's tokenizer")
         attach_head(model)
+        verify_head(model)
         if args.disable_dropout:
-            for module in model.modules():
-                if isinstance(module, torch.nn.Dropout):
-                    module.p = 0.0
+            disable_dropout(model)
         self.objective = args.objective()
         self.preference = args.method != "sft"
         self.pad_token_id = processing_class.pad_token_id if processing_class.pad_token_id is not None else processing_class.eos_token_id
-        self._starts_at_reference = ref_model is None and args.sanity_check and self.preference
+        # with dropout in the policy the first loss is not ln 2
+        self._starts_at_reference = ref_model is None and args.sanity_check and self.preference and args.disable_dropout
         precompute = args.precompute_ref if args.precompute_ref is not None else args.kl is None
         scorer = None
         if self.preference:
             scorer = (ref_model or model) if precompute else None
-            if scorer is None and ref_model is None:
+            if scorer is not None and getattr(scorer, "hf_device_map", None) is None and not getattr(scorer, "is_quantized", False):
+                scorer.to(args.device)
+            if scorer is None and ref_model is None and not is_peft_model(model):
                 ref_model = copy.deepcopy(model)
         self.ref_model = attach_head(ref_model).eval().requires_grad_(False) if ref_model is not None and not precompute else None
 
@@ -139,6 +143,7 @@ class TISDPOTrainer(Trainer):
                 else prepare_rows(dataset, processing_class, args, scorer, self.pad_token_id, len(head_of(model).weight))
             )
 
+        self._prepare_rows, self._scores_itself, self._eval_prefix = rows, scorer is not None and ref_model is None, None
         eval_dataset = {k: rows(v) for k, v in eval_dataset.items()} if isinstance(eval_dataset, dict) else rows(eval_dataset)
         collator = PairCollator(
             self.pad_token_id,
@@ -157,6 +162,11 @@ class TISDPOTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
+        if self.args.n_gpu > 1:
+            raise InputError(
+                f"{self.args.n_gpu} GPUs are visible to one process, which DataParallel would share; start with `accelerate launch` "
+                "or `torchrun`, or show one GPU (CUDA_VISIBLE_DEVICES=0)"
+            )
         self.loss_is_scaled_for_ga = True  # divided by the pairs (tokens for SFT) of the whole accumulated, global batch
         self.label_names = []
         if self.ref_model is not None:
@@ -210,12 +220,17 @@ class TISDPOTrainer(Trainer):
 
     def _reference(self, inputs, flat) -> dict:
         """The reference for this batch: precomputed log-probs, or its hidden states and head."""
-        if self.ref_model is None:
+        if flat.ref_logps is not None and self.objective.kl is None:
             return {"ref_logps": flat.ref_logps}
-        with torch.no_grad():
-            return self.ref_model(
+        adapters_off = nullcontext() if self.ref_model is not None else self.accelerator.unwrap_model(self.model).disable_adapter()
+        with torch.no_grad(), adapters_off:
+            return (self.ref_model if self.ref_model is not None else self.model)(
                 **model_inputs(inputs),
-                head=lambda hidden, head: {"ref_hidden": flat.take(hidden), "ref_weight": head.weight, "ref_bias": head.bias},
+                head=lambda hidden, head: {
+                    "ref_hidden": flat.take(hidden),
+                    "ref_weight": head.weight.detach(),
+                    "ref_bias": None if head.bias is None else head.bias.detach(),
+                },
             )
 
     def _check_first_loss(self, output) -> None:
@@ -255,13 +270,29 @@ class TISDPOTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Add the means, over all batches since the last log and all ranks, of what the losses reported."""
-        mode = "eval" if any(key.startswith("eval_") for key in logs) else "train"
-        prefix = "eval_" if mode == "eval" else ""
+        evaluated = self._eval_prefix is not None and any(key.startswith(f"{self._eval_prefix}_") for key in logs)
+        mode, prefix = ("eval", f"{self._eval_prefix}_") if evaluated else ("train", "")
         for name, (total, count) in sorted(self._metrics[mode].items()):
             sums = self.accelerator.reduce(torch.tensor([float(total), float(count)], device=self.args.device), "sum")
             logs[prefix + name] = (sums[0] / sums[1].clamp(min=1)).item()
         self._metrics[mode].clear()
         super().log(logs, *args, **kwargs)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """`Trainer.evaluate`; rows given here are prepared like those of the constructor."""
+        if eval_dataset is not None and not isinstance(eval_dataset, (str, dict)):
+            if self._scores_itself and "chosen_ref_logps" not in eval_dataset.column_names and self.state.global_step > 0:
+                raise InputError(
+                    "these rows have no reference log-probs, and the reference was the policy before training; give them to the "
+                    "constructor as eval_dataset, or give it a ref_model"
+                )
+            eval_dataset = self._prepare_rows(eval_dataset)
+        outer, self._eval_prefix = self._eval_prefix, metric_key_prefix
+        self._metrics["eval"].clear()
+        try:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        finally:
+            self._eval_prefix = outer
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
@@ -278,6 +309,8 @@ def prepare_rows(dataset, tokenizer, args: TISDPOConfig, reference, pad_token_id
         dataset, counts = tokenize_pairs(dataset, tokenizer, max_length=args.max_length, vocab_size=vocab_size)  # checks ready ids, too
         if counts.dropped:
             log.warning(counts.describe())
+    else:
+        dataset = cut_completions(dataset, args.sft_side, args.max_length, vocab_size)
     columns = set(dataset.column_names)
     weighted = {"chosen_weights", "chosen_contrast"} & columns
     if args.method == "tis-dpo":
@@ -300,6 +333,25 @@ def prepare_rows(dataset, tokenizer, args: TISDPOConfig, reference, pad_token_id
     if reference is not None and "chosen_ref_logps" not in columns:
         dataset = add_reference_logps(dataset, reference, pad_token_id)
     return dataset
+
+
+def cut_completions(dataset, side: str, max_length: int, vocab_size: int):
+    """Ready ids of one side with their ends cut off at max_length; rows that keep no completion are dropped and counted."""
+
+    def cut(row, index):
+        ids = row[f"{side}_ids"]
+        wrong = [i for i in (*row["prompt_ids"], *ids) if not 0 <= i < vocab_size]
+        if wrong:
+            raise InputError(f"row {index}: {wrong[0]} is no token id of this model, whose vocabulary has {vocab_size} tokens")
+        return {f"{side}_ids": ids[: max(0, max_length - len(row["prompt_ids"]))]}
+
+    dataset = dataset.map(cut, with_indices=True)
+    kept = dataset.filter(lambda row: len(row[f"{side}_ids"]) > 0)
+    if len(kept) < len(dataset):
+        log.warning(
+            "%d of %d rows have no completion within max_length=%d and are left out", len(dataset) - len(kept), len(dataset), max_length
+        )
+    return kept
 
 
 def apply_weighting(dataset, weighting: Weighting, eos_token_id: int | None):

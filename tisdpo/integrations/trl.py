@@ -212,7 +212,7 @@ class TISDPOTrainer(DPOTrainer):
         return output.loss
 
     def _reference(self, batch: dict, flat) -> dict:
-        if flat.ref_logps is not None:
+        if flat.ref_logps is not None and self.objective.kl is None:
             return {"ref_logps": flat.ref_logps}
         model = self.ref_model if self.ref_model is not None else self.model
         with torch.no_grad(), self._reference_adapter():

@@ -42,6 +42,7 @@ TABLE = {
 FALLBACK = Tile(2048, 4, 256)
 
 MAX_SPLITS = 64
+OCCUPIED = 8  # a narrow gradient keeps one program a row, and so its memory, down to an eighth of the programs that fill the device
 
 
 def tile(kernel: str, device: torch.device) -> Tile:

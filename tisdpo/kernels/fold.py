@@ -138,7 +138,7 @@ def combine_kernel(
     split = tl.arange(0, SPLITS).to(tl.int64)
     where = split[None, :] * rows + row[:, None]
     mask = kept[:, None] & (split < splits)[None, :]
-    plane = splits.to(tl.int64) * rows
+    plane = tl.cast(splits, tl.int64) * rows  # splits may be 1, which is then no tensor
     m_parts = tl.load(partial_ptr + where, mask=mask, other=-float("inf"))
     s_parts = tl.load(partial_ptr + plane + where, mask=mask, other=0.0)
     m = _finite(tl.max(m_parts, 1))
@@ -276,19 +276,20 @@ def gradient(
     """The derivative of sum(g_logp * logp + g_kl * KL) with respect to raw logits z, from `stats` as `statistics` returned them.
 
     Written to `out` (shape of z) or, without it, over z: as items of `dtype` (default: that of z), which then lie at the start of each row;
-    the result is a view of z's memory. Where rows are few and `dtype` is narrower, several programs share a row and a new tensor is made.
+    the result is a view of z's memory. Where rows are so few that most of the device would idle and `dtype` is narrower, several programs
+    share a row and a new tensor is made.
     """
     rows, vocabulary = target.numel(), z.shape[-1]
     dtype = dtype or z.dtype
     tile = tile or configs.tile("gradient", z.device)
-    splits, span = configs.splits(rows, vocabulary, tile)
-    narrow = False
-    if out is None:
-        narrow = dtype.itemsize < z.dtype.itemsize
-        if narrow and splits > 1:
-            out, narrow = torch.empty(z.shape, dtype=dtype, device=z.device), False
-        else:
-            out = _reinterpreted(z, dtype)
+    narrow = out is None and dtype.itemsize < z.dtype.itemsize
+    # one program a row needs no memory for D; only where it would leave most of the device idle is that bought by a second tensor
+    splits, span = configs.splits(rows if not narrow else configs.OCCUPIED * rows, vocabulary, tile)
+    if narrow and splits > 1:
+        splits, span = configs.splits(rows, vocabulary, tile)
+        out, narrow = torch.empty(z.shape, dtype=dtype, device=z.device), False
+    elif out is None:
+        out = _reinterpreted(z, dtype)
     if not rows:
         return out
     inner, outer = _transform(logit_scale, softcap, temperature)

@@ -209,8 +209,9 @@ def _backward(ctx, g_loss, *_):
     if g_loss is None:  # autograd sends nothing for a loss that nothing depends on
         return (None,) * 23
     # In place where this is the last backward, so that dWeight exists once; a later one (retain_graph=True) needs the values as they are.
+    # g_loss stays in float32: torch then multiplies 16-bit gradients in float32 and rounds once.
     scale = Tensor.mul_ if _is_last_backward(g_loss) else Tensor.mul
-    grads = [scale(saved, g_loss.to(saved.dtype)) if need else None for saved, need in zip(ctx.saved_tensors, ctx.needs)]
+    grads = [scale(saved, g_loss) if need else None for saved, need in zip(ctx.saved_tensors, ctx.needs)]
     return *grads, *[None] * 20
 
 

@@ -17,7 +17,7 @@ def logits(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     """hidden [n, H] @ weight [V, H].T into out [n, V] (float32 or float64)."""
     if hidden.dtype == out.dtype:
         torch.mm(hidden, weight.T, out=out)
-    elif gives_accumulators(hidden.device):
+    elif hidden.dtype in (torch.float16, torch.bfloat16) and out.dtype == torch.float32 and gives_accumulators(hidden.device):
         torch.mm(hidden, weight.T, out_dtype=out.dtype, out=out)
     else:
         wide = hidden.to(out.dtype)
