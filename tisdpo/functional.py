@@ -9,13 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tisdpo import checks
-from tisdpo.losses import KL_DIRECTIONS, Objective, PairSums, PreferenceOutput, preference_output, resolve_normalizer
+from tisdpo import arguments, checks
+from tisdpo.losses import Objective, PairSums, PreferenceOutput, preference_output, resolve_normalizer
 from tisdpo.ops import pairwise, token_stats, values
 from tisdpo.ops import sequence_sums as sums_op
 from tisdpo.ops.backend import accumulation_dtype
 from tisdpo.ops.torch_fold import segment_sums
-from tisdpo.weighting import Weighting, chosen_tokens, contrast_weights
+from tisdpo.weighting import Weighting, contrast_weights
 
 PLANS = ("auto", "one_pass", "two_pass")
 
@@ -68,10 +68,10 @@ def token_logps(
     checks.target(target, logits.shape[:-1], logits.shape[-1], ignore_index, "logits without its last dimension")
     checks.same_device(logits=logits, target=target, ref_logits=ref_logits)
     transform = checks.transform(logit_scale, softcap, temperature)
-    _check_kl(kl, ref_logits, "ref_logits")
+    arguments.kl_and_reference(kl, ref_logits, "ref_logits")
     checks.same("ref_logits", ref_logits, "logits", logits)
     checks.constants(ref_logits=ref_logits)
-    logits, ref_logits = _matrices(logits), _matrices(ref_logits)
+    logits, ref_logits = arguments.matrices(logits), arguments.matrices(ref_logits)
     out = token_stats.token_stats(logits, target.reshape(-1), ref_logits, kl, *transform, ignore_index, overwrite_logits, backend)
     return _token_stats(out, target.shape, ref_logits is not None, kl)
 
@@ -104,8 +104,8 @@ def linear_token_logps(
     Raises TypeError and ValueError that name the argument, what was expected and what came.
     """
     transform = checks.transform(logit_scale, softcap, temperature)
-    head = _head(hidden, weight, bias, target, ref_hidden, ref_weight, ref_bias, ignore_index)
-    _check_kl(kl, ref_hidden, "ref_hidden")
+    head = arguments.head(hidden, weight, bias, target, ref_hidden, ref_weight, ref_bias, ignore_index)
+    arguments.kl_and_reference(kl, ref_hidden, "ref_hidden")
     out = token_stats.linear_token_stats(*head, kl, *transform, ignore_index, backend)
     return _token_stats(out, target.shape, ref_hidden is not None, kl)
 
@@ -167,7 +167,7 @@ def sequence_sums(
     Differentiable in logps and kl; weights and reference are constants. Summed in a fixed order.
     Raises ValueError for shapes, decreasing cu_seqlens, negative or non-finite weights.
     """
-    weights = _weights(logps, ref_logps, cu_seqlens, token_weights, pos_logps, neg_logps, weighting)
+    weights = arguments.weights(logps, ref_logps, cu_seqlens, token_weights, pos_logps, neg_logps, weighting)
     if kl is not None:
         checks.same("kl", kl, "logps", logps, dtype=False)
         checks.same_device(logps=logps, kl=kl)
@@ -209,7 +209,7 @@ def tis_dpo_loss(
     sums = sequence_sums(
         logps, ref_logps, cu_seqlens, token_weights=token_weights, pos_logps=pos_logps, neg_logps=neg_logps, weighting=weighting, kl=kl
     )
-    _check_pairs(cu_seqlens)
+    arguments.pairs(cu_seqlens)
     if ignored is not None:
         checks.mask("ignored", ignored, logps.shape)
     dtype = sums.logratio.dtype
@@ -267,11 +267,11 @@ def linear_tis_dpo_loss(
             f"hidden must be [N, H] over flat sequences, got shape {tuple(hidden.shape)}; see tisdpo.data.flatten_batch for padded batches"
         )
     transform = checks.transform(logit_scale, softcap, temperature)
-    head = _head(hidden, weight, bias, target, ref_hidden, ref_weight, ref_bias, ignore_index)
+    head = arguments.head(hidden, weight, bias, target, ref_hidden, ref_weight, ref_bias, ignore_index)
     hidden, weight, bias, target, ref_hidden, ref_weight, ref_bias = head
     checks.cu_seqlens(cu_seqlens, len(target))
-    _check_pairs(cu_seqlens)
-    ref_logps = _reference_logps(ref_logps, ref_hidden, objective, target)
+    arguments.pairs(cu_seqlens)
+    ref_logps = arguments.reference_logps(ref_logps, ref_hidden, objective, target)
     dtype = accumulation_dtype(hidden.dtype)
     if token_weights is not None:
         token_weights = checks.weights(token_weights, target).to(dtype)
@@ -311,126 +311,3 @@ def _token_stats(out, shape, has_ref: bool, kl: str | None) -> TokenStats:
     return TokenStats(
         logps.reshape(shape), ref_logps.reshape(shape) if has_ref else None, divergence.reshape(shape) if kl is not None else None
     )
-
-
-def _head(hidden, weight, bias, target, ref_hidden, ref_weight, ref_bias, ignore_index):
-    """The checked inputs of the head operators, flattened to [N, ...], in the dtype autocast asks for."""
-    checks.floating("hidden", hidden, min_dim=1)
-    checks.head("weight", weight, "bias", bias, "hidden", hidden)
-    checks.target(target, hidden.shape[:-1], len(weight), ignore_index, "hidden without its last dimension")
-    if ref_hidden is None and (ref_weight is not None or ref_bias is not None):
-        raise ValueError("ref_weight and ref_bias go with ref_hidden, which is missing")
-    if ref_hidden is not None:
-        if ref_weight is None:
-            if weight.requires_grad or (bias is not None and bias.requires_grad):
-                raise ValueError(
-                    "ref_weight is missing and weight requires a gradient: the reference's head must not move with the policy's, "
-                    "pass ref_weight"
-                )
-            ref_weight, ref_bias = weight, bias if ref_bias is None else ref_bias
-        checks.floating("ref_hidden", ref_hidden, min_dim=1)
-        if ref_hidden.shape[:-1] != hidden.shape[:-1]:
-            raise ValueError(f"ref_hidden must have the leading shape {tuple(hidden.shape[:-1])} of hidden, got {tuple(ref_hidden.shape)}")
-        checks.head("ref_weight", ref_weight, "ref_bias", ref_bias, "ref_hidden", ref_hidden)
-        if len(ref_weight) != len(weight):
-            raise ValueError(f"ref_weight must have the vocabulary of weight, {len(weight)} rows, got {len(ref_weight)}")
-        checks.constants(ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias)
-    checks.same_device(
-        hidden=hidden, weight=weight, bias=bias, target=target, ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias
-    )
-    tensors = (_rows(hidden), weight, bias, _rows(ref_hidden), ref_weight, ref_bias)
-    hidden, weight, bias, ref_hidden, ref_weight, ref_bias = (_autocast(x) for x in tensors)
-    checks.same_dtype(hidden=hidden, weight=weight, bias=bias)
-    checks.same_dtype(ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias)
-    return hidden, weight, bias, target.reshape(-1), ref_hidden, ref_weight, ref_bias
-
-
-def _rows(x: Tensor | None) -> Tensor | None:
-    """[..., H] as [N, H]."""
-    return None if x is None else x.reshape(-1, x.shape[-1])
-
-
-def _matrices(x: Tensor | None) -> Tensor | None:
-    """[..., V] as [N, V] or [B, T, V], without a copy where the logits of a row lie next to each other."""
-    if x is None:
-        return None
-    x = x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-    return x[None] if x.dim() == 1 else x if x.dim() <= 3 else x.reshape(-1, x.shape[-1])
-
-
-def _autocast(x: Tensor | None) -> Tensor | None:
-    """What F.linear would do: inside an autocast region the product runs in its dtype."""
-    if x is None or x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
-        return x
-    return x.to(torch.get_autocast_dtype(x.device.type))
-
-
-def _reference_logps(ref_logps, ref_hidden, objective, target):
-    if (ref_logps is None) == (ref_hidden is None):
-        raise ValueError(
-            f"the reference is ref_logps or ref_hidden, exactly one of them; {'neither' if ref_logps is None else 'both'} came"
-        )
-    if ref_logps is None:
-        return None
-    if objective.kl is not None:
-        raise ValueError(
-            f"objective.kl={objective.kl!r} needs the reference's distribution: pass ref_hidden and ref_weight instead of ref_logps"
-        )
-    checks.floating("ref_logps", ref_logps)
-    if ref_logps.shape != target.shape:
-        raise ValueError(f"ref_logps must have the shape {tuple(target.shape)} of target, got {tuple(ref_logps.shape)}")
-    checks.constants(ref_logps=ref_logps)
-    return ref_logps.to(torch.float64 if ref_logps.dtype == torch.float64 else torch.float32)
-
-
-def _check_kl(kl, reference, name):
-    if kl not in KL_DIRECTIONS:
-        raise ValueError(f"kl must be None, 'reverse' or 'forward', got {kl!r}")
-    if kl is not None and reference is None:
-        raise ValueError(f"kl={kl!r} needs a reference: pass {name}")
-
-
-def _check_pairs(cu_seqlens: Tensor) -> None:
-    if len(cu_seqlens) % 2 == 0:
-        raise ValueError(
-            f"cu_seqlens must bound an even number of sequences (chosen_0, rejected_0, ...), got {len(cu_seqlens) - 1} sequences"
-        )
-
-
-def _weights(logps, ref_logps, cu_seqlens, token_weights, pos_logps, neg_logps, weighting):
-    """(token_weights, pos_logps, neg_logps, k, mu_chosen, mu_rejected, lower, upper) for the operator, checked."""
-    checks.floating("logps", logps)
-    if logps.dim() != 1:
-        raise ValueError(f"logps must be [N] over flat sequences, got shape {tuple(logps.shape)}")
-    checks.same("ref_logps", ref_logps, "logps", logps, dtype=False)
-    checks.constants(ref_logps=ref_logps)
-    checks.cu_seqlens(cu_seqlens, len(logps))
-    if (pos_logps is None) != (neg_logps is None):
-        raise ValueError(f"pos_logps and neg_logps go together; {'neg_logps' if neg_logps is None else 'pos_logps'} is missing")
-    if token_weights is not None and pos_logps is not None:
-        raise ValueError("the weights are token_weights or pos_logps and neg_logps, not both")
-    if weighting is not None and pos_logps is None:
-        raise ValueError("weighting has no effect without pos_logps and neg_logps")
-    w = checks.option("weighting", weighting, Weighting)
-    if w.eos_weight is not None:
-        raise ValueError(
-            "weighting.eos_weight needs to know the EOS tokens: form the weights by token_weights(..., is_eos=...) and pass those"
-        )
-    if token_weights is not None:
-        token_weights = checks.weights(token_weights, logps)
-    checks.same("pos_logps", pos_logps, "logps", logps, dtype=False)
-    checks.same("neg_logps", neg_logps, "logps", logps, dtype=False)
-    checks.same_device(
-        logps=logps, ref_logps=ref_logps, cu_seqlens=cu_seqlens, token_weights=token_weights, pos_logps=pos_logps, neg_logps=neg_logps
-    )
-    if pos_logps is not None:
-        if w.transform != "exp" or not w.elementwise:  # rules that the fused kernel does not know
-            dtype = accumulation_dtype(logps.dtype)
-            contrast = pos_logps.detach().to(dtype) - neg_logps.detach().to(dtype)
-            if not torch.compiler.is_compiling():
-                values.finite("pos_logps - neg_logps", contrast)
-            token_weights = contrast_weights(contrast, chosen_tokens(cu_seqlens, len(logps)), w, cu_seqlens=cu_seqlens)
-            pos_logps = neg_logps = None
-        else:
-            pos_logps, neg_logps = pos_logps.detach(), neg_logps.detach()
-    return token_weights, pos_logps, neg_logps, w.k, w.mu_chosen, w.mu_rejected, w.lower, w.upper
