@@ -1,13 +1,14 @@
 """Random inputs of the awkward shapes that every operator is tested on."""
 
-import os
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-# The backends that can run on a CPU: Triton in its interpreter, which a machine with a GPU does without.
-BACKENDS = ["torch", "triton"] if os.environ.get("TRITON_INTERPRET") == "1" else ["torch"]
+from tisdpo.ops import backend
+
+# The backends that can run on a CPU: torch, Triton in its interpreter (which a machine with a GPU does without), C++ where it was built.
+BACKENDS = [name for name, reason in backend.available("cpu").items() if not reason]
 
 
 @dataclass

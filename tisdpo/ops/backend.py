@@ -7,6 +7,8 @@ from functools import cache
 
 import torch
 
+from tisdpo.ops import extension
+
 BACKENDS = ("auto", "torch", "triton", "cpp")
 GPUS = ("cuda", "xpu")  # devices that Triton compiles for; ROCm calls itself cuda
 
@@ -31,7 +33,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def available(device: str) -> dict[str, str]:
     """Every backend with "" if it can run on tensors of `device` ("cpu", "cuda", ...), else one sentence why not."""
-    return {"torch": "", "triton": _triton(device), "cpp": "not part of this version; the torch backend computes the same"}
+    return {"torch": "", "triton": _triton(device), "cpp": _cpp(device)}
 
 
 def _triton(device: str) -> str:
@@ -40,6 +42,10 @@ def _triton(device: str) -> str:
     if device in GPUS or os.environ.get("TRITON_INTERPRET") == "1":
         return ""
     return f"Triton has no compiler for {device}; set TRITON_INTERPRET=1 before Python starts to run the kernels, slowly, interpreted"
+
+
+def _cpp(device: str) -> str:
+    return extension.problem() if device == "cpu" else f"the C++ kernels run on a CPU, not on {device}"
 
 
 def resolve(backend: str, device: str, dtype: torch.dtype = torch.float32) -> str:
