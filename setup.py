@@ -1,5 +1,6 @@
-"""Builds the package; everything declarative is in pyproject.toml. The C++ backend (csrc/) is optional: without torch or a compiler, or with
-TISDPO_BUILD_CPP=0, the package is pure Python and computes the same.
+"""Builds the package; everything declarative is in pyproject.toml.
+
+The C++ backend (csrc/) is optional: without torch or a compiler, or with TISDPO_BUILD_CPP=0, the package is pure Python and does the same.
 
 The extension uses libtorch's stable ABI and no Python at all, so it is built as any shared library, for every Python and every later torch;
 each vector width has a file of its own that is chosen at run time, so there are no flags of this machine's CPU.

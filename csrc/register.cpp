@@ -137,7 +137,7 @@ void gradient(const Tensor& z, const Tensor& target, const OptionalTensor& ref_z
   Statistics stats{floats(lse, "lse", rows), nullptr, floats(ref_lse, "ref_lse", rows), nullptr, floats(divergence, "divergence", rows)};
   Upstream upstream{floats(g_logp, "g_logp", rows), floats(g_kl, "g_kl", rows)};
   Rows d = rows_of(out, "out", rows, f.vocabulary);
-  STD_TORCH_CHECK(d.data != f.policy.rows.data || bytes(d.type) <= bytes(f.policy.rows.type), "out over z must have items of at most ",
+  STD_TORCH_CHECK(rows == 0 || d.data != f.policy.rows.data || bytes(d.type) <= bytes(f.policy.rows.type), "out over z must have items of at most ",
                   bytes(f.policy.rows.type), " bytes, got ", bytes(d.type));
   const Kernels& run = kernels();
   over_rows(rows, f.vocabulary, [&](int64_t begin, int64_t end) { run.gradient(f, stats, upstream, d, begin, end); });

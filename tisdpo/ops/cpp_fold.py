@@ -1,4 +1,4 @@
-"""The folds and the weighted sums by the C++ kernels of csrc/: float32 and 16-bit tensors on a CPU. Their contracts are in `tisdpo.ops.fold`.
+"""The folds and the weighted sums by the C++ kernels of csrc/, on a CPU, in float32 and 16 bits. Their contracts are in `tisdpo.ops.fold`.
 
 Here results get their memory, and vectors become contiguous float32; the operators check everything and compute.
 """

@@ -14,7 +14,7 @@ def problem() -> str:
     """Loads the extension: "" if its operators are there, else one sentence why not."""
     built = sorted(PACKAGE.glob("_C*.so"))
     if not built:
-        return f"its extension was not built (no C++ compiler or no torch at that time, or TISDPO_BUILD_CPP=0); in the sources run: {INSTALL}"
+        return f"its extension was not built (for want of a C++ compiler or torch, or by TISDPO_BUILD_CPP=0); in the sources run: {INSTALL}"
     try:
         torch.ops.load_library(built[0])
     except (OSError, RuntimeError) as error:
