@@ -163,7 +163,7 @@ INLINE float maximum(const float* z, int64_t n) {
     a = x > a ? x : a;
     b = y > b ? y : b;
   }
-  if (i < n) {
+  for (; i < n; i += LANES) {
     Float x = load<Float>(z + i);
     a = x > a ? x : a;
   }
