@@ -109,8 +109,8 @@ INLINE void widen(const char* p, Type type, int64_t n, float* to) {
       __builtin_memcpy(tail, from, (n - i) * bytes(type));
       from = tail;
     }
-    Float x = type == Type::float32 ? load<Float>(from) : type == Type::bfloat16 ? from_bfloat16(load<Half>(from)) : from_float16(load<Half>(from));
-    store(to + i, x);
+    if (type == Type::float32) store(to + i, load<Float>(from));
+    else store(to + i, type == Type::bfloat16 ? from_bfloat16(load<Half>(from)) : from_float16(load<Half>(from)));
   }
   for (int64_t j = n; j < i; j++) to[j] = -INFINITE;
 }

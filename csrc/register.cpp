@@ -109,15 +109,16 @@ Fold fold_of(const Tensor& z, const Tensor& target, const OptionalTensor& ref_z,
   if (ref_z) f.reference = {rows_of(*ref_z, "ref_z", rows, f.vocabulary), floats(ref_bias, "ref_bias", f.vocabulary)};
   f.target = data<int64_t>(target, "target", ScalarType::Long, rows);
   for (int64_t i = 0; i < rows; i++)
-    STD_TORCH_CHECK(f.target[i] < f.vocabulary, "target must be below the vocabulary size ", f.vocabulary, ", got ", f.target[i], " at ", i);
+    STD_TORCH_CHECK(f.target[i] < f.vocabulary, "target must be below the vocabulary size ", f.vocabulary, ", got ", f.target[i], " at ",
+                    i);
   f.kl = kl == "reverse" ? KL::reverse : kl == "forward" ? KL::forward : KL::none;
   f.inner = inner, f.outer = outer, f.softcap = softcap;
   return f;
 }
 
 // out [5, n]: lse, logp, and where they are asked for ref_lse, ref_logp, KL.
-void statistics(const Tensor& z, const Tensor& target, const OptionalTensor& ref_z, const OptionalTensor& bias, const OptionalTensor& ref_bias,
-                const std::string& kl, double inner, double outer, bool softcap, const Tensor& out) {
+void statistics(const Tensor& z, const Tensor& target, const OptionalTensor& ref_z, const OptionalTensor& bias,
+                const OptionalTensor& ref_bias, const std::string& kl, double inner, double outer, bool softcap, const Tensor& out) {
   Fold f = fold_of(z, target, ref_z, bias, ref_bias, kl, inner, outer, softcap);
   int64_t rows = target.numel();
   float* p = floats(out, "out", 5 * rows);
@@ -127,9 +128,10 @@ void statistics(const Tensor& z, const Tensor& target, const OptionalTensor& ref
 }
 
 // `out` may lie over z: in the same place, as items that are no wider.
-void gradient(const Tensor& z, const Tensor& target, const OptionalTensor& ref_z, const OptionalTensor& bias, const OptionalTensor& ref_bias,
-              const std::string& kl, double inner, double outer, bool softcap, const Tensor& lse, const OptionalTensor& ref_lse,
-              const OptionalTensor& divergence, const OptionalTensor& g_logp, const OptionalTensor& g_kl, const Tensor& out) {
+void gradient(const Tensor& z, const Tensor& target, const OptionalTensor& ref_z, const OptionalTensor& bias,
+              const OptionalTensor& ref_bias, const std::string& kl, double inner, double outer, bool softcap, const Tensor& lse,
+              const OptionalTensor& ref_lse, const OptionalTensor& divergence, const OptionalTensor& g_logp, const OptionalTensor& g_kl,
+              const Tensor& out) {
   Fold f = fold_of(z, target, ref_z, bias, ref_bias, kl, inner, outer, softcap);
   int64_t rows = target.numel();
   STD_TORCH_CHECK(kl.empty() || (ref_lse && divergence && g_kl), "ref_lse, divergence and g_kl must be given with kl=", kl, ", got ",
@@ -137,8 +139,9 @@ void gradient(const Tensor& z, const Tensor& target, const OptionalTensor& ref_z
   Statistics stats{floats(lse, "lse", rows), nullptr, floats(ref_lse, "ref_lse", rows), nullptr, floats(divergence, "divergence", rows)};
   Upstream upstream{floats(g_logp, "g_logp", rows), floats(g_kl, "g_kl", rows)};
   Rows d = rows_of(out, "out", rows, f.vocabulary);
-  STD_TORCH_CHECK(rows == 0 || d.data != f.policy.rows.data || bytes(d.type) <= bytes(f.policy.rows.type), "out over z must have items of at most ",
-                  bytes(f.policy.rows.type), " bytes, got ", bytes(d.type));
+  int64_t item = bytes(f.policy.rows.type);
+  STD_TORCH_CHECK(rows == 0 || d.data != f.policy.rows.data || bytes(d.type) <= item, "out over z must have items of at most ", item,
+                  " bytes, got ", bytes(d.type));
   const Kernels& run = kernels();
   over_rows(rows, f.vocabulary, [&](int64_t begin, int64_t end) { run.gradient(f, stats, upstream, d, begin, end); });
 }
@@ -147,8 +150,8 @@ void gradient(const Tensor& z, const Tensor& target, const OptionalTensor& ref_z
 const int64_t* boundaries(const Tensor& cu_seqlens, int64_t tokens) {
   const int64_t* cu = data<int64_t>(cu_seqlens, "cu_seqlens", ScalarType::Long, cu_seqlens.numel());
   for (int64_t s = 0; s < cu_seqlens.numel(); s++)
-    STD_TORCH_CHECK(cu[s] >= (s ? cu[s - 1] : 0) && cu[s] <= tokens, "cu_seqlens must not decrease and lie within 0..", tokens, ", got ", cu[s],
-                    " at ", s);
+    STD_TORCH_CHECK(cu[s] >= (s ? cu[s - 1] : 0) && cu[s] <= tokens, "cu_seqlens must not decrease and lie within 0..", tokens,
+                    ", got ", cu[s], " at ", s);
   return cu;
 }
 
