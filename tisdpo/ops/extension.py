@@ -16,7 +16,7 @@ def problem() -> str:
     if not built:
         return f"its extension was not built (for want of a C++ compiler or torch, or by TISDPO_BUILD_CPP=0); in the sources run: {INSTALL}"
     try:
-        torch.ops.load_library(built[0])
+        torch.ops.load_library(str(built[0]))
     except (OSError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         return f"torch {torch.__version__} cannot load its extension ({reason}); in the sources run: {INSTALL}"
