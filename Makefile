@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: help demo test lint bench kernels clean
+.PHONY: help demo test lint bench kernels sanitize clean
 
 help:  ## what can be done here
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -25,11 +25,19 @@ bench: $(INSTALLED)  ## the loss head against plain torch; writes benchmarks/res
 kernels: $(INSTALLED)  ## what the compiler makes of the Triton kernels, for GPUs that need not be there
 	$(BIN)/python -m benchmarks.kernel_report
 
+# The C++ backend with the address and undefined-behaviour sanitizers in a folder of its own; leaks would be Python's.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g
+sanitize: $(INSTALLED)  ## the tests of the C++ backend under the compiler's sanitizers
+	CFLAGS="$(SANITIZE)" CXXFLAGS="$(SANITIZE)" LDFLAGS="-fsanitize=address,undefined" \
+		$(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+		PYTHONPATH=build/sanitize/lib $(BIN)/pytest -p no:cacheprovider tests/test_cpp.py
+
 clean:  ## remove the environment and all runs
 	rm -rf .venv runs build dist *.egg-info
 
 # No build isolation: an isolated build would fetch a second torch.
-$(INSTALLED): pyproject.toml setup.py constraints.txt
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "tisdpo needs Python 3.10 or newer; set PYTHON=/path/to/python3")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel

@@ -1,13 +1,19 @@
 """Random inputs of the awkward shapes that every operator is tested on."""
 
-import os
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-# The backends that can run on a CPU: Triton in its interpreter, which a machine with a GPU does without.
-BACKENDS = ["torch", "triton"] if os.environ.get("TRITON_INTERPRET") == "1" else ["torch"]
+from tisdpo import reference
+from tisdpo.ops import backend
+
+# The backends that can run on a CPU: torch, Triton in its interpreter (which a machine with a GPU does without), C++ where it was built.
+BACKENDS = [name for name, reason in backend.available("cpu").items() if not reason]
+
+# (logit_scale, softcap, temperature)
+TRANSFORMS = {"plain": (1.0, None, 1.0), "scaled": (0.7, None, 1.3), "softcap": (1.1, 2.0, 0.8)}
+KLS = [None, "reverse", "forward"]
 
 
 @dataclass
@@ -50,3 +56,14 @@ SHAPES = {
     "ignored_sequence": ((2, 3, 4, 2), (2, 3, 4)),
     "all_ignored": ((2, 1), (0, 1, 2)),
 }
+
+
+def truth(z, target, q, bias, ref_bias, kl, transform):
+    """(logp, ref_logp, kl) in float64 by the plain formulas, ignored rows 0; gradients can be taken through it."""
+    scale, softcap, temperature = transform
+    options = dict(logit_scale=scale, softcap=softcap, temperature=temperature)
+    z, q = (x.double() if b is None else x.double() + b.double() for x, b in ((z, bias), (q, ref_bias)))
+    z, q = (reference.transform_logits(x, **options) for x in (z, q))
+    marked = target.masked_fill(target < 0, -100)
+    divergence = None if kl is None else reference.token_kl(z, q, kl).masked_fill(target < 0, 0)
+    return reference.token_logps(z, marked), reference.token_logps(q, marked), divergence

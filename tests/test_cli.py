@@ -152,7 +152,7 @@ def test_a_forced_backend_that_cannot_run_is_refused_first(calls, config, capsys
         r"TISDPO_BACKEND must be one of .* got 'tortch'; unset TISDPO_BACKEND or see `tisdpo doctor`$", fails(capsys, "run", config)
     )
     monkeypatch.setenv("TISDPO_BACKEND", "cpp")
-    monkeypatch.setattr(backend, "available", lambda: {"torch": "", "triton": "", "cpp": "it was not built"})
+    monkeypatch.setattr(backend, "available", lambda device: {"torch": "", "triton": "", "cpp": "it was not built"})
     assert fails(capsys, "run", config).startswith("TISDPO_BACKEND='cpp' was asked for, but: it was not built")
     assert calls == []
 
@@ -267,7 +267,7 @@ def test_doctor_tells_versions_devices_backend_and_packages(capsys, monkeypatch)
         assert words in out, words
     assert re.search(rf"on cpu +{backend.resolve('auto', 'cpu')} \(", out)
     for name, reason in backend.available("cpu").items():
-        assert re.search(rf"{name} +{'cannot run: ' + re.escape(reason) if reason else 'can run'}", out)
+        assert re.search(rf"{name} on cpu +{'cannot run: ' + re.escape(reason) if reason else 'can run'}", out)
     for extra in doctor.EXTRAS:
         assert re.search(rf"^  {extra} ", out, re.MULTILINE)
 
@@ -297,7 +297,8 @@ def test_doctor_says_why_a_backend_runs(monkeypatch):
     monkeypatch.setenv("TISDPO_BACKEND", "torch")
     assert dict(doctor.backends())["on cpu"] == "torch (TISDPO_BACKEND says so)"
     monkeypatch.delenv("TISDPO_BACKEND")
-    monkeypatch.setattr(backend, "available", lambda: {"torch": "", "triton": "no GPU", "cpp": "not built"})
+    monkeypatch.setattr(backend, "_fastest", backend._fastest.__wrapped__)
+    monkeypatch.setattr(backend, "available", lambda device: {"torch": "", "triton": "no GPU", "cpp": "not built"})
     assert dict(doctor.backends())["on cpu"] == "torch (the only one here)"
 
 

@@ -8,7 +8,7 @@ import math
 import cases
 import pytest
 import torch
-from cases import SHAPES
+from cases import KLS, SHAPES, TRANSFORMS, truth
 
 import tisdpo
 from tisdpo import Objective, Weighting, reference
@@ -21,8 +21,6 @@ pytestmark = [pytest.mark.gpu] if ON_GPU else []
 ONE = configs.Tile(block=64, warps=4, programs=1)  # one program a row, several blocks
 SPLIT = configs.Tile(block=16, warps=4, programs=1 << 20)  # as many programs a row as allowed
 TILES = {"one": ONE, "split": SPLIT}
-TRANSFORMS = {"plain": (1.0, None, 1.0), "scaled": (0.7, None, 1.3), "softcap": (1.1, 2.0, 0.8)}
-KLS = [None, "reverse", "forward"]
 
 
 @pytest.fixture(autouse=True)
@@ -43,17 +41,6 @@ def make_case(*args, **options):
 def normal(*shape, seed=0, scale=3.0, dtype=torch.float32):
     g = torch.Generator("cpu").manual_seed(seed)
     return (scale * torch.randn(*shape, generator=g, dtype=torch.float64, device="cpu")).to(DEVICE, dtype)
-
-
-def truth(z, target, q, bias, ref_bias, kl, transform):
-    """(logp, ref_logp, kl) in float64 by the plain formulas, ignored rows 0; gradients can be taken through it."""
-    scale, softcap, temperature = transform
-    options = dict(logit_scale=scale, softcap=softcap, temperature=temperature)
-    z, q = (x.double() if b is None else x.double() + b.double() for x, b in ((z, bias), (q, ref_bias)))
-    z, q = (reference.transform_logits(x, **options) for x in (z, q))
-    marked = target.masked_fill(target < 0, -100)
-    divergence = None if kl is None else reference.token_kl(z, q, kl).masked_fill(target < 0, 0)
-    return reference.token_logps(z, marked), reference.token_logps(q, marked), divergence
 
 
 def statistics(z, target, q, bias=None, ref_bias=None, kl=None, transform=TRANSFORMS["plain"], tile=ONE):

@@ -104,13 +104,14 @@ def backends() -> list[tuple[str, str]]:
     """(what, answer): the backend a run on this machine's device gets and why, and whether each of them can run."""
     forced = os.environ.get("TISDPO_BACKEND")
     lines = [("TISDPO_BACKEND", "not set: the fastest that can run is taken" if forced is None else repr(forced))]
-    for device in dict.fromkeys(["cpu", default_device()]):
+    devices = list(dict.fromkeys(["cpu", default_device()]))
+    for device in devices:
         try:
             chosen = backend.resolve("auto", device)
         except (ValueError, RuntimeError) as error:
             lines.append((f"on {device}", f"none: {error}; unset TISDPO_BACKEND or set it to one that can run"))
             continue
-        can_run = [name for name, reason in backend.available().items() if not reason]
+        can_run = [name for name, reason in backend.available(device).items() if not reason]
         why = (
             "TISDPO_BACKEND says so"
             if forced not in (None, "", "auto")
@@ -119,7 +120,10 @@ def backends() -> list[tuple[str, str]]:
             else "the fastest here"
         )
         lines.append((f"on {device}", f"{chosen} ({why})"))
-    return lines + [(name, f"cannot run: {reason}" if reason else "can run") for name, reason in backend.available().items()]
+    for device in devices:
+        for name, reason in backend.available(device).items():
+            lines.append((f"{name} on {device}", f"cannot run: {reason}" if reason else "can run"))
+    return lines
 
 
 def optional_packages() -> list[tuple[str, str]]:

@@ -7,12 +7,15 @@ from functools import cache
 
 import torch
 
+from tisdpo.ops import extension
+
 BACKENDS = ("auto", "torch", "triton", "cpp")
 GPUS = ("cuda", "xpu")  # devices that Triton compiles for; ROCm calls itself cuda
 
-# Bytes of logits (policy, and reference where needed) that may exist at one time. CPU: large enough that accumulating dWeight once a
-# chunk costs little, see benchmarks/NOTES.md. Accelerators: a few thousand rows of the largest vocabularies.
-CHUNK_BYTES = {"cpu": 64 << 20, "default": 1 << 30}
+# Bytes of logits that may exist at one time: of one model, and of policy and reference together. CPU: large enough that accumulating
+# dWeight once a chunk costs little, small enough for a quarter of plain torch's memory, see benchmarks/NOTES.md. Accelerators: a few
+# thousand rows of the largest vocabularies.
+CHUNK_BYTES = {"cpu": (48 << 20, 96 << 20), "default": (1 << 30, 1 << 30)}
 
 # Rows of a chunk are visited in blocks of about this many bytes: on a CPU a block then stays in the last-level cache between the passes.
 BLOCK_BYTES = {"cpu": 2 << 20, "default": 256 << 20}
@@ -31,7 +34,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def available(device: str) -> dict[str, str]:
     """Every backend with "" if it can run on tensors of `device` ("cpu", "cuda", ...), else one sentence why not."""
-    return {"torch": "", "triton": _triton(device), "cpp": "not part of this version; the torch backend computes the same"}
+    return {"torch": "", "triton": _triton(device), "cpp": _cpp(device)}
 
 
 def _triton(device: str) -> str:
@@ -40,6 +43,10 @@ def _triton(device: str) -> str:
     if device in GPUS or os.environ.get("TRITON_INTERPRET") == "1":
         return ""
     return f"Triton has no compiler for {device}; set TRITON_INTERPRET=1 before Python starts to run the kernels, slowly, interpreted"
+
+
+def _cpp(device: str) -> str:
+    return extension.problem() if device == "cpu" else f"the C++ kernels run on a CPU, not on {device}"
 
 
 def resolve(backend: str, device: str, dtype: torch.dtype = torch.float32) -> str:
@@ -82,14 +89,14 @@ def _announce(backend: str, why: str, device: str) -> None:
 
 def chunk_rows(vocabulary: int, models: int, itemsize: int, device: str) -> int:
     """Rows of logits that fit the byte budget: bytes / (V * itemsize * models), at least one."""
-    return max(1, chunk_bytes(device) // (max(vocabulary, 1) * itemsize * models))
+    return max(1, chunk_bytes(device, models) // (max(vocabulary, 1) * itemsize * models))
 
 
-def chunk_bytes(device: str) -> int:
+def chunk_bytes(device: str, models: int) -> int:
     """The budget: CHUNK_BYTES, or TISDPO_CHUNK_MIB of the environment. Raises ValueError where that is no positive number."""
     text = os.environ.get("TISDPO_CHUNK_MIB")
     if text is None:
-        return _for(device, CHUNK_BYTES)
+        return _for(device, CHUNK_BYTES)[models - 1]
     try:
         size = int(float(text) * (1 << 20))
     except ValueError:
@@ -109,5 +116,5 @@ def block_rows(vocabulary: int, itemsize: int, device: str) -> int:
     return max(1, _for(device, BLOCK_BYTES) // (max(vocabulary, 1) * itemsize))
 
 
-def _for(device: str, table: dict[str, int]) -> int:
+def _for(device: str, table: dict):
     return table.get(device, table["default"])

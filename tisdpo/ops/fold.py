@@ -7,7 +7,8 @@ dL/dz, over z where that is allowed. With z = softcap(logit_scale * (raw + bias)
     reverse KL  g_K * p * (log p - log q - KL)
     forward KL  g_K * (p - q)
 
-A backend has four functions, `statistics`, `gradient`, `sequence_sums` and `spread`: `torch_fold` here, `tisdpo.kernels` in Triton.
+A backend has four functions, `statistics`, `gradient`, `sequence_sums` and `spread`: `torch_fold` and `cpp_fold` here, `tisdpo.kernels` in
+Triton.
 """
 
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tisdpo.ops import torch_fold
+from tisdpo.ops import cpp_fold, torch_fold
 
 
 class Transform(NamedTuple):
@@ -74,6 +75,8 @@ def implementation(backend: str):
     """The module (or its like) that computes the folds of a resolved backend."""
     if backend == "torch":
         return torch_fold
+    if backend == "cpp":
+        return cpp_fold
     from tisdpo.kernels import fold, sequence_sums  # triton is imported only where it runs
 
     return SimpleNamespace(

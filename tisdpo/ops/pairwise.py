@@ -51,7 +51,9 @@ def linear_pairwise(
     walk = _Walk(policy, reference, target, token_weights, ref_logps, rows, objective, folds, any(needs))
     grads = GradientSums(policy, tuple(needs))
     total, sums = hidden.new_zeros((), dtype=walk.dtype), []
-    for first, last in _whole_pairs(rows.bounds, walk.rows):
+    chunks = _whole_pairs(rows.bounds, walk.rows)
+    walk.allocate([rows.bounds[last] - rows.bounds[first] for first, last in chunks])
+    for first, last in chunks:
         part, part_sums = walk.chunk(first, rows.bounds[first : last + 1], normalizer, grads)
         total += part
         sums.append(part_sums)
@@ -133,16 +135,17 @@ class _Walk:
         self.dtype = accumulation_dtype(policy.hidden.dtype)
         self.rows = policy.chunk_rows(1 if reference is None else 2)
         self.longest = backends.longest_held(self.rows, policy.hidden.device.type)
-        self.tiles: Tiles | None = None
+
+    def allocate(self, lengths: list[int]) -> None:
+        """The memory for the logits of chunks of these lengths, once: buffers that grew from chunk to chunk would leave holes behind."""
+        rows = max((n if n <= self.longest else self.rows for n in lengths), default=0)
+        self.tiles = Tiles(self.policy, self.reference, rows)
 
     def chunk(self, first: int, bounds: list[int], normalizer: Tensor, grads: GradientSums) -> tuple[Tensor, Tensor]:
         """Loss [] and sums [4, s] of the sequences from number `first` on, with these boundaries; adds their gradients."""
         start, stop = bounds[0], bounds[-1]
         rows = stop - start if stop - start <= self.longest else self.rows
         ranges = row_ranges(start, stop, max(rows, 1))
-        if self.tiles is None or self.tiles.rows < min(rows, stop - start):
-            self.tiles = None  # free the smaller buffers first
-            self.tiles = Tiles(self.policy, self.reference, min(rows, stop - start))
         cu = self.cu_seqlens[first : first + len(bounds)] - start
         sequence = torch.repeat_interleave(torch.arange(len(bounds) - 1, device=cu.device), cu.diff(), output_size=stop - start)
         kl_sign = self._token_kl_sign(sequence)

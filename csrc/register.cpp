@@ -1,0 +1,220 @@
+// The operators of the namespace tisdpo_cpp: their schemas, the checks of their arguments, and the choice of the kernels.
+//
+// libtorch's stable ABI only, and no Python: one build serves every Python and every later torch. Results are written to tensors that the
+// caller made (tisdpo/ops/cpp_fold.py, which also brings vectors to contiguous float32).
+
+#include "fold.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <optional>
+#include <string>
+
+namespace {
+
+using namespace tisdpo;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// At least so many logits or tokens for each thread.
+constexpr int64_t GRAIN = 32768;
+
+std::string capability() {
+  std::string best = "default";
+#ifdef __x86_64__
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = "avx2";
+  if (best == "avx2" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    best = "avx512";
+#endif
+  const char* asked = std::getenv("TISDPO_CPU_CAPABILITY");
+  if (!asked || !*asked || asked == best) return best;
+  std::string forced = asked;
+  STD_TORCH_CHECK(forced == "default" || (forced == "avx2" && best == "avx512"),
+                  "TISDPO_CPU_CAPABILITY must be default, avx2 or avx512 and no more than this CPU has (", best, "), got ", forced);
+  return forced;
+}
+
+const Kernels& kernels() {
+#ifdef __x86_64__
+  std::string level = capability();
+  if (level == "avx512") return avx512_kernels;
+  if (level == "avx2") return avx2_kernels;
+#endif
+  return default_kernels;
+}
+
+template <class F>
+void over_rows(int64_t rows, int64_t row_size, const F& f) {
+  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, GRAIN / std::max<int64_t>(row_size, 1)), f);
+}
+
+std::string shape(const Tensor& x) {
+  std::string text = "[";
+  for (int64_t i = 0; i < x.dim(); i++) text += (i ? ", " : "") + std::to_string(x.size(i));
+  return text + "]";
+}
+
+// The data of a contiguous CPU vector of n items.
+template <class T>
+T* data(const Tensor& x, const char* name, ScalarType type, int64_t n) {
+  STD_TORCH_CHECK(x.is_cpu(), name, " must be on the CPU, got a tensor elsewhere");
+  STD_TORCH_CHECK(x.scalar_type() == type, name, " must be ", type, ", got ", x.scalar_type());
+  STD_TORCH_CHECK(x.numel() == n, name, " must have ", n, " items, got shape ", shape(x));
+  STD_TORCH_CHECK(x.is_contiguous(), name, " must be contiguous, got strides of another layout for shape ", shape(x));
+  return static_cast<T*>(x.data_ptr());
+}
+
+float* floats(const Tensor& x, const char* name, int64_t n) { return data<float>(x, name, ScalarType::Float, n); }
+
+float* floats(const OptionalTensor& x, const char* name, int64_t n) { return x ? floats(*x, name, n) : nullptr; }
+
+Type type_of(const Tensor& x, const char* name) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return Type::float32;
+    case ScalarType::BFloat16: return Type::bfloat16;
+    case ScalarType::Half: return Type::float16;
+    default: STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16, got ", x.scalar_type());
+  }
+}
+
+// Rows of [n, V] or [B, T, V] with rows * V items, which lie next to each other within a row.
+Rows rows_of(const Tensor& x, const char* name, int64_t rows, int64_t vocabulary) {
+  int64_t d = x.dim();
+  STD_TORCH_CHECK(x.is_cpu(), name, " must be on the CPU, got a tensor elsewhere");
+  STD_TORCH_CHECK((d == 2 || d == 3) && x.size(d - 1) == vocabulary && x.numel() == rows * vocabulary,
+                  name, " must have ", rows, " rows of ", vocabulary, " logits in two or three dimensions, got shape ", shape(x));
+  STD_TORCH_CHECK(x.stride(d - 1) == 1 || vocabulary <= 1, name, " must have stride 1 within a row, got ", x.stride(d - 1));
+  Rows out{static_cast<char*>(x.data_ptr()), type_of(x, name)};
+  out.inner = std::max<int64_t>(1, x.size(d - 2));
+  out.inner_stride = x.stride(d - 2);
+  out.outer_stride = d == 3 ? x.stride(0) : 0;
+  return out;
+}
+
+Fold fold_of(const Tensor& z, const Tensor& target, const OptionalTensor& ref_z, const OptionalTensor& bias, const OptionalTensor& ref_bias,
+             const std::string& kl, double inner, double outer, bool softcap) {
+  STD_TORCH_CHECK(kl.empty() || kl == "reverse" || kl == "forward", "kl must be empty, reverse or forward, got ", kl);
+  STD_TORCH_CHECK(kl.empty() || ref_z, "ref_z must be given with kl=", kl, ", got none");
+  Fold f;
+  int64_t rows = target.numel();
+  f.vocabulary = z.size(z.dim() - 1);
+  f.policy = {rows_of(z, "z", rows, f.vocabulary), floats(bias, "bias", f.vocabulary)};
+  if (ref_z) f.reference = {rows_of(*ref_z, "ref_z", rows, f.vocabulary), floats(ref_bias, "ref_bias", f.vocabulary)};
+  f.target = data<int64_t>(target, "target", ScalarType::Long, rows);
+  for (int64_t i = 0; i < rows; i++)
+    STD_TORCH_CHECK(f.target[i] < f.vocabulary, "target must be below the vocabulary size ", f.vocabulary, ", got ", f.target[i], " at ",
+                    i);
+  f.kl = kl == "reverse" ? KL::reverse : kl == "forward" ? KL::forward : KL::none;
+  f.inner = inner, f.outer = outer, f.softcap = softcap;
+  return f;
+}
+
+// out [5, n]: lse, logp, and where they are asked for ref_lse, ref_logp, KL.
+void statistics(const Tensor& z, const Tensor& target, const OptionalTensor& ref_z, const OptionalTensor& bias,
+                const OptionalTensor& ref_bias, const std::string& kl, double inner, double outer, bool softcap, const Tensor& out) {
+  Fold f = fold_of(z, target, ref_z, bias, ref_bias, kl, inner, outer, softcap);
+  int64_t rows = target.numel();
+  float* p = floats(out, "out", 5 * rows);
+  Statistics columns{p, p + rows, ref_z ? p + 2 * rows : nullptr, ref_z ? p + 3 * rows : nullptr, kl.empty() ? nullptr : p + 4 * rows};
+  const Kernels& run = kernels();
+  over_rows(rows, f.vocabulary, [&](int64_t begin, int64_t end) { run.statistics(f, columns, begin, end); });
+}
+
+// `out` may lie over z: in the same place, as items that are no wider.
+void gradient(const Tensor& z, const Tensor& target, const OptionalTensor& ref_z, const OptionalTensor& bias,
+              const OptionalTensor& ref_bias, const std::string& kl, double inner, double outer, bool softcap, const Tensor& lse,
+              const OptionalTensor& ref_lse, const OptionalTensor& divergence, const OptionalTensor& g_logp, const OptionalTensor& g_kl,
+              const Tensor& out) {
+  Fold f = fold_of(z, target, ref_z, bias, ref_bias, kl, inner, outer, softcap);
+  int64_t rows = target.numel();
+  STD_TORCH_CHECK(kl.empty() || (ref_lse && divergence && g_kl), "ref_lse, divergence and g_kl must be given with kl=", kl, ", got ",
+                  ref_lse.has_value(), ", ", divergence.has_value(), ", ", g_kl.has_value());
+  Statistics stats{floats(lse, "lse", rows), nullptr, floats(ref_lse, "ref_lse", rows), nullptr, floats(divergence, "divergence", rows)};
+  Upstream upstream{floats(g_logp, "g_logp", rows), floats(g_kl, "g_kl", rows)};
+  Rows d = rows_of(out, "out", rows, f.vocabulary);
+  int64_t item = bytes(f.policy.rows.type);
+  STD_TORCH_CHECK(rows == 0 || d.data != f.policy.rows.data || bytes(d.type) <= item, "out over z must have items of at most ", item,
+                  " bytes, got ", bytes(d.type));
+  const Kernels& run = kernels();
+  over_rows(rows, f.vocabulary, [&](int64_t begin, int64_t end) { run.gradient(f, stats, upstream, d, begin, end); });
+}
+
+// The boundaries of sequences, which must stay within the tokens.
+const int64_t* boundaries(const Tensor& cu_seqlens, int64_t tokens) {
+  const int64_t* cu = data<int64_t>(cu_seqlens, "cu_seqlens", ScalarType::Long, cu_seqlens.numel());
+  for (int64_t s = 0; s < cu_seqlens.numel(); s++)
+    STD_TORCH_CHECK(cu[s] >= (s ? cu[s - 1] : 0) && cu[s] <= tokens, "cu_seqlens must not decrease and lie within 0..", tokens,
+                    ", got ", cu[s], " at ", s);
+  return cu;
+}
+
+// sums [3, S]: weighted log-ratio, weighted KL (0 without), log-prob; used [N]: the weights, given, formed from the contrast, or 1.
+void sequence_sums(const Tensor& logps, const Tensor& ref_logps, const OptionalTensor& kl, const Tensor& cu_seqlens,
+                   const OptionalTensor& token_weights, const OptionalTensor& pos_logps, const OptionalTensor& neg_logps, double k,
+                   double mu_chosen, double mu_rejected, double lower, double upper, const Tensor& sums, const Tensor& used) {
+  int64_t N = logps.numel(), S = cu_seqlens.numel() - 1;
+  const int64_t* cu = boundaries(cu_seqlens, N);
+  const float *logp = floats(logps, "logps", N), *ref = floats(ref_logps, "ref_logps", N), *div = floats(kl, "kl", N);
+  const float *weight = floats(token_weights, "token_weights", N), *pos = floats(pos_logps, "pos_logps", N);
+  const float* neg = floats(neg_logps, "neg_logps", N);
+  STD_TORCH_CHECK(!pos == !neg, "pos_logps and neg_logps must come together, got ", !!pos, " and ", !!neg);
+  float *out = floats(sums, "sums", 3 * S), *w_out = floats(used, "used", N);
+  over_rows(S, N / std::max<int64_t>(S, 1), [&](int64_t first, int64_t last) {
+    for (int64_t s = first; s < last; s++) {
+      double D = 0, K = 0, L = 0, mu = s % 2 ? mu_rejected : mu_chosen;
+      for (int64_t i = cu[s]; i < cu[s + 1]; i++) {
+        float w = weight ? weight[i] : pos ? k * std::exp(mu * std::clamp<double>(pos[i] - neg[i], lower, upper)) : 1;
+        w_out[i] = w;
+        D += w * (logp[i] - ref[i]);
+        if (div) K += w * div[i];
+        L += logp[i];
+      }
+      out[s] = D, out[S + s] = K, out[2 * S + s] = L;
+    }
+  });
+}
+
+// out_D, out_K [N] = g [S] of the token's sequence times its weight; 0 for a gradient that is not there.
+void spread(const OptionalTensor& g_D, const OptionalTensor& g_K, const Tensor& weights, const Tensor& cu_seqlens, const Tensor& out_D,
+            const Tensor& out_K) {
+  int64_t N = weights.numel(), S = cu_seqlens.numel() - 1;
+  const int64_t* cu = boundaries(cu_seqlens, N);
+  const float *w = floats(weights, "weights", N), *D = floats(g_D, "g_D", S), *K = floats(g_K, "g_K", S);
+  float *to_D = floats(out_D, "out_D", N), *to_K = floats(out_K, "out_K", N);
+  over_rows(S, N / std::max<int64_t>(S, 1), [&](int64_t first, int64_t last) {
+    for (int64_t s = first; s < last; s++)
+      for (int64_t i = cu[s]; i < cu[s + 1]; i++) to_D[i] = D ? D[s] * w[i] : 0, to_K[i] = K ? K[s] * w[i] : 0;
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(tisdpo_cpp, m) {
+  m.def(
+      "statistics(Tensor z, Tensor target, Tensor? ref_z, Tensor? bias, Tensor? ref_bias, str kl, float inner, float outer, bool softcap, "
+      "Tensor(a!) out) -> ()");
+  m.def(
+      "gradient(Tensor z, Tensor target, Tensor? ref_z, Tensor? bias, Tensor? ref_bias, str kl, float inner, float outer, bool softcap, "
+      "Tensor lse, Tensor? ref_lse, Tensor? divergence, Tensor? g_logp, Tensor? g_kl, Tensor(a!) out) -> ()");
+  m.def(
+      "sequence_sums(Tensor logps, Tensor ref_logps, Tensor? kl, Tensor cu_seqlens, Tensor? token_weights, Tensor? pos_logps, "
+      "Tensor? neg_logps, float k, float mu_chosen, float mu_rejected, float lower, float upper, Tensor(a!) sums, Tensor(b!) used) -> ()");
+  m.def("spread(Tensor? g_D, Tensor? g_K, Tensor weights, Tensor cu_seqlens, Tensor(a!) out_D, Tensor(b!) out_K) -> ()");
+  m.def("capability() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tisdpo_cpp, CPU, m) {
+  m.impl("statistics", TORCH_BOX(&statistics));
+  m.impl("gradient", TORCH_BOX(&gradient));
+  m.impl("sequence_sums", TORCH_BOX(&sequence_sums));
+  m.impl("spread", TORCH_BOX(&spread));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tisdpo_cpp, CompositeExplicitAutograd, m) { m.impl("capability", TORCH_BOX(&capability)); }
