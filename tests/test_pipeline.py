@@ -9,7 +9,7 @@ from tisdpo import pipeline
 from tisdpo.config import load_config
 from tisdpo.errors import InputError
 from tisdpo.stages import last_complete_checkpoint
-from tisdpo.summary import at_equal_kl, compare, interpolated, pieces
+from tisdpo.summary import at_equal_kl, compare, interpolated, notes, pieces
 
 SMALL = """
 name: small
@@ -190,3 +190,21 @@ def test_seconds_of_a_stage_inside_another_count_once(tmp_path, monkeypatch):
         with seed_run.timed("b"):
             pass
     assert seed_run.seconds == {"a": 3.0, "b": 2.0, "outer": 25.0}
+
+
+def test_the_notes_say_where_the_papers_best_construction_does_not_lead():
+    def metrics(rewards, signal=(("S", 11.0), ("D", 9.0))):
+        methods = [{"id": m, "label": m.upper()} for m in rewards]
+        results = [{"method": m, "seed": s, "metrics": {"reward": r + 0.01 * s}} for m, r in rewards.items() for s in (0, 1)]
+        weights = [{"construction": c, "auc": 0.9, "signal_to_noise": value} for c, value in signal]
+        points = [{"method": m, "seed": s, "points": [{"step": 1, "kl": 1.0, "y": r}]} for m, r in rewards.items() for s in (0, 1)]
+        return dict(frontier_y="reward", methods=methods, results=results, weights=weights, frontier=points, seeds=[0, 1])
+
+    behind = notes(metrics({"base": 0.0, "dpo": 0.4, "S": 0.9, "D": 0.8, "oracle": 1.0}))
+    assert any("(D), the best construction of the paper, does not lead here: (S) has the higher mean reward" in n for n in behind)
+    assert any("ORACLE: reward 1.0" in n and "for S" in n for n in behind)
+    assert any("At equal KL" in n and "ORACLE" in n for n in behind)
+    ahead = notes(metrics({"base": 0.0, "dpo": 0.4, "S": 0.7, "D": 0.8}))
+    assert not any("does not lead" in n for n in ahead)
+    zero = notes(metrics({"base": 0.0, "dpo": 0.4, "S": 0.9, "D": 0.8}, signal=(("S", None), ("D", 9.0))))
+    assert not any("does not lead" in n for n in zero)  # weights of 0 have no size to compare

@@ -274,6 +274,12 @@ def notes(metrics: dict) -> list[str]:
             "What AUC does not see is how far these tokens stand out after the clamp (mean |log w| where a token carries reward, over the "
             f"mean elsewhere): {order}. Here the clamp counts: it cuts off large contrasts and leaves the noise on filler."
         )
+        best = max(constructions, key=lambda m: estimate(values[m].values()).mean, default=None)
+        if "D" in constructions and best != "D" and {"D", best} <= set(signal):
+            found.append(
+                f"(D), the best construction of the paper, does not lead here: ({best}) has the higher mean {label}. What decides it is the size "
+                f"of the contrasts against the clamp, not whether they find the tokens; a larger beta of the contrastive DPO makes them smaller."
+            )
     return found
 
 
