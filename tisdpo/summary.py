@@ -277,9 +277,9 @@ def notes(metrics: dict) -> list[str]:
         best = max(constructions, key=lambda m: estimate(values[m].values()).mean, default=None)
         if "D" in constructions and best != "D" and {"D", best} <= set(signal):
             found.append(
-                f"(D), the best construction of the paper, does not lead here: ({best}) has the higher mean {label}. Over other settings "
-                "of the contrastive models (docs/results.md) the size of the contrasts against the clamp decided, not whether they find the "
-                "tokens; a larger beta of the contrastive DPO makes them smaller."
+                f"(D), the best construction of the paper, does not lead here: ({best}) has the higher mean {label}. Over other "
+                "settings of the contrastive models (docs/results.md) the size of the contrasts against the clamp decided, not whether "
+                "they find the tokens; a larger beta of the contrastive DPO makes them smaller."
             )
     return found
 
