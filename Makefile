@@ -19,8 +19,10 @@ lint: $(INSTALLED)  ## style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(INSTALLED)  ## the loss head against plain torch; writes benchmarks/results/
-	$(BIN)/python -m benchmarks.head
+bench: $(INSTALLED)  ## everybody's loss step and training step; writes benchmarks/RESULTS.md
+	$(BIN)/python -m benchmarks.run
+	$(BIN)/python -m benchmarks.end_to_end
+	$(BIN)/python -m benchmarks.plot
 
 kernels: $(INSTALLED)  ## what the compiler makes of the Triton kernels, for GPUs that need not be there
 	$(BIN)/python -m benchmarks.kernel_report

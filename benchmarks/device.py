@@ -13,43 +13,21 @@
 
 import argparse
 import gc
-import json
 import os
-import platform
-import re
 import shutil
-import statistics
 import subprocess
 import sys
 import time
-from dataclasses import asdict
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 
-from benchmarks.head import git
-from benchmarks.registry import (
-    HEADS,
-    MODES,
-    OURS,
-    PROVIDERS,
-    Problem,
-    Provider,
-    Size,
-    Step,
-    forget_compiled,
-    plain,
-    relative_error,
-    versions,
-)
-
-ROOT = Path(__file__).parents[1]
-MIB = 1 << 20
+from benchmarks import roofline
+from benchmarks.measure import ROOT, compare, default_path, environment, reason, save, table
+from benchmarks.registry import HEADS, MODES, PROVIDERS, Size
 
 # (head, mode of the step): limit of our time over the products, from docs/design.md
 GOALS = {("Llama-3-8B", mode.name): limit for mode, limit in zip(MODES, (1.13, 1.15, 1.12, 1.13))}
-EXTRA_GOAL = 1.3e9  # bytes beyond inputs and outputs
 
 SANITIZED = """
 import torch, tisdpo
@@ -108,127 +86,11 @@ def sanitizer() -> dict:
     return {"ran": True, "clean": done.returncode == 0, "tail": done.stdout.splitlines()[-15:] + done.stderr.splitlines()[-15:]}
 
 
-def timed(job, device: str, flush: torch.Tensor | None) -> float:
-    """Seconds of one call; on a GPU by events, with the L2 cache overwritten before."""
-    if device == "cpu":
-        start = time.perf_counter()
-        job()
-        return time.perf_counter() - start
-    flush.zero_()
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    job()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
-
-
-def extra_memory(job, device: str) -> int | None:
-    """Bytes allocated at the peak of one call beyond what was there before and what it hands out."""
-    if device == "cpu":
-        return None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    results = job()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before - sum(x.nbytes for x in results if x is not None)
-
-
-def measure(size: Size, step: Step, providers: list[Provider], rounds: int, device: str, dtype: torch.dtype, check: bool) -> dict:
-    """One row of the table for every provider, and the products; interleaved over the rounds."""
-    forget_compiled()
-    problem = Problem(size, dtype, device)
-    truth = None
-    if check:
-        truth = [None if x is None else x.clone() for x in problem.double().run(plain, step)]
-    flush = None if device == "cpu" else torch.empty(256 * MIB, dtype=torch.int8, device=device)
-    jobs, rows = {}, {}
-    for provider in providers:
-        name, why = provider.name, provider.missing(device, step)
-        if why:
-            rows[name] = {"skipped": why}
-            continue
-
-        def job(loss=provider.loss):
-            return problem.run(loss, step)
-
-        try:
-            results = job()  # compiles
-            rows[name] = {"version": provider.version, "note": provider.note}
-            if truth is not None:
-                parts = zip(("loss", "dHidden", "dWeight"), results, truth)
-                rows[name]["error"] = {part: relative_error(x, y) for part, x, y in parts if x is not None}
-            del results
-            problem.hidden.grad = problem.weight.grad = None
-            rows[name]["extra_bytes"] = extra_memory(job, device)
-            jobs[name] = job
-        except Exception as error:  # a peer that fails here must not end the run
-            rows[name] = {"failed": _reason(error)}
-        problem.hidden.grad = problem.weight.grad = None
-        gc.collect()
-    truth = None
-    out = (torch.empty_like(problem.hidden), torch.empty_like(problem.weight))
-    z = torch.empty(size.tokens, size.vocabulary, dtype=dtype, device=device)
-    seconds = {name: [] for name in [*jobs, "products"]}
-    for _ in range(rounds):
-        seconds["products"].append(timed(lambda: problem.products(step, z, out), device, flush))
-        for name, job in jobs.items():
-            problem.hidden.grad = problem.weight.grad = None
-            try:
-                seconds[name].append(timed(job, device, flush))
-            except Exception as error:  # memory that sufficed alone may not beside the buffers of the products
-                rows[name] = {"failed": _reason(error)}
-                seconds.pop(name)
-        jobs = {name: job for name, job in jobs.items() if name in seconds}
-    products = statistics.median(seconds.pop("products"))
-    for name, values in seconds.items():
-        median = statistics.median(values)
-        rows[name] |= {"seconds": median, "low": min(values), "high": max(values), "ratio": median / products}
-    flop = 2 * size.tokens * size.hidden * size.vocabulary * step.products
-    return {"size": asdict(size), "step": step.name, "products_seconds": products, "products_tflops": flop / products / 1e12, "rows": rows}
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
-
-
-def bandwidth(device: str, rows: int, vocabulary: int, rounds: int) -> dict:
-    """Bytes a second of the folds alone, from their own times, beside a device-to-device copy of the same size."""
-    from tisdpo.kernels import fold
-
-    g = torch.Generator(device).manual_seed(0)
-    z, q = (torch.randn(rows, vocabulary, device=device, generator=g) for _ in range(2))
-    target = torch.randint(vocabulary, (rows,), device=device, generator=g)
-    flush = torch.empty(256 * MIB, dtype=torch.int8, device=device)
-    plain_scaling = (1.0, None, 1.0)
-    one = fold.statistics(z, target, None, None, None, False, None, *plain_scaling)
-    two = fold.statistics(z, target, q, None, None, False, "reverse", *plain_scaling)
-    ones = torch.ones(rows, device=device)
-    narrow = dict(dtype=torch.bfloat16)
-    jobs = {
-        "copy (read and write)": (8, lambda: q.copy_(z)),
-        "statistics, one model": (4, lambda: fold.statistics(z, target, None, None, None, False, None, *plain_scaling)),
-        "statistics, reverse KL": (8, lambda: fold.statistics(z, target, q, None, None, False, "reverse", *plain_scaling)),
-        "gradient to bf16, one model": (
-            6, lambda: fold.gradient(z, target, None, one, None, None, None, None, False, None, *plain_scaling, **narrow),
-        ),
-        "gradient to bf16, reverse KL": (
-            10, lambda: fold.gradient(z, target, q, two, None, ones, None, None, False, "reverse", *plain_scaling, **narrow),
-        ),
-    }  # fmt: skip
-    found = {}
-    for name, (item, job) in jobs.items():
-        job()
-        seconds = statistics.median(timed(job, device, flush) for _ in range(rounds))
-        found[name] = {"seconds": seconds, "terabytes_per_second": item * rows * vocabulary / seconds / 1e12}
-    return found
-
-
 PROFILED = """
 import torch
-from benchmarks.device import bandwidth
-bandwidth("cuda", 2048, 128256, 1)
+from benchmarks.registry import Size
+from benchmarks.roofline import folds
+folds(Size(2048, 4096, 128256), "cuda", torch.bfloat16, 1)
 """
 
 
@@ -258,46 +120,6 @@ def install(wheels: Path) -> list[str]:
     return notes
 
 
-def environment(device: str) -> dict:
-    found = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "revision": git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else ""),
-        "platform": platform.platform(), "versions": versions(),
-    }  # fmt: skip
-    if device == "cuda":
-        p = torch.cuda.get_device_properties(0)
-        found["device"] = {"name": p.name, "capability": f"{p.major}.{p.minor}", "memory": p.total_memory, "sms": p.multi_processor_count}
-        driver = subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm", "--format=csv,noheader"], capture_output=True, text=True
-        )
-        found["driver"] = driver.stdout.strip()
-    return found
-
-
-def table(report: dict) -> str:
-    """The report for a terminal; losing cases stand beside the others."""
-    lines = []
-    for result in report["steps"]:
-        size = result["size"]
-        lines.append(
-            f"\n{result['head']}  N={size['tokens']} H={size['hidden']} V={size['vocabulary']}  {result['step']}: products "
-            f"{1e3 * result['products_seconds']:.2f} ms ({result['products_tflops']:.0f} TFLOP/s)"
-        )
-        goal = GOALS.get((result["head"], result["step"]))
-        for name, row in sorted(result["rows"].items(), key=lambda item: item[1].get("seconds", 9e9)):
-            if "seconds" not in row:
-                lines.append(f"  {name:<32}{row.get('skipped') or row.get('failed')}")
-                continue
-            extra = "" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 1e9:8.2f} GB"
-            error = max(row["error"].values()) if "error" in row else None
-            mark = "" if name != OURS or goal is None else f"  goal <= {goal}: {'holds' if row['ratio'] <= goal else 'MISSED'}"
-            lines.append(
-                f"  {name:<32}{1e3 * row['seconds']:9.2f} ms {row['ratio']:6.2f} x{extra}"
-                + ("" if error is None else f"  error {error:.1e}") + mark
-            )  # fmt: skip
-    return "\n".join(lines)
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.device", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -311,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not args.smoke:
-        print("torch sees no GPU on this machine; --smoke shows that the script works, `python -m benchmarks.head` measures the CPU")
+        print("torch sees no GPU on this machine; --smoke shows that the script works, `python -m benchmarks.run` measures the CPU")
         return 2
     if args.smoke:
         torch.set_num_threads(1)
@@ -321,28 +143,26 @@ def main(argv: list[str] | None = None) -> int:
     if args.wheels:
         report["wheels"] = install(args.wheels)
         print(*report["wheels"], sep="\n")
-    output = args.output or (None if args.smoke else _default_output(report))
+    output = args.output or (None if args.smoke else default_path("device", device, report["date"]))
 
-    def save():
+    def keep():
         if output is not None:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            output.write_text(json.dumps(report, indent=1) + "\n")
+            save(report, output)
 
     if "tests" in parts:
         clock.say("tests marked gpu")
         report["tests"] = gpu_tests(clock, args.smoke)
         print(*report["tests"]["failures"], report["tests"]["summary"], sep="\n", flush=True)
-        save()
+        keep()
     if "bandwidth" in parts and device == "cuda":
         clock.say("bandwidth of the folds")
         try:
-            report["bandwidth"] = bandwidth(device, 2048, 128256, args.rounds)
-            for name, row in report["bandwidth"].items():
-                print(f"  {name:<32}{1e3 * row['seconds']:8.3f} ms {row['terabytes_per_second']:6.2f} TB/s")
+            report["roofline"] = roofline.measure(Size(2048, 4096, 128256), device, torch.bfloat16, args.rounds)
+            print(roofline.table(report["roofline"]))
         except Exception as error:  # the other parts still say something
-            report["bandwidth"] = {"failed": _reason(error)}
-            print(report["bandwidth"]["failed"])
-        save()
+            report["roofline"] = {"failed": reason(error)}
+            print(report["roofline"]["failed"])
+        keep()
     if "steps" in parts:
         heads = {"smoke": (48, 1003)} if args.smoke else HEADS
         tokens = (96,) if args.smoke else (8192, 2048, 16384)
@@ -355,9 +175,9 @@ def main(argv: list[str] | None = None) -> int:
                         continue
                     clock.say(f"{head}, N={n}, {step.name}")
                     size = Size(n, hidden, vocabulary, pairs=max(2, n // 512))
-                    result = measure(size, step, PROVIDERS, args.rounds, device, dtype, check=n <= 2048)
+                    result = compare(size, step, PROVIDERS, args.rounds, device, dtype, check=n <= 2048)
                     report["steps"].append({"head": head} | result)
-                    save()
+                    keep()
                     gc.collect()
                     if device == "cuda":
                         torch.cuda.empty_cache()
@@ -370,19 +190,13 @@ def main(argv: list[str] | None = None) -> int:
         report["nsight"] = nsight()
         print(*report["nsight"].get("csv", [])[:30], report["nsight"].get("reason", ""), sep="\n")
     report["seconds"] = clock.seconds
-    save()
+    keep()
     red = "tests" in report and not report["tests"]["passed"]
-    print("the tests failed: no figure of this run is a result" if red else table(report))
+    print("the tests failed: no figure of this run is a result" if red else table(report["steps"], GOALS))
     print(*report.get("left_out", []), sep="\n")
     if output is not None:
         print(f"written to {output}")
     return 1 if red else 0
-
-
-def _default_output(report: dict) -> Path:
-    name = re.sub(r"[^a-z0-9]+", "-", report["device"]["name"].lower()).strip("-")
-    folder = Path(os.environ["OUT"]) if os.environ.get("OUT") else ROOT / "benchmarks/results"
-    return folder / f"device-{name}-{report['date'][:10]}.json"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What is measured (sizes, steps, inputs) and who is measured (providers): every one of them gets the same tensors in the same process.
 
-Sizes: P pairs, N completion tokens, H hidden, V vocabulary. A step is forward and backward of TIS-DPO's loss from hidden states.
+Sizes: P pairs, N completion tokens, H hidden, V vocabulary. A step is forward and backward of a loss from hidden states; the task of
+most providers is TIS-DPO's loss with arbitrary token weights. A provider that computes less has another `task`, and its own truth.
 """
 
 import importlib.util
@@ -17,13 +18,18 @@ from torch import Tensor
 import tisdpo
 from tisdpo import Objective
 
+IGNORED = -100  # target of a position that does not count
+
 
 @dataclass(frozen=True)
 class Size:
+    """`masked` is the share of the N tokens that are ignored positions."""
+
     tokens: int = 1024
     hidden: int = 1024
     vocabulary: int = 32000
     pairs: int = 8
+    masked: float = 0.0
 
 
 SMOKE = Size(tokens=96, hidden=48, vocabulary=1003, pairs=3)
@@ -34,23 +40,33 @@ HEADS = {"Llama-3-8B": (4096, 128256), "Qwen2.5-3B": (2048, 151936), "Gemma-3-4B
 
 @dataclass(frozen=True)
 class Step:
-    """What is computed: with KL (reverse) and online reference, or without and with the reference's log-probs at hand; head frozen or
-    not."""
+    """What is computed.
 
-    kl: bool = False
+    kl: None, "reverse" or "forward", the sequence KL; online: the reference's log-probs come from its hidden states (a KL term needs
+    them anyway) instead of being at hand; frozen: the head gets no gradient.
+    """
+
+    kl: str | None = None
     frozen: bool = False
+    online: bool = False
+
+    @property
+    def reference_products(self) -> int:
+        return int(self.online or self.kl is not None)
 
     @property
     def products(self) -> int:
         """Head-sized products that one pass needs: logits, dHidden; dWeight of a trainable head; logits of the reference."""
-        return 2 + (not self.frozen) + self.kl
+        return 2 + (not self.frozen) + self.reference_products
 
     @property
     def name(self) -> str:
-        return ("KL, online reference" if self.kl else "no KL") + (", frozen head" if self.frozen else "")
+        names = {None: "online reference" if self.online else "no KL", "reverse": "KL, online reference"}
+        return names.get(self.kl, f"{self.kl} KL, online reference") + (", frozen head" if self.frozen else "")
 
 
-MODES = [Step(), Step(frozen=True), Step(kl=True), Step(kl=True, frozen=True)]
+MODES = [Step(), Step(frozen=True), Step(kl="reverse"), Step(kl="reverse", frozen=True)]
+ALL_MODES = [*MODES, Step(kl="forward"), Step(online=True)]
 
 
 class Problem:
@@ -67,6 +83,8 @@ class Problem:
         self.hidden, self.weight = normal(N, H), normal(V, H, std=H**-0.5)
         self.ref_hidden, self.ref_weight = normal(N, H).mul_(0.1).add_(self.hidden), normal(V, H, std=0.1 * H**-0.5).add_(self.weight)
         self.target = torch.randint(V, (N,), generator=g, device=device)
+        if size.masked:
+            self.target[torch.randperm(N, generator=g, device=device)[: round(size.masked * N)]] = IGNORED
         self.token_weights = torch.rand(N, generator=g, device=device).mul_(1.5).add_(0.5)
         self.ref_logps = torch.full((N,), -8.0, device=device)
         cuts = torch.randperm(N - 1, generator=g, device=device)[: 2 * size.pairs - 1].add_(1).sort().values
@@ -95,7 +113,7 @@ class Problem:
     def products(self, step: Step, z: Tensor, out: tuple[Tensor, Tensor]) -> None:
         """The head-sized products of the step and nothing else; z [N, V] and the gradients' memory are there already."""
         torch.mm(self.hidden, self.weight.T, out=z)
-        if step.kl:
+        if step.reference_products:
             torch.mm(self.ref_hidden, self.ref_weight.T, out=z)
         torch.mm(z, self.weight, out=out[0])
         if not step.frozen:
@@ -103,7 +121,7 @@ class Problem:
 
 
 def objective(step: Step) -> Objective:
-    return Objective.preset("paper" if step.kl else "dpo")
+    return Objective(kl=step.kl)
 
 
 # Ways to compute the loss: (problem, step) -> scalar
@@ -111,37 +129,53 @@ def objective(step: Step) -> Objective:
 
 def fused(p: Problem, step: Step, plan: str = "one_pass", backend: str = "auto") -> Tensor:
     """This library."""
-    reference = dict(ref_hidden=p.ref_hidden, ref_weight=p.ref_weight) if step.kl else dict(ref_logps=p.ref_logps)
+    online = dict(ref_hidden=p.ref_hidden, ref_weight=p.ref_weight)
+    reference = online if step.reference_products else dict(ref_logps=p.ref_logps)
     return tisdpo.linear_tis_dpo_loss(
         p.hidden, p.weight, p.target, p.cu_seqlens, token_weights=p.token_weights, objective=objective(step), plan=plan, backend=backend,
         **reference,
     ).loss  # fmt: skip
 
 
-def plain(p: Problem, step: Step, upcast: bool = False) -> Tensor:
-    """What a careful user writes: every log-softmax once, the reference under no_grad; `upcast`: logits widened to float32 first."""
+def plain(p: Problem, step: Step, upcast: bool = False, weighted: bool = True) -> Tensor:
+    """What a careful user writes: every log-softmax once, the reference under no_grad; `upcast`: logits widened to float32 first.
+
+    Ignored positions are projected with the others and masked afterwards.
+    """
     widen = (lambda z: z.float()) if upcast else (lambda z: z)
     logp = widen(p.hidden @ p.weight.T).log_softmax(-1)
-    logps = logp.gather(-1, p.target[:, None])[:, 0]
-    if not step.kl:
-        return _loss(p, step, logps, p.ref_logps)
-    with torch.no_grad():
-        ref_logp = widen(p.ref_hidden @ p.ref_weight.T).log_softmax(-1)
-    divergence = (logp.exp() * (logp - ref_logp)).sum(-1)
-    return _loss(p, step, logps, ref_logp.gather(-1, p.target[:, None])[:, 0], divergence)
+    ref_logps, divergence = p.ref_logps, None
+    if step.reference_products:
+        with torch.no_grad():
+            ref_logp = widen(p.ref_hidden @ p.ref_weight.T).log_softmax(-1)
+            ref_logps = _at_target(ref_logp, p)
+    if step.kl is not None:
+        first, second = (logp, ref_logp) if step.kl == "reverse" else (ref_logp, logp)
+        divergence = (first.exp() * (first - second)).sum(-1)
+        divergence = divergence if not p.size.masked else divergence.where(p.target != IGNORED, 0.0)
+    return _loss(p, step, _at_target(logp, p), ref_logps, divergence, weighted)
 
 
-def _loss(p: Problem, step: Step, logps: Tensor, ref_logps: Tensor, divergence: Tensor | None = None) -> Tensor:
-    return tisdpo.tis_dpo_loss(logps, ref_logps, p.cu_seqlens, token_weights=p.token_weights, kl=divergence, objective=objective(step)).loss
+def _at_target(logp: Tensor, p: Problem) -> Tensor:
+    if not p.size.masked:
+        return logp.gather(-1, p.target[:, None])[:, 0]
+    return logp.gather(-1, p.target.clamp(min=0)[:, None])[:, 0].where(p.target != IGNORED, 0.0)
+
+
+def _loss(p: Problem, step: Step, logps: Tensor, ref_logps: Tensor, divergence: Tensor | None = None, weighted: bool = True) -> Tensor:
+    weights = p.token_weights if weighted else torch.ones_like(p.token_weights)
+    if p.size.masked:
+        ref_logps = ref_logps.where(p.target != IGNORED, 0.0)
+    return tisdpo.tis_dpo_loss(logps, ref_logps, p.cu_seqlens, token_weights=weights, kl=divergence, objective=objective(step)).loss
 
 
 def per_token(p: Problem, step: Step, logps: Callable[[Tensor, Tensor, Tensor], Tensor], divergence: Callable | None = None) -> Tensor:
     """A library's per-token log-probs (and KL, where it has one) with this library's loss on top."""
-    ref_logps, kl = p.ref_logps, None
-    if step.kl:
+    ref_logps = p.ref_logps
+    if step.reference_products:
         with torch.no_grad():
             ref_logps = logps(p.ref_hidden, p.ref_weight, p.target)
-        kl = divergence(p)
+    kl = None if step.kl is None else divergence(p, step)
     return _loss(p, step, logps(p.hidden, p.weight, p.target), ref_logps, kl)
 
 
@@ -157,19 +191,19 @@ def forget_compiled() -> None:
 def compiled(p: Problem, step: Step, upcast: bool) -> Tensor:
     """`plain` under torch.compile, one graph for every kind of step."""
     if (step, upcast) not in _compiled:
-        _compiled[step, upcast] = torch.compile(partial(_compiled_body, step=step, upcast=upcast), dynamic=False)
+        _compiled[step, upcast] = torch.compile(partial(_compiled_body, size=p.size, step=step, upcast=upcast), dynamic=False)
     return _compiled[step, upcast](p.hidden, p.weight, p.ref_hidden, p.ref_weight, p.target, p.token_weights, p.ref_logps, p.cu_seqlens)
 
 
-def _compiled_body(hidden, weight, ref_hidden, ref_weight, target, token_weights, ref_logps, cu_seqlens, step, upcast):
+def _compiled_body(hidden, weight, ref_hidden, ref_weight, target, token_weights, ref_logps, cu_seqlens, size, step, upcast):
     p = object.__new__(Problem)
     p.hidden, p.weight, p.ref_hidden, p.ref_weight, p.target = hidden, weight, ref_hidden, ref_weight, target
-    p.token_weights, p.ref_logps, p.cu_seqlens = token_weights, ref_logps, cu_seqlens
+    p.token_weights, p.ref_logps, p.cu_seqlens, p.size = token_weights, ref_logps, cu_seqlens, size
     return plain(p, step, upcast)
 
 
-def _torch_linear_cross_entropy(hidden, weight, target):
-    options = torch.nn.LinearCrossEntropyOptions()  # chunks, with the release's own defaults
+def _torch_linear_cross_entropy(hidden, weight, target, options=None):
+    options = torch.nn.LinearCrossEntropyOptions(**(options or {}))
     return -F.linear_cross_entropy(hidden, weight, target, reduction="none", options=options)
 
 
@@ -179,10 +213,11 @@ def _trl_logps(hidden, weight, target):
     return ChunkedLogProbFunction.apply(hidden, weight, None, target, 1.0, 32768, None, 1.0, ())[0]
 
 
-def _trl_divergence(p: Problem) -> Tensor:
+def _trl_divergence(p: Problem, step: Step) -> Tensor:
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-    return ChunkedDivergenceFunction.apply(p.hidden, p.weight, None, p.ref_hidden, p.ref_weight, None, 1.0)[0]
+    direction = {"reverse": 1.0, "forward": 0.0}[step.kl]
+    return ChunkedDivergenceFunction.apply(p.hidden, p.weight, None, p.ref_hidden, p.ref_weight, None, direction)[0]
 
 
 def _liger_logps(hidden, weight, target):
@@ -191,27 +226,56 @@ def _liger_logps(hidden, weight, target):
     return -LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, target)
 
 
+def _liger_dpo(p: Problem, step: Step) -> Tensor:
+    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+
+    def batch(x: Tensor, fill: float) -> Tensor:  # [2P, T, ...]: chosen rows first, padded
+        rows = x.split(p.cu_seqlens.diff().tolist())
+        return torch.nn.utils.rnn.pad_sequence([*rows[0::2], *rows[1::2]], batch_first=True, padding_value=fill)
+
+    loss = LigerFusedLinearDPOLoss(beta=objective(step).beta, use_ref_model=True)
+    return loss(p.weight, batch(p.hidden, 0.0), batch(p.target, IGNORED), None, batch(p.ref_hidden, 0.0), p.ref_weight)[0]
+
+
 def _cce_logps(hidden, weight, target):
     from cut_cross_entropy import linear_cross_entropy
 
     return -linear_cross_entropy(hidden, weight, target, reduction="none", filter_eps=None)  # exact: no gradient is filtered away
 
 
+def _quack(p: Problem, step: Step) -> Tensor:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return chunked_linear_cross_entropy(p.hidden, p.weight, p.target)
+
+
+def _cross_entropy(p: Problem, step: Step) -> Tensor:
+    return F.cross_entropy(p.hidden @ p.weight.T, p.target)
+
+
+# What a provider computes, and how plain torch computes the same in float64
+TASKS = {"TIS-DPO": plain, "DPO": partial(plain, weighted=False), "mean cross-entropy": _cross_entropy}
+
+
 @dataclass(frozen=True)
 class Provider:
     """Somebody who computes the step.
 
-    package: what must be importable; devices: where it runs; kl: whether it can compute the KL term; note: what a reader should know.
+    package: what must be importable; devices: where it runs; task: a key of `TASKS`; modes: the steps it can compute (None: all);
+    masked: whether it takes ignored positions; note: what a reader should know.
     """
 
     name: str
     loss: Callable[[Problem, Step], Tensor]
     package: str = "torch"
     devices: tuple[str, ...] = ("cpu", "cuda", "xpu")
+    task: str = "TIS-DPO"
     kl: bool = True
+    modes: tuple[Step, ...] | None = None
+    masked: bool = False
     note: str = ""
 
-    def missing(self, device: str, step: Step | None = None) -> str:
+    def missing(self, device: str, step: Step | None = None, size: Size | None = None) -> str:
         """Why it does not take part, or ""."""
         if importlib.util.find_spec(self.package) is None:
             return f"{self.package} is not installed"
@@ -219,8 +283,12 @@ class Provider:
             return f"does not run on {device}"
         if self.name.startswith("F.linear_cross_entropy") and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
             return f"torch {torch.__version__} does not have it"
-        if step is not None and step.kl and not self.kl:
+        if step is not None and step.kl is not None and not self.kl:
             return "has no KL"
+        if step is not None and self.modes is not None and step not in self.modes:
+            return "computes " + " or ".join(mode.name for mode in self.modes) + " only"
+        if size is not None and size.masked and not self.masked:
+            return "not measured with masked tokens"
         return ""
 
     @property
@@ -232,16 +300,24 @@ class Provider:
 GPU = ("cuda",)
 OURS = "tisdpo one pass"
 PROVIDERS = [
-    Provider(OURS, fused, "tisdpo"),
-    Provider("tisdpo two passes", partial(fused, plan="two_pass"), "tisdpo"),
-    Provider("plain torch", plain, note="log-softmax in the dtype of the model"),
-    Provider("plain torch, float32 logits", partial(plain, upcast=True)),
+    Provider(OURS, fused, "tisdpo", masked=True),
+    Provider("tisdpo two passes", partial(fused, plan="two_pass"), "tisdpo", masked=True),
+    Provider("tisdpo one pass, torch folds", partial(fused, backend="torch"), "tisdpo", masked=True),
+    Provider("plain torch", plain, masked=True, note="log-softmax in the dtype of the model"),
+    Provider("plain torch, float32 logits", partial(plain, upcast=True), masked=True),
     Provider("torch.compile", partial(compiled, upcast=False)),
     Provider("torch.compile, float32 logits", partial(compiled, upcast=True)),
-    Provider("F.linear_cross_entropy", partial(per_token, logps=_torch_linear_cross_entropy), kl=False),
+    Provider("F.linear_cross_entropy", partial(per_token, logps=_torch_linear_cross_entropy), kl=False, note="the release's own chunks"),
+    Provider(
+        "F.linear_cross_entropy, one chunk",
+        partial(per_token, logps=partial(_torch_linear_cross_entropy, options={"chunking_method": None})),
+        kl=False,
+    ),
     Provider("TRL chunked", partial(per_token, logps=_trl_logps, divergence=_trl_divergence), "trl", note="log-probs and KL composed"),
     Provider("Liger scaled CE", partial(per_token, logps=_liger_logps), "liger_kernel", GPU, kl=False),
+    Provider("Liger DPO", _liger_dpo, "liger_kernel", task="DPO", modes=(Step(online=True),), note="no token weights, padded batch"),
     Provider("Cut Cross-Entropy, exact", partial(per_token, logps=_cce_logps), "cut_cross_entropy", GPU, kl=False),
+    Provider("quack", _quack, "quack", GPU, "mean cross-entropy", modes=(Step(),), note="one scalar: no token weights, no pairs"),
 ]
 
 

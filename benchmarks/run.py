@@ -1,75 +1,162 @@
-"""Everybody's loss step at one head, in one process, beside the matrix products it cannot do without.
+"""Everybody's loss step, in one process, beside the matrix products it cannot do without: time, peak memory, error.
 
-    python -m benchmarks.run                                            # float32, N=1024, H=1024, V=32000, this machine's device
-    python -m benchmarks.run --dtype bfloat16 --hidden 896 --vocabulary 151936
-    python -m benchmarks.run --providers tisdpo TRL --rounds 3          # only those whose name contains one of the words
-    python -m benchmarks.run --list
+    python -m benchmarks.run                                  # all parts on this machine's device; JSON into benchmarks/results/
+    python -m benchmarks.run steps --dtype bfloat16 --hidden 896 --vocabulary 151936
+    python -m benchmarks.run steps --modes 0 2 --providers tisdpo TRL --rounds 3    # only those whose name contains one of the words
+    python -m benchmarks.run --list                           # who takes part here, and why somebody doesn't
+    python -m benchmarks.run --smoke                          # tiny sizes, to see that it works
 
-Ratios are to the products in the same dtype, measured in the same rounds; errors are relative, against float64, for the loss and the
-gradients. A provider that does not run here stands in the table with the reason. Peak memory on a CPU is in `python -m benchmarks.head`.
+Parts: `steps`, every kind of step at one head; `scaling`, time against tokens, vocabulary and the share of ignored positions;
+`roofline`, the machine's ceilings and the folds. `python -m benchmarks.end_to_end` measures whole training steps, `python -m
+benchmarks.plot` makes RESULTS.md of all of it. The tests of the measured functions run first, and nothing is timed on red; a provider
+that differs from float64 by more than its dtype explains stands in the table with its error and without a time.
 """
 
 import argparse
-import json
+import math
+import statistics
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
-from benchmarks.device import environment, measure, table
-from benchmarks.head import cpu_name
-from benchmarks.registry import MODES, PROVIDERS, SMOKE, Size
+from benchmarks import roofline
+from benchmarks.measure import MIB, compare, default_path, environment, fresh_process, op_tests, peak_memory, save, table
+from benchmarks.registry import ALL_MODES, MODES, OURS, PROVIDERS, SMOKE, Provider, Size, Step
+
+PARTS = ("steps", "scaling", "roofline")
+
+# Time over the products: (step): limit on a CPU, docs/design.md G6
+GOALS = {"float32": {Step().name: 1.15, Step("reverse").name: 1.25}, "bfloat16": {Step().name: 1.2, Step("reverse").name: 1.3}}
+
+# What is varied, and the size around it. The head is small enough that the largest point takes seconds.
+CURVES = {
+    "tokens": (Size(hidden=512, vocabulary=16000), (128, 256, 512, 1024, 2048, 4096)),
+    "vocabulary": (Size(tokens=512, hidden=512), (2000, 4000, 8000, 16000, 32000, 64000, 128000)),
+    "masked": (Size(tokens=2048, hidden=512, vocabulary=16000), (0.0, 0.25, 0.5, 0.75, 0.9)),
+}
+SMOKE_MEMORY = Size(512, 64, 8003, 4)  # large enough to raise a process's high-water mark
+IN_CURVES = (OURS, "tisdpo two passes", "plain torch", "TRL chunked")
 
 
-def main(argv: list[str] | None = None) -> int:
+def measure_steps(args, size: Size, modes: list[Step], providers: list[Provider], device: str, dtype: torch.dtype) -> list[dict]:
+    results = []
+    for step in modes:
+        print(f"{step.name} ...", flush=True)
+        memory = 0 if args.no_memory or args.smoke else 3
+        result = compare(size, step, providers, args.rounds, device, dtype, not args.no_check, memory)
+        results.append({"head": str(dtype).removeprefix("torch.")} | result)
+    return results
+
+
+def measure_scaling(curve: str, rounds: int, device: str, dtype: torch.dtype, smoke: bool) -> dict:
+    """Medians of the step without KL at every point of a curve, and each provider's exponent."""
+    size, values = CURVES[curve]
+    if smoke:
+        size, values = replace(SMOKE, masked=0.0), (values[:2] if curve == "masked" else (64, 128))
+    providers = [p for p in PROVIDERS if p.name in IN_CURVES]
+    points = []
+    for value in values:
+        print(f"{curve} = {value} ...", flush=True)
+        result = compare(replace(size, **{curve: value}), Step(), providers, rounds, device, dtype, check=value == values[0])
+        points.append({"value": value} | result)
+    return {"size": asdict(size), "points": points, "fits": {p.name: fit(curve, points, p.name) for p in providers}}
+
+
+def fit(curve: str, points: list[dict], provider: str) -> dict[str, float]:
+    """tokens, vocabulary: b of time ~ value**b, least squares of the logarithms over the upper half of the curve (below it, fixed costs
+    count). masked: the largest departure of time from the share of unmasked tokens, relative to the time without masked ones."""
+    timed = [(p["value"], p["rows"][provider]["seconds"]) for p in points if "seconds" in p["rows"][provider]]
+    if len(timed) < 2:
+        return {}
+    if curve == "masked":
+        (_, whole), *others = timed
+        return {"departure": max(abs(seconds / whole - (1 - share)) for share, seconds in others)}
+    x, y = zip(*((math.log(value), math.log(seconds)) for value, seconds in timed[len(timed) // 2 - 1 :]))
+    slope, _ = statistics.linear_regression(x, y)
+    return {"exponent": slope}
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (default: all)")
     for name, value in asdict(Size()).items():
-        parser.add_argument(f"--{name}", type=int, default=value, help=f"default {value}")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument(
-        "--modes",
-        type=int,
-        nargs="+",
-        choices=range(4),
-        default=[0, 1, 2, 3],
-        help="; ".join(f"{i}: {m.name}" for i, m in enumerate(MODES)),
-    )
-    parser.add_argument("--providers", nargs="+", default=[""], help="words of the names to take part (default: all)")
-    parser.add_argument("--rounds", type=int, default=5, help="repetitions (default 5)")
-    parser.add_argument("--threads", type=int, help="threads of torch on a CPU")
-    parser.add_argument("--no-check", action="store_true", help="leave out the comparison with float64, which takes memory and time")
-    parser.add_argument("--smoke", action="store_true", help="a tiny size, two rounds: to see that it works")
+        parser.add_argument(f"--{name}", type=type(value), help=f"of `steps` (default {value})")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, bfloat16 on a GPU")
+    modes = "; ".join(f"{i}: {m.name}" for i, m in enumerate(ALL_MODES))
+    parser.add_argument("--modes", type=int, nargs="+", choices=range(len(ALL_MODES)), help=f"of `steps` (default all): {modes}")
+    parser.add_argument("--providers", nargs="+", default=[""], help="words of the names to take part in `steps` (default: all)")
+    parser.add_argument("--rounds", type=int, help="repetitions (default 7)")
+    parser.add_argument("--threads", type=int, help="threads of torch on a CPU (default: its own choice)")
+    parser.add_argument("--no-tests", action="store_true", help="don't run the tests of the measured functions first")
+    parser.add_argument("--no-check", action="store_true", help="no comparison with float64, which takes memory and time")
+    parser.add_argument("--no-memory", action="store_true", help="no peak memory, which takes three fresh processes a figure on a CPU")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, two rounds, no tests, nothing written without --output")
     parser.add_argument("--list", action="store_true", help="print the providers and whether they run here")
-    parser.add_argument("--output", type=Path, help="also write the figures as JSON")
+    parser.add_argument("--output", type=Path, help="JSON file (default: results/cpu-<dtype>-<device>-<date>.json or gpu-...)")
     args = parser.parse_args(argv)
+    if unknown := set(args.parts) - set(PARTS):
+        parser.error(f"there is no part {', '.join(sorted(unknown))}; parts are {', '.join(PARTS)}")
+    if args.rounds is not None and args.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {args.rounds}")
+    args.parts, args.rounds = args.parts or PARTS, args.rounds or (2 if args.smoke else 7)
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     providers = [p for p in PROVIDERS if any(word.lower() in p.name.lower() for word in args.providers)]
     if not providers:
-        print(
-            f"no provider's name contains {' or '.join(args.providers)}; there are: {', '.join(p.name for p in PROVIDERS)}", file=sys.stderr
-        )
+        words, names = " or ".join(args.providers), ", ".join(p.name for p in PROVIDERS)
+        print(f"no provider's name contains {words}; there are: {names}", file=sys.stderr)
         return 2
     if args.list:
         for p in providers:
-            print(f"{p.name:<32}{p.missing(device) or p.version}{'' if p.kl else '; has no KL'}")
+            less = "" if p.task == "TIS-DPO" else f"; computes {p.task} only"
+            print(f"{p.name:<36}{p.missing(device) or p.version}{'' if p.kl else '; has no KL'}{less}")
         return 0
     if args.threads:
         torch.set_num_threads(args.threads)
-    size = SMOKE if args.smoke else Size(args.tokens, args.hidden, args.vocabulary, args.pairs)
-    report = environment(device) | {"dtype": args.dtype, "threads": torch.get_num_threads(), "steps": []}
-    report.setdefault("device", {"name": cpu_name()})
-    for mode in args.modes:
-        print(f"{MODES[mode].name} ...", flush=True)
-        rounds = 2 if args.smoke else args.rounds
-        result = measure(size, MODES[mode], providers, rounds, device, getattr(torch, args.dtype), check=not args.no_check)
-        report["steps"].append({"head": args.dtype} | result)
-    print(table(report))
-    if args.output:
-        args.output.write_text(json.dumps(report, indent=1) + "\n")
-        print(f"written to {args.output}")
+    if not (args.smoke or args.no_tests):
+        print("tests of the measured functions ...", flush=True)
+        if failures := op_tests():
+            print(failures, "the tests failed, so nothing is timed", sep="\n", file=sys.stderr)
+            return 1
+    dtype = getattr(torch, args.dtype or ("bfloat16" if device == "cuda" else "float32"))
+    size = Size(**{name: getattr(args, name) or value for name, value in asdict(SMOKE if args.smoke else Size()).items()})
+    modes = [ALL_MODES[i] for i in args.modes] if args.modes else (MODES if args.smoke else ALL_MODES)
+    report = environment(device) | {"dtype": str(dtype).removeprefix("torch."), "goals": GOALS}
+    kind = f"{'gpu' if device == 'cuda' else 'cpu'}-{report['dtype']}"
+    output = args.output or (None if args.smoke else default_path(kind, device, report["date"]))
+
+    def keep():
+        if output is not None:
+            save(report, output)
+
+    if "roofline" in args.parts:
+        report["roofline"] = {"size": asdict(size)} | roofline.measure(size, device, dtype, args.rounds)
+        print(roofline.table(report["roofline"]), flush=True)
+        keep()
+    if "steps" in args.parts:
+        report["steps"] = measure_steps(args, size, modes, providers, device, dtype)
+        print(table(report["steps"], {(kind, step): x for kind, goals in GOALS.items() for step, x in goals.items()}), flush=True)
+        keep()
+        if args.smoke:
+            peak = fresh_process(peak_memory, OURS, SMOKE_MEMORY, Step(), dtype, 1)
+            print(f"peak memory of one pass at N={SMOKE_MEMORY.tokens}, V={SMOKE_MEMORY.vocabulary}: {peak / MIB:.0f} MiB")
+    if "scaling" in args.parts:
+        report["scaling"] = {}
+        for curve in CURVES:
+            report["scaling"][curve] = measure_scaling(curve, args.rounds, device, dtype, args.smoke)
+            for name, found in report["scaling"][curve]["fits"].items():
+                print(f"  {name:<36}" + ", ".join(f"{key} {value:.2f}" for key, value in found.items()), flush=True)
+            keep()
+    if output is not None:
+        print(f"written to {output}")
     return 0
 
 

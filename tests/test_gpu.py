@@ -88,18 +88,18 @@ def test_offsets_beyond_32_bits():
 def test_the_host_waits_once():
     problem = Problem(SMALL, torch.bfloat16, "cuda")
     problem.target[::7] = -100
-    problem.run(fused, Step(kl=True))
+    problem.run(fused, Step(kl="reverse"))
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as found:
             warnings.simplefilter("always")
-            problem.run(fused, Step(kl=True))
+            problem.run(fused, Step(kl="reverse"))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len([w for w in found if "synchroniz" in str(w.message)]) == 1, [str(w.message) for w in found]
 
 
-@pytest.mark.parametrize("step", [Step(), Step(kl=True)], ids=lambda s: s.name)
+@pytest.mark.parametrize("step", [Step(), Step(kl="reverse")], ids=lambda s: s.name)
 def test_cuda_graphs(step):
     problem = Problem(SMALL, torch.bfloat16, "cuda")
     problem.target[::7] = -100
@@ -123,7 +123,7 @@ def test_cuda_graphs(step):
 
 def test_compiled_without_a_graph_break():
     problem = Problem(SMALL, torch.bfloat16, "cuda")
-    expected = problem.run(fused, Step(kl=True))
+    expected = problem.run(fused, Step(kl="reverse"))
     torch._dynamo.reset()
 
     def loss(hidden, weight):
@@ -133,7 +133,7 @@ def test_compiled_without_a_graph_break():
         ).loss  # fmt: skip
 
     compiled = torch.compile(loss, fullgraph=True)
-    results = problem.run(lambda p, s: compiled(p.hidden, p.weight), Step(kl=True))
+    results = problem.run(lambda p, s: compiled(p.hidden, p.weight), Step(kl="reverse"))
     torch.testing.assert_close(results, expected, rtol=1e-3, atol=1e-6)
 
 
@@ -145,8 +145,8 @@ def test_autocast_and_checkpointing():
             return torch.utils.checkpoint.checkpoint(fused, p, step, use_reentrant=False)
 
     low = Problem(SMALL, torch.float32, "cuda")
-    truth = low.double().run(plain, Step(kl=True))
-    assert max(error(problem.run(checkpointed, Step(kl=True)), truth)) < 0.02
+    truth = low.double().run(plain, Step(kl="reverse"))
+    assert max(error(problem.run(checkpointed, Step(kl="reverse")), truth)) < 0.02
 
 
 def test_peak_memory_stays_within_the_budget(monkeypatch):

@@ -1,0 +1,298 @@
+"""How things are measured: environment, interleaved times, peak memory, agreement with float64.
+
+Times are interleaved over rounds, providers in turn, so that whatever else the machine does falls on all alike; a ratio is a quotient of
+medians of one run. On a GPU by events, with the L2 cache overwritten before every call. Peak memory is the allocator's on a GPU, and the
+growth of the high-water mark of a fresh process on a CPU, beyond inputs and the gradients handed out.
+"""
+
+import gc
+import json
+import multiprocessing
+import os
+import platform
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+from benchmarks.registry import (
+    OURS,
+    PROVIDERS,
+    SMOKE,
+    TASKS,
+    Problem,
+    Provider,
+    Size,
+    Step,
+    forget_compiled,
+    relative_error,
+    versions,
+)
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results"
+MIB = 1 << 20
+
+# What a provider may differ from the float64 truth, relative, loss and gradients. float32: a thousandth of what a wrong formula gives;
+# 16 bits: rounded logits alone cost 0.4 % a number.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+
+OP_TESTS = ("tests/test_one_pass.py", "tests/test_token_stats.py", "tests/test_cpp.py")
+
+
+# Environment
+
+
+def git(*arguments: str) -> str:
+    result = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=ROOT)
+    return result.stdout.strip() if result.returncode == 0 else "unknown"
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def environment(device: str) -> dict:
+    """What the figures depend on: device, load, versions, revision, date."""
+    from tisdpo.ops import backend
+
+    found = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "revision": git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else ""),
+        "platform": platform.platform(), "versions": versions(), "backend": backend.resolve("auto", device),
+    }  # fmt: skip
+    if device != "cuda":
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        cpu = {"name": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "memory": memory}
+        return found | {"device": cpu | {"vectors": torch.backends.cpu.get_cpu_capability(), "load_before": os.getloadavg()[0]}}
+    p = torch.cuda.get_device_properties(0)
+    found["device"] = {"name": p.name, "capability": f"{p.major}.{p.minor}", "memory": p.total_memory, "sms": p.multi_processor_count}
+    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm", "--format=csv,noheader"]
+    found["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+    return found
+
+
+def op_tests() -> str:
+    """ "" where the tests of the measured functions pass, else the end of their output."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *OP_TESTS]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return "" if done.returncode == 0 else "\n".join(done.stdout.splitlines()[-30:])
+
+
+def default_path(kind: str, device: str, date: str) -> Path:
+    """Where the figures of a run go: results/<kind>-<device>-<day>.json, or $OUT/..."""
+    name = re.sub(r"[^a-z0-9]+", "-", (torch.cuda.get_device_name(0) if device == "cuda" else cpu_name()).lower()).strip("-")
+    folder = Path(os.environ["OUT"]) if os.environ.get("OUT") else RESULTS
+    return folder / f"{kind}-{name}-{date[:10]}.json"
+
+
+def save(report: dict, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+# Time
+
+
+def l2_flush(device: str) -> torch.Tensor | None:
+    """What `timed` overwrites to empty a GPU's L2 cache."""
+    return None if device == "cpu" else torch.empty(256 * MIB, dtype=torch.int8, device=device)
+
+
+def timed(job, device: str, flush: torch.Tensor | None) -> float:
+    """Seconds of one call; on a GPU by events, with the L2 cache overwritten before."""
+    if device == "cpu":
+        start = time.perf_counter()
+        job()
+        return time.perf_counter() - start
+    flush.zero_()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    job()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def summary(seconds: list[float]) -> dict[str, float]:
+    """Median, 20th and 80th percentile, and how many repetitions there were."""
+    low, high = (statistics.quantiles(seconds, n=5)[i] for i in (0, 3)) if len(seconds) > 1 else (seconds[0], seconds[0])
+    return {"seconds": statistics.median(seconds), "p20": max(low, min(seconds)), "p80": min(high, max(seconds)), "rounds": len(seconds)}
+
+
+def interleaved(jobs: dict, rounds: int, device: str, failed: dict | None = None) -> dict[str, dict]:
+    """`summary` of every job, run in turn `rounds` times; with `failed`, a job that raises leaves and its reason is noted there."""
+    flush, seconds = l2_flush(device), {name: [] for name in jobs}
+    for _ in range(rounds):
+        for name in list(seconds):
+            try:
+                seconds[name].append(timed(jobs[name], device, flush))
+            except Exception as error:
+                if failed is None:
+                    raise
+                failed[name] = reason(error)
+                del seconds[name]
+    return {name: summary(values) for name, values in seconds.items()}
+
+
+def reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+
+
+# Memory
+
+
+def allocator_peak(job) -> int:
+    """Bytes allocated on the GPU at the peak of one call beyond what was there before and what it hands out."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    results = job()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before - sum(x.nbytes for x in results if x is not None)
+
+
+def high_water() -> int:
+    """Largest resident size of this process so far, bytes.
+
+    Linux: VmHWM, which starts afresh with a process; ru_maxrss would begin at the size of the process that started this one.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text()).group(1)) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def growth(job) -> int:
+    """Bytes by which one call raises this process's high-water mark, which is set to the present size first where the system allows."""
+    gc.collect()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    before = high_water()
+    job()
+    return high_water() - before
+
+
+def fresh_process(function, *arguments):
+    """The result of a function called in a new process that has imported this module and computed nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.measure"])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def peak_memory(provider: str, size: Size, step: Step, dtype: torch.dtype, threads: int) -> int:
+    """Bytes of one step on a CPU beyond inputs and gradients; to be called in a fresh process."""
+    torch.set_num_threads(threads)
+    loss = next(p.loss for p in PROVIDERS if p.name == provider)
+    Problem(SMOKE, dtype).run(loss, step)  # loads code and starts threads
+    problem, results = Problem(size, dtype), []
+    peak = growth(lambda: results.extend(problem.run(loss, step)))
+    if peak <= 0:
+        raise RuntimeError("the step did not raise the high-water mark, so its memory cannot be measured this way")
+    return max(peak - sum(x.nbytes for x in results if x is not None), 0)
+
+
+# One row of a table for every provider
+
+
+def compare(
+    size: Size, step: Step, providers: list[Provider], rounds: int, device: str, dtype: torch.dtype,
+    check: bool = True, memory: int = 0,
+) -> dict:  # fmt: skip
+    """Time (medians over `rounds`), error and peak memory of everybody's step, beside the matrix products it cannot do without.
+
+    check: compare with float64 first; who disagrees is not timed. memory: fresh processes a provider for the peak on a CPU (median), where
+    0 leaves it out; on a GPU it is always measured.
+    """
+    forget_compiled()
+    problem = Problem(size, dtype, device)
+    truths = {}
+    jobs, rows = {}, {}
+    for provider in providers:
+        why = provider.missing(device, step, size)
+        if why:
+            rows[provider.name] = {"skipped": why}
+            continue
+
+        def job(loss=provider.loss):
+            problem.hidden.grad = problem.weight.grad = None
+            return problem.run(loss, step)
+
+        row = rows[provider.name] = {"version": provider.version, "task": provider.task, "note": provider.note}
+        try:
+            results = job()  # compiles
+            if check:
+                if provider.task not in truths:
+                    truth = problem.double().run(TASKS[provider.task], step)
+                    truths[provider.task] = [None if x is None else x.to(torch.float32 if x.dim() else x.dtype) for x in truth]
+                parts = list(zip(("loss", "dHidden", "dWeight"), results, truths[provider.task]))
+                row["error"] = {part: relative_error(x, y) for part, x, y in parts if x is not None}
+                wrong = [f"{part} is off by {e:.1e}" for part, e in row["error"].items() if not e <= TOLERANCE[dtype]]
+                if wrong:
+                    row["failed"] = f"{', '.join(wrong)} (relative, allowed {TOLERANCE[dtype]:.0e}), so it was not timed"
+                    continue
+            del results
+            if device == "cuda":
+                row["extra_bytes"] = allocator_peak(job)
+            elif memory:
+                arguments = (peak_memory, provider.name, size, step, dtype, torch.get_num_threads())
+                row["extra_bytes"] = statistics.median(fresh_process(*arguments) for _ in range(memory))
+            jobs[provider.name] = job
+        except Exception as error:  # a peer that fails here must not end the run
+            row["failed"] = reason(error)
+        finally:
+            problem.hidden.grad = problem.weight.grad = None
+            gc.collect()
+    truths.clear()
+    out = (torch.empty_like(problem.hidden), torch.empty_like(problem.weight))
+    z = torch.empty(size.tokens, size.vocabulary, dtype=dtype, device=device)
+    failed = {}
+    times = interleaved({"products": lambda: problem.products(step, z, out), **jobs}, rounds, device, failed)
+    for name, why in failed.items():  # memory that sufficed alone may not beside the buffers of the products
+        rows[name]["failed"] = why
+    products = times.pop("products")
+    for name, figures in times.items():
+        rows[name] |= figures | {"ratio": figures["seconds"] / products["seconds"]}
+    flop = 2 * size.tokens * size.hidden * size.vocabulary * step.products
+    return {
+        "size": asdict(size), "step": step.name, "products": step.products, "dtype": str(dtype).removeprefix("torch."),
+        "products_seconds": products["seconds"], "products_tflops": flop / products["seconds"] / 1e12, "rows": rows,
+    }  # fmt: skip
+
+
+def table(steps: list[dict], goals: dict[tuple[str, str], float] | None = None) -> str:
+    """Results of `compare` for a terminal; losing cases stand beside the others. goals: limits of our ratio by (head, step)."""
+    lines = []
+    for result in steps:
+        size = result["size"]
+        masked = f" masked={size['masked']:.0%}" if size["masked"] else ""
+        lines.append(
+            f"\n{result.get('head', '')} {result['dtype']}  N={size['tokens']} H={size['hidden']} V={size['vocabulary']}{masked}  "
+            f"{result['step']}: {result['products']} products {1e3 * result['products_seconds']:.2f} ms "
+            f"({result['products_tflops']:.3g} TFLOP/s)"
+        )
+        goal = (goals or {}).get((result.get("head"), result["step"]))
+        for name, row in sorted(result["rows"].items(), key=lambda item: item[1].get("seconds", 9e9)):
+            if "seconds" not in row:
+                lines.append(f"  {name:<34}{row.get('skipped') or row.get('failed')}")
+                continue
+            extra = f"{row['extra_bytes'] / MIB:9.0f} MiB" if row.get("extra_bytes") is not None else ""
+            error = f"  error {max(row['error'].values()):.1e}" if "error" in row else ""
+            mark = "" if row["task"] == "TIS-DPO" else f"  computes {row['task']} only"
+            if name == OURS and goal is not None:
+                mark += f"  goal <= {goal}: {'holds' if row['ratio'] <= goal else 'MISSED'}"
+            lines.append(f"  {name:<34}{1e3 * row['seconds']:10.2f} ms {row['ratio']:6.2f} x{extra}{error}{mark}")
+    return "\n".join(lines)

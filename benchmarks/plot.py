@@ -1,0 +1,336 @@
+"""RESULTS.md, its plots and the README's figures, from the JSON files in results/.
+
+    python -m benchmarks.plot              # writes benchmarks/RESULTS.md, benchmarks/plots/*.svg and README's block of figures
+    python -m benchmarks.plot --check      # says whether they are what the JSON files give (exit code 1 if not); writes nothing
+
+Of every kind of file the newest is taken. Nothing is typed by hand but the reasons for losing rows, and a row that is lost without a reason
+stands in the table as such.
+"""
+
+import argparse
+import json
+import sys
+
+from benchmarks.measure import MIB, RESULTS, ROOT
+from benchmarks.registry import OURS
+
+PAGE, README, PLOTS = ROOT / "benchmarks/RESULTS.md", ROOT / "README.md", ROOT / "benchmarks/plots"
+MARKS = ("<!-- figures: begin (python -m benchmarks.plot) -->", "<!-- figures: end -->")
+COLORS = {OURS: "#c2410c", "tisdpo two passes": "#f59e0b", "plain torch": "#334155", "TRL chunked": "#0e7490"}
+
+# Why a provider is faster than one pass somewhere: (its name, what must hold of the size, the reason)
+REASONS = [
+    ("", lambda size: size["tokens"] * size["vocabulary"] <= 1 << 23,
+     "few logits: they fit into the cache, nothing is saved by chunks, and the fixed cost of the operators counts"),
+]  # fmt: skip
+
+
+def newest(kind: str) -> dict | None:
+    """The content of the newest results/<kind>-*.json, with its name as `file`."""
+    found = sorted(RESULTS.glob(f"{kind}-*.json"), key=lambda path: (path.stem[-10:], path.name))
+    return json.loads(found[-1].read_text()) | {"file": found[-1].name} if found else None
+
+
+# Tables
+
+
+def lost(result: dict) -> list[tuple[str, float]]:
+    """Providers of the same task that were faster than one pass by more than the spread, with the factor."""
+    ours = result["rows"].get(OURS, {})
+    return [
+        (name, ours["seconds"] / row["seconds"])
+        for name, row in result["rows"].items()
+        if not name.startswith("tisdpo") and row.get("task") == "TIS-DPO" and row.get("seconds", 9e9) < ours.get("seconds", 0)
+    ]
+
+
+def why(name: str, size: dict) -> str:
+    """The reason for a losing row, or a sentence that there is none yet."""
+    return next((text for who, holds, text in REASONS if who in name and holds(size)), "not explained yet")
+
+
+def size_text(size: dict) -> str:
+    masked = f", {size['masked']:.0%} masked" if size["masked"] else ""
+    return f"N = {size['tokens']:,}, H = {size['hidden']:,}, V = {size['vocabulary']:,}{masked}"
+
+
+def step_table(result: dict) -> list[str]:
+    """One kind of step, fastest first; who takes no part stands below with the reason."""
+    lines = [
+        f"**{result['step']}** ({result['dtype']}, {size_text(result['size'])}): {result['products']} products, "
+        f"{1e3 * result['products_seconds']:.0f} ms, {1e3 * result['products_tflops']:.0f} GFLOP/s",
+        "",
+        "| | ms (p20 to p80) | x products | MiB beyond gradients | largest relative error |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    absent = []
+    for name, row in sorted(result["rows"].items(), key=lambda item: item[1].get("seconds", 9e9)):
+        if "seconds" not in row:
+            absent.append(f"{name}: {row.get('skipped') or row.get('failed')}")
+            continue
+        note = "" if row["task"] == "TIS-DPO" else f" (computes {row['task']} only)"
+        memory = f"{row['extra_bytes'] / MIB:.0f}" if row.get("extra_bytes") is not None else ""
+        error = f"{max(row['error'].values()):.0e}" if "error" in row else ""
+        bold = "**" if name == OURS else ""
+        spread = f"{1e3 * row['seconds']:.0f} ({1e3 * row['p20']:.0f} to {1e3 * row['p80']:.0f})"
+        lines.append(f"| {bold}{name}{bold}{note} | {spread} | {bold}{row['ratio']:.2f}{bold} | {memory} | {error} |")
+    return [*lines, "", *(["No part: " + "; ".join(absent) + ".", ""] if absent else [])]
+
+
+def losing_rows(reports: list[dict]) -> list[str]:
+    """Every row of the published tables in which somebody who computes the same task is faster."""
+    lines = []
+    for report in reports:
+        curves = [(point, f"curve of {name}") for name, c in report.get("scaling", {}).items() for point in c["points"]]
+        for result, where in [(r, r["step"]) for r in report.get("steps", [])] + curves:
+            lines += [
+                f"- {name}, {result['dtype']}, {where}, {size_text(result['size'])}: {factor:.2f} times as fast; "
+                f"{why(name, result['size'])}."
+                for name, factor in lost(result)
+            ]
+    return lines or ["None."]
+
+
+def machine(report: dict) -> str:
+    device = report["device"]
+    what = f"{device.get('sms')} SMs, driver {report.get('driver', '?')}"
+    if "cores" in device:
+        what = f"{device['cores']} cores, {device['threads']} threads, {device['vectors']}, load {device['load_before']:.1f} before"
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    file = f"[{report['file']}](results/{report['file']})"
+    return f"{file}: {device['name']}, {what}; {versions}; revision {report['revision']}, {report['date'][:10]}."
+
+
+def scaling_table(scaling: dict) -> list[str]:
+    lines = ["| | time ~ N^b | time ~ V^b | departure from proportional to unmasked tokens |", "| --- | --- | --- | --- |"]
+    for name in scaling["tokens"]["fits"]:
+        cells = [scaling[c]["fits"].get(name, {}) for c in ("tokens", "vocabulary", "masked")]
+        texts = [f"{c['exponent']:.2f}" if "exponent" in c else "" for c in cells[:2]]
+        texts.append(f"{cells[2]['departure']:.0%}" if "departure" in cells[2] else "not measured")
+        lines.append(f"| {name} | " + " | ".join(texts) + " |")
+    return [*lines, ""]
+
+
+def roofline_table(result: dict) -> list[str]:
+    top = result["ceilings"]
+    lines = [
+        f"Ceilings: products {top['flops'] / 1e9:.0f} GFLOP/s, a copy {top['bytes_per_second'] / 1e9:.1f} GB/s (read and written).",
+        "", "| fold alone | ms | GB/s | of the copy |", "| --- | --- | --- | --- |",
+    ]  # fmt: skip
+    for name, row in result["folds"].items():
+        share = row["bytes_per_second"] / top["bytes_per_second"]
+        lines.append(f"| {name} | {1e3 * row['seconds']:.0f} | {row['bytes_per_second'] / 1e9:.1f} | {share:.0%} |")
+    return [*lines, ""]
+
+
+def end_to_end_tables(report: dict) -> list[str]:
+    lines = ["| model | step | | ms (p20 to p80) | tokens/s | peak MiB |", "| --- | --- | --- | --- | --- | --- |"]
+    for result in report["steps"] + report["scoring"]:
+        for name, row in sorted(result["rows"].items(), key=lambda item: item[1].get("seconds", 9e9)):
+            head = f"| {result['model']} | {result['task']} | {name} | "
+            if "seconds" not in row:
+                lines.append(head + f"{row['skipped']} | | |")
+                continue
+            memory = f"{row['peak_bytes'] / MIB:.0f}" if "peak_bytes" in row else ""
+            spread = f"{1e3 * row['seconds']:.0f} ({1e3 * row['p20']:.0f} to {1e3 * row['p80']:.0f})"
+            lines.append(head + f"{spread} | {row['tokens_per_second']:.0f} | {memory} |")
+    for result in report["longest"]:
+        lines += [
+            "",
+            f"Longest completions of one pair whose loss and backward stay within {result['limit_bytes'] / MIB:.0f} MiB beyond weights "
+            f"and reference ({result['model']}; straight lines between measured lengths):",
+            "",
+        ]
+        for task, rows in result["rows"].items():
+            found = [f"{name} {_longest(row)}" for name, row in rows.items()]
+            lines.append(f"- {task}: " + ", ".join(found))
+    return [*lines, ""]
+
+
+def _longest(row: dict) -> str:
+    return f"more than {row['points'][-1][0]:,}" if row["longest"] is None else f"{row['longest']:,}"
+
+
+def page(cpu: list[dict], end_to_end: dict | None, gpu: dict | None) -> str:
+    """RESULTS.md."""
+    lines = [
+        "# Results", "",
+        "Made by `python -m benchmarks.plot` from the JSON files named below. What u is, how to read the tables and how to repeat them: "
+        "[docs/benchmarks.md](../docs/benchmarks.md).", "",
+    ]  # fmt: skip
+    for report in cpu:
+        lines += [f"## The loss step on a CPU, {report['dtype']}", "", machine(report), ""]
+        if report.get("steps"):
+            name = f"steps-{report['dtype']}.svg"
+            lines += [f"![time, memory and error of every kind of step](plots/{name})", ""]
+        for result in report.get("steps", []):
+            lines += step_table(result)
+        if "roofline" in report:
+            lines += [f"### Ceilings, {report['dtype']}", "", f"![roofline](plots/roofline-{report['dtype']}.svg)", ""]
+            lines += roofline_table(report["roofline"])
+        if report.get("scaling"):
+            lines += [f"### Scaling, {report['dtype']}, no KL, trainable head", "", f"![scaling](plots/scaling-{report['dtype']}.svg)", ""]
+            lines += scaling_table(report["scaling"])
+    lines += ["## Where somebody else is faster", "", "Rows above in which a provider that computes the same task beats one pass:", ""]
+    lines += [*losing_rows(cpu), ""]
+    if end_to_end is not None:
+        lines += ["## Whole training steps and scoring, CPU, float32", "", machine(end_to_end), "", *end_to_end_tables(end_to_end)]
+    lines += ["## GPU", ""]
+    if gpu is None:
+        lines += ["Not yet measured. `python -m benchmarks.device` measures it.", ""]
+    else:
+        lines += [machine(gpu), ""]
+        for result in gpu["steps"]:
+            lines += [f"{result['head']}:", "", *step_table(result)]
+    return "\n".join(lines)
+
+
+def figures(cpu: dict) -> str:
+    """The README's block: time and memory of both kinds of step, from the float32 file."""
+    steps = {r["step"]: r for r in cpu["steps"]}
+    one, two = steps["no KL"], steps["KL, online reference"]
+
+    def ratio(result: dict, name: str) -> str:
+        return f"{result['rows'][name]['ratio']:.2f}"
+
+    def memory(result: dict, name: str) -> str:
+        return f"{result['rows'][name]['extra_bytes'] / MIB:.0f}"
+
+    plain = "plain torch"
+    return (
+        f"Measured on {cpu['device']['cores']} CPU cores ({cpu['device']['name']}), {cpu['dtype']}, {size_text(one['size'])}, backend "
+        f"`{cpu['backend']}` ([data](benchmarks/results/{cpu['file']}), [all results](benchmarks/RESULTS.md)):\n\n"
+        f"- time over the matrix products of the step: {ratio(one, OURS)}, with KL and online reference {ratio(two, OURS)} "
+        f"(plain torch {ratio(one, plain)} and {ratio(two, plain)}; TRL's chunked ops {ratio(one, 'TRL chunked')} and "
+        f"{ratio(two, 'TRL chunked')})\n"
+        f"- memory beyond the gradients: {memory(one, OURS)} MiB, with KL {memory(two, OURS)} (plain torch {memory(one, plain)} and "
+        f"{memory(two, plain)})\n"
+    )
+
+
+def with_figures(text: str, block: str) -> str:
+    """README with the text between the marks replaced."""
+    begin, end = MARKS
+    if begin not in text or end not in text:
+        raise SystemExit(f"README.md lacks the marks {begin} and {end}")
+    return text[: text.index(begin) + len(begin)] + "\n\n" + block + "\n" + text[text.index(end) :]
+
+
+# Plots
+
+
+def _axes(columns: int, height: float):
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"svg.hashsalt": "tisdpo", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    figure, axes = plt.subplots(1, columns, figsize=(4.2 * columns, height), layout="constrained", squeeze=False)
+    return figure, axes[0]
+
+
+def _write(figure, name: str) -> None:
+    import matplotlib.pyplot as plt
+
+    PLOTS.mkdir(exist_ok=True)
+    figure.savefig(PLOTS / name, metadata={"Date": None})
+    plt.close(figure)
+
+
+def plot_steps(report: dict) -> None:
+    """Bars: time over the products, memory, error; one row of panels a kind of step without and with KL."""
+    chosen = [r for r in report["steps"] if r["step"] in ("no KL", "KL, online reference")]
+    figure, axes = _axes(3 * len(chosen), 3.4)
+    for i, result in enumerate(chosen):
+        rows = {n: r for n, r in sorted(result["rows"].items(), key=lambda item: -item[1].get("seconds", 0)) if "seconds" in r}
+        bars = [
+            ("time / products", [r["ratio"] for r in rows.values()], 1.0),
+            ("MiB beyond gradients", [(r.get("extra_bytes") or 0) / MIB for r in rows.values()], None),
+            ("largest relative error", [max(r["error"].values()) if "error" in r else 0 for r in rows.values()], None),
+        ]
+        for ax, (label, values, line) in zip(axes[3 * i :], bars):
+            ax.barh(range(len(rows)), values, color=[COLORS.get(name, "#94a3b8") for name in rows])
+            ax.set_yticks(range(len(rows)), list(rows) if label.startswith("time") else [""] * len(rows))
+            ax.set_xlabel(label)
+            if label.startswith("largest"):
+                ax.set_xscale("log")
+            if line is not None:
+                ax.axvline(line, color="#64748b", lw=0.8, ls="--")
+                ax.set_title(f"{result['step']}: {result['products']} products", loc="left", fontsize=9)
+    _write(figure, f"steps-{report['dtype']}.svg")
+
+
+def plot_scaling(report: dict) -> None:
+    figure, axes = _axes(3, 3.4)
+    for ax, (name, curve) in zip(axes, report["scaling"].items()):
+        for provider in curve["fits"]:
+            points = [(p["value"], p["rows"][provider]["seconds"]) for p in curve["points"] if "seconds" in p["rows"][provider]]
+            if points:
+                x, y = zip(*points)
+                x = [1 - v for v in x] if name == "masked" else x
+                ax.plot(x, [1e3 * s for s in y], "o-", ms=3, lw=1.2, color=COLORS.get(provider, "#94a3b8"), label=provider)
+        if name != "masked":
+            ax.set_xscale("log", base=2)
+            ax.set_yscale("log")
+        else:
+            ax.set_xlim(0, 1.02)
+            ax.set_ylim(0)
+        ax.set_xlabel({"tokens": "tokens N", "vocabulary": "vocabulary V", "masked": "share of unmasked tokens"}[name])
+        ax.set_ylabel("ms a step")
+    axes[0].legend(frameon=False)
+    _write(figure, f"scaling-{report['dtype']}.svg")
+
+
+def plot_roofline(report: dict) -> None:
+    """Speed against operations a byte: the folds under the memory's ceiling, the steps under that of the products."""
+    from benchmarks.registry import ALL_MODES, Size
+    from benchmarks.roofline import step_work
+
+    result, top = report["roofline"], report["roofline"]["ceilings"]
+    figure, (ax,) = _axes(1, 3.6)
+    x = [2.0**i for i in range(-1, 12)]
+    ax.plot(x, [min(top["flops"], top["bytes_per_second"] * v) / 1e9 for v in x], color="#334155", lw=1)
+    for name, row in result["folds"].items():
+        ax.plot(row["operations"] / row["bytes"], row["operations"] / row["seconds"] / 1e9, "s", ms=4, color="#f59e0b")
+        ax.annotate(name, (row["operations"] / row["bytes"], row["operations"] / row["seconds"] / 1e9), fontsize=6, xytext=(4, -6),
+                    textcoords="offset points")  # fmt: skip
+    names = {mode.name: mode for mode in ALL_MODES}
+    for step in report.get("steps", []):
+        ours = step["rows"].get(OURS, {})
+        if "seconds" in ours:
+            operations, moved = step_work(Size(**step["size"]), names[step["step"]], 4 if report["dtype"] == "float32" else 2, chunks=3)
+            ax.plot(operations / moved, operations / ours["seconds"] / 1e9, "o", ms=5, color=COLORS[OURS])
+    ax.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="GFLOP/s")
+    ax.set_title("line: measured ceilings; circles: one pass; squares: folds alone", loc="left", fontsize=8)
+    _write(figure, f"roofline-{report['dtype']}.svg")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where the pages are not what the files give")
+    args = parser.parse_args(argv)
+    cpu = [report for dtype in ("float32", "bfloat16", "float16") if (report := newest(f"cpu-{dtype}"))]
+    if not cpu:
+        print(f"no cpu-*.json in {RESULTS}; run python -m benchmarks.run", file=sys.stderr)
+        return 2
+    text = page(cpu, newest("end-to-end"), newest("device"))
+    readme = with_figures(README.read_text(), figures(cpu[0]))
+    if args.check:
+        stale = [path.name for path, new in ((PAGE, text), (README, readme)) if not path.exists() or path.read_text() != new]
+        print(f"not what the JSON files give: {', '.join(stale)}; run python -m benchmarks.plot" if stale else "up to date")
+        return int(bool(stale))
+    PAGE.write_text(text)
+    README.write_text(readme)
+    for report in cpu:
+        for part, plot in (("steps", plot_steps), ("scaling", plot_scaling), ("roofline", plot_roofline)):
+            if report.get(part):
+                plot(report)
+    print(f"{PAGE}, {PLOTS}, {README}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

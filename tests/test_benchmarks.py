@@ -1,0 +1,125 @@
+"""The benchmarks measure what they say, their pages are what their files give; and a short suite for `pytest --benchmark-only`."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import baselines, end_to_end, measure, plot, run
+from benchmarks.registry import ALL_MODES, OURS, PROVIDERS, SMOKE, TASKS, Problem, Size, Step, fused, plain, relative_error
+from tisdpo import reference
+
+HERE = [p for p in PROVIDERS if not p.missing("cpu") and not p.name.startswith("torch.compile")]
+
+
+@pytest.mark.parametrize("step", ALL_MODES, ids=lambda s: s.name)
+@pytest.mark.parametrize("masked", [0.0, 0.3])
+def test_everybody_agrees_with_float64(step, masked):
+    size = Size(40, 16, 211, pairs=2, masked=masked)
+    problem = Problem(size)
+    for provider in HERE:
+        if provider.missing("cpu", step, size) or provider.name == "Liger DPO":
+            continue
+        truth = problem.double().run(TASKS[provider.task], step)
+        for x, y in zip(problem.run(provider.loss, step), truth):
+            assert x is None or relative_error(x, y) < 1e-5, provider.name
+
+
+def test_the_truth_is_the_reference():
+    """What judges everybody, `plain`, against the package's oracle."""
+    p = Problem(Size(40, 16, 211, pairs=2), torch.float64)
+    logits, ref_logits = p.hidden @ p.weight.T, p.ref_hidden @ p.ref_weight.T
+    for kl in ("reverse", "forward"):
+        expected = reference.tis_dpo_losses(logits, ref_logits, p.target, p.cu_seqlens, p.token_weights, kl=kl).mean()
+        torch.testing.assert_close(plain(p, Step(kl=kl)), expected)
+
+
+def test_masked_tokens_count_for_nothing():
+    """The masked problem has the loss of the problem without its ignored rows."""
+    p = Problem(Size(40, 16, 211, pairs=2, masked=0.4), torch.float64)
+    kept = p.target != -100
+    q = object.__new__(Problem)
+    counts = [int(part.sum()) for part in kept.split(p.cu_seqlens.diff().tolist())]
+    q.__dict__ = vars(p) | {name: getattr(p, name)[kept] for name in ("hidden", "ref_hidden", "target", "token_weights", "ref_logps")}
+    q.size, q.cu_seqlens = Size(int(kept.sum()), 16, 211, 2), torch.tensor([0, *counts]).cumsum(0)
+    for step in (Step(), Step(kl="forward")):
+        torch.testing.assert_close(plain(p, step), plain(q, step))
+
+
+def test_a_wrong_provider_is_not_timed():
+    def wrong(p, step):
+        return fused(p, step) * 1.01
+
+    from benchmarks.registry import Provider
+
+    result = measure.compare(SMOKE, Step(), [Provider("wrong", wrong), PROVIDERS[0]], 2, "cpu", torch.float32)
+    assert "so it was not timed" in result["rows"]["wrong"]["failed"]
+    assert "seconds" not in result["rows"]["wrong"]
+    assert result["rows"][OURS]["seconds"] > 0
+
+
+def test_exponents():
+    def points(law, values):
+        return [{"value": v, "rows": {"x": {"seconds": law(v)}}} for v in values]
+
+    cubic = run.fit("tokens", points(lambda v: 1e-9 * v**3, (128, 256, 512, 1024)), "x")
+    assert cubic["exponent"] == pytest.approx(3)
+    shares = (0.0, 0.25, 0.5, 0.75, 0.9)
+    assert run.fit("masked", points(lambda share: 7.0 * (1 - share), shares), "x")["departure"] == pytest.approx(0)
+    assert run.fit("masked", points(lambda share: 7.0, shares), "x")["departure"] == pytest.approx(0.9)
+
+
+def test_unfused_equations_at_one_pair():
+    """The baseline on the reference's own functions, on a tiny model."""
+    shape, batch = end_to_end.SMOKE, end_to_end.Batch(2, 6)
+    for weighted in (False, True):
+        losses = [make(shape, batch, weighted)[1]().item() for make in (end_to_end.ours, end_to_end.unfused)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    model = end_to_end.model(shape, 0)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    expected = reference.token_logps(model(ids).logits[0, :-1], ids[0, 1:])
+    torch.testing.assert_close(baselines.score(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})[0], expected)
+
+
+def test_where_memory_reaches_the_limit():
+    assert end_to_end._crossing([(256, 10), (512, 30)], 20) == 384
+    assert end_to_end._crossing([(256, 10), (512, 15)], 20) is None
+    assert end_to_end._crossing([(256, 30)], 20) == 0
+
+
+def test_the_pages_are_what_the_files_give(capsys):
+    if plot.newest("cpu-float32") is None:
+        pytest.skip("nothing measured yet")
+    assert plot.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_losing_rows_are_named():
+    row = {"task": "TIS-DPO", "error": {"loss": 0.0}, "p20": 1.0, "p80": 1.0, "ratio": 1.0}
+    result = {
+        "size": {"tokens": 10**5, "hidden": 8, "vocabulary": 10**5, "pairs": 1, "masked": 0.0}, "dtype": "float32", "step": "no KL",
+        "rows": {OURS: row | {"seconds": 2.0}, "fast": row | {"seconds": 1.0}, "less": row | {"seconds": 0.5, "task": "DPO"}},
+    }  # fmt: skip
+    assert plot.lost(result) == [("fast", 2.0)]
+    (line,) = plot.losing_rows([{"steps": [result]}])
+    assert "fast" in line and "2.00 times as fast" in line and "not explained yet" in line
+    json.dumps(result)
+
+
+# pytest --benchmark-only; run once each, untimed, where benchmarks are off
+
+
+@pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
+@pytest.mark.parametrize("step", [Step(), Step(kl="reverse"), Step(frozen=True)], ids=lambda s: s.name)
+def test_speed_of_a_step(benchmark, step, plan):
+    problem = Problem(Size(128, 128, 4003, pairs=4))
+    loss, *_ = benchmark(problem.run, lambda p, s: fused(p, s, plan), step)
+    assert relative_error(loss, plain(problem.double(), step).detach()) < 1e-5
+
+
+def test_speed_of_log_probs(benchmark):
+    import tisdpo
+
+    z = torch.randn(128, 4003)
+    target = torch.randint(4003, (128,))
+    found = benchmark(tisdpo.token_logps, z, target).logps
+    torch.testing.assert_close(found, z.log_softmax(-1).gather(-1, target[:, None])[:, 0])
