@@ -1,4 +1,4 @@
-"""The command line: `tisdpo run`, `weights`, `train`, `eval`, `show` and `doctor`.
+"""The command line: `tisdpo run`, `weights`, `train`, `eval`, `study`, `show` and `doctor`.
 
 A mistake of the user ends in one sentence on stderr and exit code 2 (with --debug in a traceback), Ctrl-C in one line and 130. Results go
 to stdout, progress to stderr. What a command needs is imported when it runs, so that --help is quick.
@@ -44,6 +44,12 @@ EXAMPLES = {
     "eval": """
         tisdpo eval examples/demo.yaml
         tisdpo eval runs/demo                     after a run was interrupted in its evaluation
+    """,
+    "study": """
+        tisdpo study examples/studies/claims.yaml
+        tisdpo study examples/studies/claims.yaml seeds=5 jobs=4
+        tisdpo study examples/studies/claims.yaml base.train.steps=200 "search.objective.beta=[0.1, 1.0]" output_dir=runs/longer
+        tisdpo study examples/studies/claims.yaml --full
     """,
     "show": """
         tisdpo show runs/demo/seed-0/scored/S
@@ -123,6 +129,15 @@ def _parser() -> argparse.ArgumentParser:
         if name == "train":
             sub.add_argument("--scored", metavar="DIR", help="train one policy on the scores in DIR instead of those of this run")
 
+    study = _command(commands, "study", _study, "many policies under one search, claims with verdicts, study.html", settings="study")
+    study.add_argument("study", help="YAML file of a study, such as examples/studies/claims.yaml")
+    study.add_argument(
+        "settings", nargs="*", metavar="key=value", help="keys that override the file's, see below; base.* are settings of the run"
+    )
+    study.add_argument(
+        "--full", action="store_true", help="with the section `full` of the file on top: longer than the file itself promises"
+    )
+
     show = _command(commands, "show", _show, "a pair with its token weights as a heat map", settings="weighting")
     show.add_argument("scored", help="directory of a scored set, such as runs/demo/seed-0/scored/S")
     show.add_argument("settings", nargs="*", metavar="key=value", help="fields of the weighting, or preset=NAME, see below")
@@ -143,7 +158,7 @@ def _command(commands, name: str, command, summary: str, settings: str | None = 
     )  # fmt: skip
     sub.add_argument("-h", "--help", action=_Help, settings=settings, help="show this text")
     sub.add_argument("--debug", action="store_true", help="show tracebacks and all messages")
-    again = "the same command goes on from here" if settings == "config" else "nothing was changed"
+    again = "the same command goes on from here" if settings in ("config", "study") else "nothing was changed"
     sub.set_defaults(command=command, name=name, interrupted=f"interrupted; {again}")
     return sub
 
@@ -170,6 +185,10 @@ def _settings_help(kind: str) -> str:
 
     if kind == "weighting":
         return "settings\n" + settings_text(Weighting)
+    if kind == "study":
+        from tisdpo.study.config import describe_study
+
+        return f"keys, in the file or as key=value\n\n{describe_study()}"
     return f"settings, in the file or as key=value\n\n{describe()}\n\n" + settings_text(WorldConfig, "data.world")
 
 
@@ -177,10 +196,15 @@ def _settings_help(kind: str) -> str:
 
 
 def _run(arguments) -> None:
-    for package in ("matplotlib", "jinja2"):  # said now, not when the report is due
-        if importlib.util.find_spec(package) is None:
-            raise InputError(f'the report needs {package}; run: pip install "tisdpo[report]", or use `tisdpo eval`, which stops before it')
+    _check_report(", or use `tisdpo eval`, which stops before it")
     _pipeline(arguments, "report")
+
+
+def _check_report(otherwise: str = "") -> None:
+    """Said now, not when the report is due."""
+    for package in ("matplotlib", "jinja2"):
+        if importlib.util.find_spec(package) is None:
+            raise InputError(f'the report needs {package}; run: pip install "tisdpo[report]"{otherwise}')
 
 
 def _weights(arguments) -> None:
@@ -207,6 +231,18 @@ def _pipeline(arguments, until: str, scored: str | None = None) -> None:
     from tisdpo import pipeline
 
     print(pipeline.run(config, until=until) if scored is None else pipeline.train_on(config, scored))
+
+
+def _study(arguments) -> None:
+    _check_report()
+    from tisdpo.study.config import load_study
+
+    study = load_study(arguments.study, arguments.settings, full=arguments.full)
+    _quiet(arguments.debug)
+    _check_backend()
+    from tisdpo.study.engine import run_study
+
+    print(run_study(study))
 
 
 def _check_backend() -> None:
@@ -320,11 +356,6 @@ def _quiet(debug: bool) -> None:
         log.addHandler(_BesideProgress())
     if debug:
         return
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else a warning at every fork
-    import datasets
-    import transformers
+    from tisdpo.hf import quiet_libraries
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.utils.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
+    quiet_libraries()

@@ -7,6 +7,7 @@
 # ruff: noqa: RUF009 (`option` is dataclasses.field with a help text)
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -321,16 +322,21 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     if path.is_dir():
         path, place = path / "config.yaml", {"output_dir": str(path)}
     values, overridden = with_overrides({**read_yaml(path), **place}, overrides)
+    return config_from(values, str(path), overridden)
+
+
+def config_from(values: dict, file: str, overridden: Iterable[str] = ()) -> RunConfig:
+    """The configuration in a mapping as `load_config` reads it; `file` and the dotted keys in `overridden` are for messages."""
     preset = values.get("preset")
     if isinstance(preset, str):
         for name, kind in (("weighting", Weighting), ("objective", Objective)):
             try:
                 start = asdict(kind.preset(preset))
             except ValueError as error:
-                raise InputError(f"{COMMAND_LINE if 'preset' in overridden else path}: {error}") from error
+                raise InputError(f"{COMMAND_LINE if 'preset' in overridden else file}: {error}") from error
             given = values.get(name) or {}
             values[name] = {**start, **given} if isinstance(given, dict) else given
-    return build(RunConfig, values, file=str(path), overridden=overridden)
+    return build(RunConfig, values, file=file, overridden=overridden)
 
 
 def to_dict(config: RunConfig) -> dict:

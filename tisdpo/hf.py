@@ -6,6 +6,7 @@ serves scoring, SFT and preference training alike.
 """
 
 import functools
+import os
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -228,3 +229,15 @@ def tiny_llama(tokenizer, *, hidden_size: int = 64, layers: int = 2, heads: int 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return attach_head(LlamaForCausalLM(config))
+
+
+def quiet_libraries() -> None:
+    """Messages of the libraries below are errors only, and they show no progress bars."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else a warning at every fork
+    import datasets
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()

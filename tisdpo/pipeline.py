@@ -144,8 +144,13 @@ class SeedRun:
         path = self.directory / "seconds.json"
         return json.loads(path.read_text()) if path.exists() else {}
 
-    def label(self, what: str) -> str:
+    def label(self, what: str) -> str | None:
+        """What stands before the progress bar of a stage; None: no bar."""
         return f"seed {self.seed} · {what}".ljust(34)
+
+    def place(self, stage: str) -> Path:
+        """Where a stage ("base", "contrastive/<model>", "scored/<construction>", "policy/<method>", ...) leaves what it makes."""
+        return self.directory / stage
 
     # Data and base model
 
@@ -162,7 +167,7 @@ class SeedRun:
         model = self.config.model
         if model.path is not None:
             return load_model(model.path)
-        path = self.directory / "base"
+        path = self.place("base")
         if not (path / "model").is_dir():
             fresh = tiny_llama(
                 self.tokenizer,
@@ -212,7 +217,7 @@ class SeedRun:
         """`base`, `sft-chosen`, `sft-rejected`, `dpo` or `dpo-swapped`."""
         if name == "base":
             return self.reference
-        path = self.directory / "contrastive" / name
+        path = self.place(f"contrastive/{name}")
         if not (path / "model").is_dir():
             contrast = self.config.contrast
             options = {"max_length": self.config.data.max_length}
@@ -232,7 +237,7 @@ class SeedRun:
         """Training rows with the raw contrast of a construction."""
         if construction == "scored":
             return load_scored(self.external, dataset=self.source.train, expect={"tokenizer": tokenizer_fingerprint(self.tokenizer)})
-        path = self.directory / "scored" / construction
+        path = self.place(f"scored/{construction}")
         how = {"construction": construction}
         if construction == "P":
             how |= dict(zip(("positive_prompt", "negative_prompt"), self.prompts_of_contrast()))
@@ -244,11 +249,9 @@ class SeedRun:
             for scorer, text in zip((positive, negative), self.prompts_of_contrast()):
                 scorer.prompts = contrastive.system_prompts(self.source.pairs, rows, self.tokenizer, text)
         parts = path.with_name(path.name + ".parts")
-        label = f"scoring {construction}"
-        with (
-            self.timed(label),
-            tqdm(total=contrastive.tokens_to_score(rows, positive, negative), desc=self.label(label), unit="tok", unit_scale=True) as bar,
-        ):
+        stage = f"scoring {construction}"
+        label, tokens = self.label(stage), contrastive.tokens_to_score(rows, positive, negative)
+        with self.timed(stage), tqdm(total=tokens, desc=label, disable=label is None, unit="tok", unit_scale=True) as bar:
             rows = contrastive.score_contrast(
                 rows,
                 positive,
@@ -303,7 +306,7 @@ class SeedRun:
 
     def policy(self, method: str) -> dict:
         """Train and evaluate the policy of a method: {"metrics", "points", "samples"}."""
-        path = self.directory / "policy" / method
+        path = self.place(f"policy/{method}")
         result = path / "result.json"
         if result.exists():
             return json.loads(result.read_text())
@@ -324,7 +327,7 @@ class SeedRun:
 
     def base_results(self) -> dict:
         """Evaluation of the base model itself."""
-        path = self.directory / "base-result.json"
+        path = self.place("base-result.json")
         if not path.exists():
             with self.timed("evaluation base"):
                 write_json(path, self.evaluated(self.reference, is_base=True) | {"points": []})

@@ -79,11 +79,11 @@ class Series:
         return [tuple(sum(run[step][axis] for run in self.runs) / len(self.runs) for axis in (0, 1)) for step in self.common]
 
 
-def frontier(series: list[Series], base: float | None, x_label: str, y_label: str) -> str:
+def frontier(series: list[Series], base: float | None, x_label: str, y_label: str, name: str = "frontier") -> str:
     """y against KL to the reference, one line per method through its checkpoints; thin lines are single seeds.
 
     The KL axis is a square-root axis, the customary scale for it: equal steps are about equal effort. `base` is the y of
-    the reference itself, a dotted line.
+    the reference itself, a dotted line. Charts of one page need different names.
     """
     require_matplotlib()
     from matplotlib.ticker import FixedLocator, FuncFormatter
@@ -111,7 +111,7 @@ def frontier(series: list[Series], base: float | None, x_label: str, y_label: st
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
 
-    return _svg("frontier", draw, size=(8.8, 4.9))
+    return _svg(name, draw, size=(8.8, 4.9))
 
 
 def curve(name: str, series: list[Series]) -> str:

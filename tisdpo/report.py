@@ -54,7 +54,11 @@ def write_report(metrics: dict, path: str | os.PathLike) -> Path:
     `metrics` is the content of `metrics.json`; of its keys only "name" is required. Raises InputError where jinja2 or
     matplotlib is missing and where the metrics contradict themselves (a result of an unlisted method, a broken heat map).
     """
-    page = _render(metrics)
+    return write_html(render("report.html.j2", _page(metrics)), path)
+
+
+def write_html(page: str, path: str | os.PathLike) -> Path:
+    """Write beside, then rename: the page is complete or not there."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
@@ -65,10 +69,11 @@ def write_report(metrics: dict, path: str | os.PathLike) -> Path:
 
 def heatmap_html(heatmaps: list[dict], *, title: str = "Token weights") -> str:
     """A self-contained page with nothing but heat maps; `heatmaps` has the form of metrics["heatmaps"]. Needs no matplotlib."""
-    return _render({"name": title, "heatmaps": heatmaps})
+    return render("report.html.j2", _page({"name": title, "heatmaps": heatmaps}))
 
 
-def _render(metrics: dict) -> str:
+def render(template: str, content: dict) -> str:
+    """A page of `templates/` with this content, the style sheet in it."""
     try:
         import jinja2
     except ImportError as error:
@@ -77,12 +82,12 @@ def _render(metrics: dict) -> str:
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["trusted"] = jinja2.utils.markupsafe.Markup  # for our own charts and style sheet, never for text of the user
     css = loader.get_source(environment, "report.css")[0]
-    return environment.get_template("report.html.j2").render(_page(metrics), css=css)
+    return environment.get_template(template).render(content, css=css)
 
 
 def _page(metrics: dict) -> dict:
     """All the template reads. A part without data is None or empty."""
-    methods = _methods(metrics)
+    methods = listed_methods(metrics)
     seeds = metrics.get("seeds") or sorted({result["seed"] for result in metrics.get("results", [])})
     heatmaps = metrics.get("heatmaps") or []
     groups = heatmap_groups(heatmaps)
@@ -97,7 +102,7 @@ def _page(metrics: dict) -> dict:
         "seconds": _seconds(metrics.get("seconds") or {}),
         "seeds": seeds,
         "methods": methods,
-        "table": _metric_table(metrics, methods),
+        "table": metric_table(metrics, methods),
         "frontier": _frontier(metrics, methods),
         "curves": _curves(metrics, methods),
         "weights": _weights(metrics.get("weights") or []),
@@ -109,7 +114,7 @@ def _page(metrics: dict) -> dict:
     }
 
 
-def _methods(metrics: dict) -> dict[str, dict]:
+def listed_methods(metrics: dict) -> dict[str, dict]:
     """{id: {"label", "note", "index", "swatch"}} in the order of the tables; the base has no index, it is where all lines start."""
     methods = {}
     for method in metrics.get("methods", []):
@@ -132,7 +137,7 @@ def _methods(metrics: dict) -> dict[str, dict]:
     return methods
 
 
-def _metric_table(metrics: dict, methods: dict) -> dict | None:
+def metric_table(metrics: dict, methods: dict) -> dict | None:
     """Columns {"id", "label", "unit", "better", "help"} and, per method, one cell per column."""
     results = metrics.get("results") or []
     if not results:

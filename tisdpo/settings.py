@@ -102,11 +102,27 @@ def with_overrides(values: dict, overrides: Iterable[str]) -> tuple[dict, frozen
             raise InputError(
                 f"{COMMAND_LINE}: the value of {key} is not valid YAML ({_problem(error)}); put text in quotes: {key}='\"...\"'"
             ) from error
-        for part in reversed(parts):
-            value = {part: value}
-        values = _merged(values, value)
+        values = merged(values, {key: value})
         keys.append(key)
     return values, frozenset(keys)
+
+
+def merged(values: dict, changes: dict) -> dict:
+    """`values` with `changes` on top, section by section; a key of `changes` may be dotted, such as train.steps."""
+    for key, value in changes.items():
+        for part in reversed(str(key).split(".")):
+            value = {part: value}
+        values = _merged(values, value)
+    return values
+
+
+def leaves(values: dict, place: str = "") -> dict[str, Any]:
+    """{dotted key: value} of nested sections."""
+    found = {}
+    for name, value in values.items():
+        key = _join(place, name)
+        found |= leaves(value, key) if isinstance(value, dict) and value else {key: value}
+    return found
 
 
 def _merged(old: Any, new: Any) -> Any:

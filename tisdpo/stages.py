@@ -18,13 +18,13 @@ LOGGED_POINTS = 50  # of a learning curve
 
 
 class Progress(TrainerCallback):
-    """One bar a stage, with the loss and the reward margin."""
+    """One bar a stage, with the loss and the reward margin; none without a label."""
 
-    def __init__(self, label: str):
+    def __init__(self, label: str | None):
         self.label = label
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.label, unit="step", leave=True)
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.label, unit="step", disable=self.label is None)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update(state.global_step - self.bar.n)
@@ -80,7 +80,7 @@ def train_stage(
     stage: StageConfig,
     directory: Path,
     *,
-    label: str,
+    label: str | None,
     seed: int,
     options: dict,
     checkpoints: int = 0,

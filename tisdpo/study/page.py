@@ -1,0 +1,163 @@
+"""study.html: what was asked, the claims with their verdicts, frontiers, a table, costs, how to repeat it."""
+
+from pathlib import Path
+
+import yaml
+
+from tisdpo import plots
+from tisdpo.intervals import decimals, estimate, number
+from tisdpo.report import duration, listed_methods, metric_table, render, write_html
+from tisdpo.study.config import OF_ONE, OF_TWO
+from tisdpo.summary import METRIC_INFO
+
+VERDICTS = {"confirmed": "confirmed", "opposite": "the opposite", "unclear": "no clear difference", "not measured": "not measured"}
+LABELS = {
+    "lead": "mean lead",
+    "lead_at_kl": "lead at equal KL",
+    "auc": "AUC",
+    "spearman": "rank correlation",
+    "signal_to_noise": "signal / noise",
+    "effective_size": "effective size",
+    "chosen_reward": "implicit reward of chosen",
+    "rejected_reward": "implicit reward of rejected",
+    "flop": "FLOP",
+}
+TABLE = ("reward", "accuracy", "kl", "lead", "lead_at_kl", "auc", "spearman", "signal_to_noise", "effective_size", "length")
+CURVES = {"rewards/chosen": "Implicit reward of chosen", "rewards/rejected": "Implicit reward of rejected"}
+PREFIXES = ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"))
+
+
+def write_page(results: dict, path: Path) -> Path:
+    """Write the page of a study from the content of results.json; returns its path."""
+    return write_html(render("study.html.j2", _page(results)), path)
+
+
+def _page(results: dict) -> dict:
+    arms = results["arms"]
+    listed = [{"id": "base", "label": "base model"}, *({"id": a["name"], "note": _note(a)} for a in arms)]
+    methods = listed_methods({"methods": listed})
+    quality = METRIC_INFO[results["quality"]]["label"]
+    quality = f"true {quality}" if results["data"]["kind"] == "synthetic" else quality
+    return {
+        "name": results["name"],
+        "description": results["description"],
+        "command": results["command"],
+        "methods": methods,
+        "quality": quality,
+        "data": results["data"],
+        "seeds": results["seeds"],
+        "points": [", ".join(f"{key} = {value}" for key, value in point.items()) for point in results["points"] if point],
+        "baseline": results["baseline"],
+        "policies": len({p["id"] for p in results["policies"]}),
+        "claims": [_claim(claim, quality) for claim in results["claims"]],
+        "groups": _groups(results, methods, quality),
+        "table": metric_table(_metrics(results, quality), methods),
+        "curves": _curves(results, methods),
+        "costs": _costs(results),
+        "environment": results["environment"],
+        "settings": yaml.safe_dump(results["settings"], sort_keys=False, allow_unicode=True, width=100),
+        "time": duration(results["seconds"]),
+    }
+
+
+def _note(arm: dict) -> str:
+    settings = ", ".join(f"{key}: {value}" for key, value in arm["overrides"].items())
+    return "; ".join(part for part in (arm["note"], settings) if part)
+
+
+def _label(metric: str, quality: str) -> str:
+    return LABELS.get(metric) or (quality if metric in ("reward", "accuracy") else METRIC_INFO[metric]["label"])
+
+
+def _claim(claim: dict, quality: str) -> dict:
+    """A claim with its comparisons as text."""
+    shown = []
+    for one in claim["comparisons"]:
+        found = estimate(one["differences"].values())
+        digits = max(2, decimals([found]))
+        figure = "" if found is None else number(found.mean, digits)
+        if found is not None and found.mean > 0:
+            figure = f"+{figure}"
+        half = "" if found is None or found.half_width is None else number(found.half_width, digits)
+        seeds = "\n".join(f"seed {seed}: {value:.4g}".replace("-", "−") for seed, value in one["differences"].items())
+        verdict = "one seed, so no interval" if found is not None and found.half_width is None else VERDICTS[one["verdict"]]
+        shown.append(
+            {
+                "compare": one["compare"].replace(" - ", " − "), "metric": _label(one["metric"], quality), "figure": figure, "half": half,
+                "seeds": seeds, "verdict": verdict, "sign": {"confirmed": "yes", "opposite": "no"}.get(one["verdict"], "open"),
+            }
+        )  # fmt: skip
+    expected = {"higher": "above 0", "lower": "below 0", "equal": f"within ±{claim['within']}"}[claim["expect"]]
+    return {"text": claim["text"], "verdict": claim["verdict"], "kind": claim["verdict"].replace(" ", "-"), "expected": expected} | {
+        "comparisons": shown
+    }
+
+
+def _metrics(results: dict, quality: str) -> dict:
+    """The arms' figures in the form of `metric_table`."""
+    found = []
+    for arm, values in results["values"].items():
+        lead = results["leads"].get(arm, {})
+        both = values | {name: lead[name] for name in OF_TWO if name in lead}
+        found += [
+            {"method": arm, "seed": seed, "metrics": {name: both[name][seed] for name in TABLE if seed in both.get(name, {})}}
+            for seed in results["seeds"]
+        ]
+    info = {}
+    for name in TABLE:
+        described = {"help": "", "unit": "", "better": None, **METRIC_INFO.get(name, {}), "label": _label(name, quality)}
+        described["help"] = described["help"] or {**OF_TWO, **OF_ONE}[name]
+        info[name] = described | ({"better": "higher"} if name in ("lead", "lead_at_kl") else {})
+    if results["quality"] == "reward":
+        info["accuracy"]["label"] = METRIC_INFO["accuracy"]["label"]
+    return {"results": found, "metric_info": info}
+
+
+def _groups(results: dict, methods: dict, quality: str) -> list[dict]:
+    """One figure per group of arms: their frontiers, with those they are compared with."""
+    base = estimate(p["base"].get(results["quality"], 0.5) for p in results["policies"])
+    groups = {}
+    for arm in results["arms"]:
+        groups.setdefault(arm["group"], []).append(arm)
+    figures = []
+    for place, (group, arms) in enumerate(groups.items()):
+        names = list(dict.fromkeys([a["against"] for a in arms] + [a["name"] for a in arms]))
+        series = []
+        for name in names:
+            runs = [dict(enumerate(points)) for points in results["frontiers"][name].values()]
+            series.append(plots.Series(methods[name]["index"], runs))
+        svg = plots.frontier(series, base and base.mean, "KL to the base model (nats, square-root axis)", quality, name=f"frontier-{place}")
+        figures.append({"title": group, "svg": svg, "indices": [one.index for one in series]})
+    return figures
+
+
+def _curves(results: dict, methods: dict) -> list[dict]:
+    """Learning curves at the first search point."""
+    panels = []
+    for place, (key, title) in enumerate(CURVES.items()):
+        series = []
+        for arm in results["arms"]:
+            found = [p["curves"] for p in results["policies"] if p["arm"] == arm["name"] and p["point"] == 0]
+            runs = [{x: (x, y) for x, y in zip(c["step"], c[key]) if y is not None} for c in found]
+            if all(runs):
+                series.append(plots.Series(methods[arm["name"]]["index"], runs))
+        if series:
+            panels.append({"title": title, "svg": plots.curve(str(place), series), "indices": [one.index for one in series]})
+    return panels
+
+
+def _costs(results: dict) -> dict:
+    """FLOP of every arm as text, in one unit."""
+    costs = results["costs"]
+    smallest = min(cost["one"] for cost in costs["arms"].values())
+    size, unit = next((p for p in PREFIXES if smallest >= p[0]), PREFIXES[-1])
+    baseline = costs["arms"][results["baseline"]]["one"]
+
+    def text(flop: float) -> str:
+        return "–" if flop == 0 else number(flop / size, decimals([estimate([smallest / size])]))
+
+    rows = []
+    for arm, cost in costs["arms"].items():
+        parts = [text(cost[part]) for part in ("contrastive", "scoring", "policy", "one")]
+        rows.append({"arm": arm, "cells": [*parts, f"{cost['one'] / baseline:.2f}", text(cost["search"]), text(cost["shared"])]})
+    return {"unit": unit, "rows": rows, "all": text(costs["all"]), "shared": text(costs["shared"])}

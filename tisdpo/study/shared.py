@@ -1,0 +1,214 @@
+"""`SeedRun` for a study: what several policies need is made once, in a directory named after all it depends on.
+
+    <study>/stages/base-<digest>/  contrastive-<model>-<digest>/  scored-<construction>-<digest>/  ...
+    <study>/policies/<digest>/policy.json
+
+Any number of processes may work in one study: a stage is made under a lock, and who comes second finds it made.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from tisdpo.config import RunConfig, to_dict
+from tisdpo.fingerprints import tokenizer_fingerprint
+from tisdpo.pipeline import CONTRASTIVE_MODELS, SeedRun
+from tisdpo.scored import ids_fingerprint
+from tisdpo.stages import write_json
+from tisdpo.study.costs import costs, tokens_of
+from tisdpo.summary import CURVES, weights
+
+REMEMBERED = 48  # data sets and models that a process keeps in memory
+_memory: dict[str, Any] = {}
+
+
+def digest(content) -> str:
+    """16 hexadecimal digits of plain data."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def remembered(key: str, make: Callable[[], Any]):
+    """What `make` gives, made once a process; the oldest are forgotten."""
+    if key not in _memory:
+        while len(_memory) >= REMEMBERED:
+            _memory.pop(next(iter(_memory)))
+        _memory[key] = make()
+    return _memory[key]
+
+
+def identity(config: RunConfig, seed: int) -> str:
+    """The name of a policy: a digest of its method, its seed and exactly the settings that it depends on."""
+    settings, method = to_dict(config), config.methods[0]
+    for key in ("name", "description", "output_dir", "seeds", "threads", "preset"):
+        settings.pop(key)
+    for key in ("samples", "heatmaps", "batch_size"):
+        settings["evaluation"].pop(key)
+    contrast = settings.pop("contrast")
+    construction = method if method in CONTRASTIVE_MODELS else config.control if method in ("random", "swapped") else None
+    if construction is not None:
+        settings["contrast"] = _contrast_settings(contrast, construction) | {"construction": construction}
+    if method == "dpo":
+        settings.pop("weighting")
+    return digest([settings, seed])
+
+
+def _contrast_settings(contrast: dict, construction: str) -> dict:
+    """Those settings of the contrastive models that this construction depends on."""
+    unused = {"constructions", "batch_tokens"}
+    unused |= {"P": {"sft", "dpo"}, "S": {"dpo"}, "D": {"sft"}, "R": {"sft"}}[construction]
+    if construction != "P":
+        unused |= {"task", "positive_prompt", "negative_prompt"}
+    return {key: value for key, value in contrast.items() if key not in unused}
+
+
+class StudyRun(SeedRun):
+    """The stages of one policy of a study."""
+
+    def __init__(self, config: RunConfig, seed: int, study: Path):
+        self.study = study
+        super().__init__(config, seed, study / "policies" / identity(config, seed))
+
+    def label(self, what: str) -> None:
+        """No progress bars: a study tells one line a policy."""
+
+    # Where the stages are
+
+    def place(self, stage: str) -> Path:
+        kind, _, name = stage.partition("/")
+        if kind == "policy":
+            return self.directory
+        return self.study / "stages" / f"{stage.replace('/', '-')}-{digest(self.made_of(kind, name))}"
+
+    def made_of(self, kind: str, name: str = "") -> dict:
+        """All that a stage depends on."""
+        config = self.config
+        if kind == "base":
+            model, keep = asdict(config.model), max(64, config.evaluation.max_new_tokens)
+            if config.model.path is not None:
+                return {"path": config.model.path}
+            return {"model": model, "text": self._text, "seed": self.seed, "max_length": config.data.max_length, "room": keep}
+        base, data = self.made_of("base"), {"data": asdict(config.data), "model": asdict(config.model), "seed": self.seed}
+        if kind == "base-result.json":
+            return {"base": base, **data, "evaluation": asdict(config.evaluation)}
+        contrast = to_dict(config)["contrast"]
+        if kind == "contrastive":
+            return {"base": base, **data, "stage": contrast["sft" if name.startswith("sft") else "dpo"]}
+        made = {"base": base, **data, "contrast": _contrast_settings(contrast, name) | {"batch_tokens": config.contrast.batch_tokens}}
+        return made | ({"weighting": asdict(config.weighting)} if kind == "weights" else {})
+
+    @cached_property
+    def _text(self) -> str:
+        """Fingerprint of the text that the base model learns and of its tokenizer: worlds that differ in their labels alone share it."""
+        path = self.study / "stages" / f"text-{digest(self._source_key)}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with self.alone(path):
+            if not path.exists():
+                documents = self.source.documents()
+                texts = [list(documents[name]) for name in ("prompt_ids", "chosen_ids")]
+                write_json(path, digest([texts, tokenizer_fingerprint(self.tokenizer)]))
+        return json.loads(path.read_text())
+
+    @contextmanager
+    def alone(self, path: Path):
+        """No other process of the study makes what belongs at this path meanwhile."""
+        locks = self.study / "locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        with FileLock(locks / f"{path.name}.lock", is_singleton=True):
+            yield
+
+    # The stages, each made by one process
+
+    def base(self):
+        if self.config.model.path is not None:
+            return super().base()
+        with self.alone(self.place("base")):
+            return super().base()
+
+    def contrastive_model(self, name: str):
+        with self.alone(self.place(f"contrastive/{name}")):
+            return super().contrastive_model(name)
+
+    def scored(self, construction: str):
+        path = self.place(f"scored/{construction}")
+        with self.alone(path):
+            return remembered(f"scored {path}", lambda: SeedRun.scored(self, construction))
+
+    def base_results(self) -> dict:
+        with self.alone(self.place("base-result.json")):
+            return super().base_results()
+
+    # What several policies in one process share
+
+    @property
+    def _source_key(self) -> dict:
+        return {"data": asdict(self.config.data), "model": asdict(self.config.model), "seed": self.seed} | {
+            "prompts": self.config.evaluation.prompts
+        }
+
+    @cached_property
+    def source(self):
+        return remembered(f"source {digest(self._source_key)}", lambda: super(StudyRun, self).source)
+
+    @cached_property
+    def reference(self):
+        return remembered(f"reference {digest(self.made_of('base'))}", lambda: super(StudyRun, self).reference)
+
+    def _with_reference(self, rows):
+        key = f"reference of rows {digest([self.made_of('base'), self._source_key])} {ids_fingerprint(rows)}"
+        return remembered(key, lambda: SeedRun._with_reference(self, rows))
+
+    # A policy with all that the study asks of it
+
+    def outcome(self) -> dict:
+        """The content of policy.json: metrics, points of the frontier, learning curves, figures of the weights, cost."""
+        path, method = self.directory / "policy.json", self.config.methods[0]
+        with self.alone(self.directory):
+            if not path.exists():
+                result = self.policy(method)
+                base = self.base_results()["metrics"]
+                history = [h for h in json.loads((self.directory / "log.json").read_text()) if "loss" in h]
+                parameters = sum(p.numel() for p in self.reference.parameters())
+                content = {
+                    "metrics": result["metrics"],
+                    "base": base,
+                    "has_reward": self.reward is not None,
+                    "points": result["points"],
+                    "curves": {"step": [h["step"] for h in history], **{name: [h.get(name) for h in history] for name in CURVES}},
+                    "weights": self.weight_figures(method),
+                    "costs": costs(self.config, tokens_of(self), parameters, parameters),
+                    "parameters": parameters,
+                    "data": {"train": len(self.source.train), "heldout": len(self.source.heldout), "kind": self.source.kind},
+                    "seconds": self.seconds,
+                }
+                for cost in content["costs"]:
+                    cost["key"] = self._cost_key(cost["stage"])
+                write_json(path, content)
+                shutil.rmtree(self.directory / "model", ignore_errors=True)  # a study keeps figures, not models
+        return json.loads(path.read_text())
+
+    def _cost_key(self, stage: str) -> str:
+        """Stages with the same key are one stage, wherever they are counted."""
+        if stage.startswith(("contrastive/", "scored/")):
+            return str(self.place(stage).name)
+        if stage in ("reference", "contrast-reference"):
+            return digest([self.made_of("base"), asdict(self.config.data)])
+        return f"{stage} {self.directory.name}"
+
+    def weight_figures(self, method: str) -> dict | None:
+        """How the weights of a construction are distributed and agree with the truth; None for the other methods."""
+        if method not in CONTRASTIVE_MODELS:
+            return None
+        path = self.place(f"weights/{method}").with_suffix(".json")
+        with self.alone(path):
+            if not path.exists():
+                figures = weights([self], method)[0]
+                write_json(path, {key: value for key, value in figures.items() if key not in ("histogram", "position")})
+        return json.loads(path.read_text())
