@@ -162,10 +162,25 @@ class ContrastConfig:
     positive_prompt: str | None = option("system prompt of P, instead of the task's", default=None)
     negative_prompt: str | None = option("its opposite", default=None)
     batch_tokens: int = option("tokens (padding included) that are scored at a time", default=8192)
+    model: ModelConfig | None = option(
+        "what the contrastive models start from, such as a smaller model; null: the base model", default=None
+    )
+    pairs: int = option("pairs of contrastive models of S, D or R, trained in different order, whose contrasts are averaged", default=1)
+    crossfit: bool = option("every pair is trained without the rows that it scores, an equal share of them each", default=False)
+    smooth: int = option("moving average of the contrast over so many neighbouring tokens, an odd number", default=1)
+    std: float | None = option("scale the contrast to this standard deviation over all tokens (nats), before the clamp", default=None)
 
     def __post_init__(self):
-        _at_least(self, 1, "batch_tokens")
+        _at_least(self, 1, "batch_tokens", "pairs")
         _unique(self, "constructions")
+        if self.smooth < 1 or self.smooth % 2 == 0:
+            raise InputError(f"smooth must be an odd number of tokens, 1 for none, got {self.smooth}")
+        if self.std is not None:
+            _positive(self, "std")
+        if self.crossfit and self.pairs < 2:
+            raise InputError("crossfit needs pairs of at least 2: each is trained on the rows that the others score")
+        if self.pairs > 1 and self.constructions == ["P"]:
+            raise InputError("pairs has no effect on construction P, for which nothing is trained; leave it out")
         for stage, users in (("sft", "S"), ("dpo", "DR")):
             needed = [c for c in self.constructions if c in users]
             if needed and getattr(self, stage) is None:
@@ -241,6 +256,10 @@ class RunConfig:
         if isinstance(self.seeds, list):
             _unique(self, "seeds")
         self._check_methods()
+        if self.model.path is not None and self.contrast.model is not None and self.contrast.model.path is None:
+            raise InputError(
+                "contrast.model is to be trained from scratch, but with model.path there is no text for it; give contrast.model.path"
+            )
         if self.data.source == "synthetic" and (self.model.path or self.model.tokenizer):
             raise InputError("data.source=synthetic brings its own tokenizer and corpus; leave model.path and model.tokenizer out")
 

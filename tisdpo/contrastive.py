@@ -117,6 +117,37 @@ def score_contrast(
     return rows
 
 
+def combined(rows, parts: list[tuple], *, smooth: int = 1, std: float | None = None):
+    """The rows with the contrast of several scorings made one.
+
+    parts    (scored rows, their numbers among the rows), together covering every row; where several score a row, their mean is taken.
+             Numbers None: all rows
+    smooth   odd window of a moving average over neighbouring tokens of a completion (shorter at its ends); 1: none
+    std      scale the contrasts of both sides together to this standard deviation, nats; None: as they are. Their zero stays where it is
+    """
+    sides, found = ("chosen", "rejected"), {}
+    for side in sides:
+        values: list[list[Tensor]] = [[] for _ in range(len(rows))]
+        for scored, numbers in parts:
+            for number, contrast in zip(range(len(rows)) if numbers is None else numbers, scored[f"{side}_contrast"]):
+                values[number].append(torch.tensor(contrast, dtype=torch.float64))
+        found[side] = [_smoothed(torch.stack(several).mean(0), smooth) for several in values]
+    scale = 1.0
+    if std is not None:
+        spread = torch.cat([x for side in sides for x in found[side]]).std(correction=0).item()
+        scale = std / spread if spread > 0 else 1.0
+    for side in sides:
+        rows = rows.add_column(f"{side}_contrast", [(scale * x).tolist() for x in found[side]])
+    return rows
+
+
+def _smoothed(contrast: Tensor, window: int) -> Tensor:
+    if window == 1 or not len(contrast):
+        return contrast
+    padded = torch.nn.functional.avg_pool1d(contrast[None], window, stride=1, padding=window // 2, count_include_pad=False)
+    return padded[0]
+
+
 def _score(contexts, completions, batches, pad_token_id) -> Tensor:
     """Contrasts of the completions of these batches, one after the other."""
     values = []

@@ -20,11 +20,11 @@ import torch
 from tqdm.auto import tqdm
 
 from tisdpo import contrastive, evaluate
-from tisdpo.config import RunConfig, dump, load_config, to_dict
+from tisdpo.config import ModelConfig, RunConfig, dump, load_config, to_dict
 from tisdpo.doctor import default_device
 from tisdpo.errors import InputError
 from tisdpo.fingerprints import tokenizer_fingerprint
-from tisdpo.hf import load_model, tiny_llama
+from tisdpo.hf import load_model, load_tokenizer, tiny_llama
 from tisdpo.prompts import PROMPTS
 from tisdpo.scored import load_provenance, load_scored, make_provenance, save_scored
 from tisdpo.sources import Source, load_source
@@ -164,31 +164,34 @@ class SeedRun:
 
     def base(self):
         """A fresh copy of the base model, which is also the reference of every policy."""
-        model = self.config.model
+        return self.pretrained(self.config.model, "base")
+
+    def contrast_base(self):
+        """A fresh copy of the model that the contrastive models start from: the base model, or that of contrast.model."""
+        model = self.config.contrast.model
+        if model is None:
+            return self.base()
+        if model.path is not None and tokenizer_fingerprint(load_tokenizer(model.path)) != tokenizer_fingerprint(self.tokenizer):
+            raise InputError(f"contrast.model.path={model.path} has another tokenizer than the base model; give a model that shares it")
+        return self.pretrained(model, "contrastive/base")
+
+    def pretrained(self, model: ModelConfig, stage: str):
+        """A fresh copy of a given model, or of one trained from scratch on the text of the source."""
         if model.path is not None:
             return load_model(model.path)
-        path = self.place("base")
+        path = self.place(stage)
         if not (path / "model").is_dir():
+            room = self.config.data.max_length + max(64, self.config.evaluation.max_new_tokens)
             fresh = tiny_llama(
-                self.tokenizer,
-                hidden_size=model.hidden_size,
-                layers=model.layers,
-                heads=model.heads,
-                seed=self.seed,
-                max_length=self.config.data.max_length + max(64, self.config.evaluation.max_new_tokens),
+                self.tokenizer, hidden_size=model.hidden_size, layers=model.layers, heads=model.heads, seed=self.seed, max_length=room
             )
             options = {"method": "sft", "sft_prompt_loss": True, "max_length": self.config.data.max_length}
-            with self.timed("base model"):
+            name = "base model" if stage == "base" else "base of the contrastive models"
+            with self.timed(name):
                 train_stage(
-                    fresh,
-                    self.tokenizer,
-                    self.source.documents(),
-                    model.pretrain,
-                    path,
-                    label=self.label("base model"),
-                    seed=self.seed,
+                    fresh, self.tokenizer, self.source.documents(), model.pretrain, path, label=self.label(name), seed=self.seed,
                     options=options,
-                )
+                )  # fmt: skip
         return load_model(str(path / "model"))
 
     @cached_property
@@ -204,20 +207,33 @@ class SeedRun:
 
     @cached_property
     def rows_for_contrast(self):
-        """Training rows with the reference's log-probs: contrastive DPO has no KL term."""
-        return self.rows if self.config.objective.kl is None else self._with_reference(self.source.train)
+        """Training rows with the log-probs of the contrastive models' own start: contrastive DPO has no KL term."""
+        own = self.config.contrast.model is not None
+        return self.rows if self.config.objective.kl is None and not own else self._with_reference(self.source.train, own)
 
-    def _with_reference(self, rows):
+    def _with_reference(self, rows, of_contrast: bool = False):
         with self.timed("reference log-probs"):
-            return add_reference_logps(rows, self.reference, self.tokenizer.pad_token_id)
+            model = self.contrast_reference if of_contrast else self.reference
+            return add_reference_logps(rows, model, self.tokenizer.pad_token_id)
 
     # Contrastive models and weights
 
-    def contrastive_model(self, name: str):
-        """`base`, `sft-chosen`, `sft-rejected`, `dpo` or `dpo-swapped`."""
+    @cached_property
+    def contrast_reference(self):
+        """What the contrastive models start from, to be asked."""
+        return self.reference if self.config.contrast.model is None else ready(self.contrast_base())
+
+    def fold(self, pair: int) -> list[int]:
+        """Numbers of the training rows that the contrastive pair of this number scores: all, or with `crossfit` every n-th."""
+        contrast = self.config.contrast
+        return list(range(pair, len(self.source.train), contrast.pairs) if contrast.crossfit else range(len(self.source.train)))
+
+    def contrastive_model(self, name: str, pair: int = 0):
+        """`base`, `sft-chosen`, `sft-rejected`, `dpo` or `dpo-swapped`; of the pair of this number."""
         if name == "base":
-            return self.reference
-        path = self.place(f"contrastive/{name}")
+            return self.contrast_reference
+        numbered = numbered_stage(name, pair)
+        path = self.place(f"contrastive/{numbered}")
         if not (path / "model").is_dir():
             contrast = self.config.contrast
             options = {"max_length": self.config.data.max_length}
@@ -226,47 +242,56 @@ class SeedRun:
             else:
                 stage, rows = contrast.dpo, self.rows_for_contrast
                 options |= {"method": "dpo", "beta": stage.beta, "swap_pairs": name == "dpo-swapped"}
-            start = self.base()  # may train it, which is a stage of its own
-            with self.timed(f"contrastive {name}"):
+            if contrast.crossfit:
+                rows = rows.select(sorted(set(range(len(rows))) - set(self.fold(pair))))
+            start, seed = self.contrast_base(), self.seed + 1000 * pair  # the base may have to be trained, a stage of its own
+            with self.timed(f"contrastive {numbered}"):
                 train_stage(
-                    start, self.tokenizer, rows, stage, path, label=self.label(f"contrastive {name}"), seed=self.seed, options=options
+                    start, self.tokenizer, rows, stage, path, label=self.label(f"contrastive {numbered}"), seed=seed, options=options
                 )
         return ready(load_model(str(path / "model")))
 
     def scored(self, construction: str):
-        """Training rows with the raw contrast of a construction."""
+        """Training rows with the contrast of a construction: raw, or averaged, cross-fitted, smoothed and scaled as `contrast` says."""
         if construction == "scored":
             return load_scored(self.external, dataset=self.source.train, expect={"tokenizer": tokenizer_fingerprint(self.tokenizer)})
-        path = self.place(f"scored/{construction}")
+        contrast = self.config.contrast
+        pairs = range(1 if construction == "P" else contrast.pairs)  # nothing is trained for P
+        if len(pairs) == 1 and contrast.smooth == 1 and contrast.std is None:
+            return self.scored_by(construction)
+        parts = [(self.scored_by(construction, pair), self.fold(pair) if len(pairs) > 1 else None) for pair in pairs]
+        return contrastive.combined(self.source.train, parts, smooth=contrast.smooth, std=contrast.std)
+
+    def scored_by(self, construction: str, pair: int = 0):
+        """The rows of its fold with the raw contrast of the contrastive pair of this number."""
+        path = self.place(f"scored/{numbered_stage(construction, pair)}")
         how = {"construction": construction}
+        rows = self.source.train
+        if self.config.contrast.crossfit and construction != "P":
+            rows = rows.select(self.fold(pair))
+            how |= {"fold": [pair, self.config.contrast.pairs]}
         if construction == "P":
             how |= dict(zip(("positive_prompt", "negative_prompt"), self.prompts_of_contrast()))
         if path.is_dir():
-            return load_scored(path, dataset=self.source.train, expect={"tokenizer": tokenizer_fingerprint(self.tokenizer), "how": how})
-        positive, negative = (contrastive.Scorer(self.contrastive_model(name)) for name in CONTRASTIVE_MODELS[construction])
-        rows = self.source.train
+            return load_scored(path, dataset=rows, expect={"tokenizer": tokenizer_fingerprint(self.tokenizer), "how": how})
+        positive, negative = (contrastive.Scorer(self.contrastive_model(name, pair)) for name in CONTRASTIVE_MODELS[construction])
         if construction == "P":
             for scorer, text in zip((positive, negative), self.prompts_of_contrast()):
                 scorer.prompts = contrastive.system_prompts(self.source.pairs, rows, self.tokenizer, text)
         parts = path.with_name(path.name + ".parts")
-        stage = f"scoring {construction}"
+        stage = f"scoring {numbered_stage(construction, pair)}"
         label, tokens = self.label(stage), contrastive.tokens_to_score(rows, positive, negative)
         with self.timed(stage), tqdm(total=tokens, desc=label, disable=label is None, unit="tok", unit_scale=True) as bar:
             rows = contrastive.score_contrast(
-                rows,
-                positive,
-                negative,
-                pad_token_id=self.tokenizer.pad_token_id,
-                parts=parts,
-                batch_tokens=self.config.contrast.batch_tokens,
-                progress=bar.update,
-            )
+                rows, positive, negative, pad_token_id=self.tokenizer.pad_token_id, parts=parts,
+                batch_tokens=self.config.contrast.batch_tokens, progress=bar.update,
+            )  # fmt: skip
         provenance = make_provenance(
             self.tokenizer, max_length=self.config.data.max_length, positive=positive.model, negative=negative.model, how=how
         )
         save_scored(rows, path, provenance)
         shutil.rmtree(parts)
-        return self.scored(construction)
+        return self.scored_by(construction, pair)
 
     def prompts_of_contrast(self) -> tuple[str, str]:
         """The positive and the negative system prompt of construction P."""
@@ -384,6 +409,11 @@ class SeedRun:
             for g in generations[: self.config.evaluation.samples]
         ]
         return {"metrics": metrics, "samples": samples}
+
+
+def numbered_stage(name: str, pair: int) -> str:
+    """The stage of a contrastive pair: "S" of the first, "S.1", "S.2" of the others."""
+    return f"{name}.{pair}" if pair else name
 
 
 def _only_where_it_counts(row: dict) -> dict:
