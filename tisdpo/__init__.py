@@ -8,7 +8,7 @@ TIS-DPO (arXiv 2410.04350) and its relatives, exact and without the [tokens, voc
     -> batches, doctor, heatmap, hf, plots, readers, settings, synthetic
     -> config, rendering, report, scoring -> data
     -> contrastive, evaluate, scored, sources, trainer
-    -> integrations, stages, summary -> pipeline -> study -> cli -> __main__
+    -> integrations, stages, summary -> estimation -> pipeline -> study -> cli -> __main__
 
 Names between two arrows are one level and do not import each other. `reference` is the mathematics in plain PyTorch, the oracle of the
 tests: it imports nothing of the package, nothing imports it.

@@ -166,12 +166,20 @@ class ContrastConfig:
         "what the contrastive models start from, such as a smaller model; null: the base model", default=None
     )
     pairs: int = option("pairs of contrastive models of S, D or R, trained in different order, whose contrasts are averaged", default=1)
+    checkpoints: int = option("contrasts are averaged over so many models of the second half of the contrastive training", default=1)
     crossfit: bool = option("every pair is trained without the rows that it scores, an equal share of them each", default=False)
     smooth: int = option("moving average of the contrast over so many neighbouring tokens, an odd number", default=1)
+    data: DataConfig | None = option(
+        "pairs that the contrastive models learn from, of the same tokenizer; null: those of the run", default=None
+    )
+    rounds: int = option(
+        "the weights are estimated so often, evenly over the training of the policy, each time but the first from the policy as it is then",
+        default=1,
+    )
     std: float | None = option("scale the contrast to this standard deviation over all tokens (nats), before the clamp", default=None)
 
     def __post_init__(self):
-        _at_least(self, 1, "batch_tokens", "pairs")
+        _at_least(self, 1, "batch_tokens", "pairs", "checkpoints", "rounds")
         _unique(self, "constructions")
         if self.smooth < 1 or self.smooth % 2 == 0:
             raise InputError(f"smooth must be an odd number of tokens, 1 for none, got {self.smooth}")
@@ -179,8 +187,13 @@ class ContrastConfig:
             _positive(self, "std")
         if self.crossfit and self.pairs < 2:
             raise InputError("crossfit needs pairs of at least 2: each is trained on the rows that the others score")
-        if self.pairs > 1 and self.constructions == ["P"]:
-            raise InputError("pairs has no effect on construction P, for which nothing is trained; leave it out")
+        if self.crossfit and self.data is not None:
+            raise InputError("crossfit has no effect with contrast.data: no row that is scored was trained on; leave one of them out")
+        if self.rounds > 1 and self.model is not None:
+            raise InputError("with rounds the contrastive models start from the policy, not from contrast.model; leave one of them out")
+        idle = [n for n, on in (("pairs", self.pairs > 1), ("checkpoints", self.checkpoints > 1), ("data", self.data is not None)) if on]
+        if idle and self.constructions == ["P"]:
+            raise InputError(f"{idle[0]} has no effect on construction P, for which nothing is trained; leave it out")
         for stage, users in (("sft", "S"), ("dpo", "DR")):
             needed = [c for c in self.constructions if c in users]
             if needed and getattr(self, stage) is None:
@@ -206,6 +219,9 @@ class EvaluationConfig:
     )
     reward_model: str | None = option("directory or hub id of a sequence classifier that scores the responses", default=None)
     samples: int = option("responses shown side by side", default=5)
+    data: DataConfig | None = option(
+        "where held-out pairs, prompts and the true reward come from, of the same tokenizer; null: from those of the run", default=None
+    )
     heatmaps: int = option("pairs shown as heat maps, for each construction", default=2)
     batch_size: int = option("prompts answered at a time", default=64)
 
@@ -260,6 +276,8 @@ class RunConfig:
             raise InputError(
                 "contrast.model is to be trained from scratch, but with model.path there is no text for it; give contrast.model.path"
             )
+        if self.contrast.rounds > self.train.steps:
+            raise InputError(f"contrast.rounds={self.contrast.rounds} is more than train.steps={self.train.steps}; lower it")
         if self.data.source == "synthetic" and (self.model.path or self.model.tokenizer):
             raise InputError("data.source=synthetic brings its own tokenizer and corpus; leave model.path and model.tokenizer out")
 
@@ -287,6 +305,10 @@ class RunConfig:
         for known in ("truth", "oracle"):
             if known in self.methods and self.data.source != "synthetic":
                 raise InputError(f"methods has {known}, but the true rewards are known with data.source=synthetic only; leave it out")
+
+    def construction(self, method: str) -> str | None:
+        """The construction whose contrast a method's weights are made of, if any."""
+        return method if method in CONSTRUCTIONS else self.control if method in ("random", "swapped") else None
 
     @property
     def control(self) -> str:

@@ -9,33 +9,25 @@ the same command is given again:
 
 import json
 import shutil
-import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
 
-from tisdpo import contrastive, evaluate
+from tisdpo import evaluate
 from tisdpo.config import ModelConfig, RunConfig, dump, load_config, to_dict
-from tisdpo.doctor import default_device
 from tisdpo.errors import InputError
-from tisdpo.fingerprints import tokenizer_fingerprint
-from tisdpo.hf import load_model, load_tokenizer, tiny_llama
-from tisdpo.prompts import PROMPTS
-from tisdpo.scored import load_provenance, load_scored, make_provenance, save_scored
-from tisdpo.sources import Source, load_source
+from tisdpo.estimation import Estimation, ready
+from tisdpo.hf import load_model, save_model
+from tisdpo.scored import load_provenance
+from tisdpo.sources import Source
 from tisdpo.stages import read_points, train_stage, write_json
 from tisdpo.summary import collect
-from tisdpo.trainer import add_reference_logps, apply_weighting
+from tisdpo.trainer import apply_weighting
 
 UNTIL = ("weights", "train", "eval", "report")
-
-# construction: its positive and negative model (of `SeedRun.contrastive_model`)
-CONTRASTIVE_MODELS = {"P": ("base", "base"), "S": ("sft-chosen", "sft-rejected"), "D": ("dpo", "dpo-swapped"), "R": ("dpo", "base")}
 
 
 def run(config: RunConfig, until: str = "report") -> Path:
@@ -77,11 +69,6 @@ def train_on(config: RunConfig, scored: str | Path) -> Path:
     return seed_run.directory / "policy" / "scored"
 
 
-def ready(model):
-    """A model to be asked, not trained: on the device that computes here, without dropout."""
-    return model.to(default_device()).eval()
-
-
 def _prepare(config: RunConfig) -> Path:
     """Make the run's directory, or check that what lies there belongs to the same configuration; set the number of threads."""
     if config.threads is not None:
@@ -118,191 +105,13 @@ def _prepare(config: RunConfig) -> Path:
     return directory
 
 
-class SeedRun:
-    """All stages of one seed; each method returns what its stage made, and makes it if it is not there."""
-
-    def __init__(self, config: RunConfig, seed: int, directory: Path, scored: Path | None = None):
-        self.config, self.seed, self.directory, self.external = config, seed, directory, scored
-        self._inside = 0.0  # seconds of the stages inside the one that is timed
-        directory.mkdir(parents=True, exist_ok=True)
-
-    @contextmanager
-    def timed(self, stage: str):
-        """Add the seconds of a stage to those of earlier, interrupted tries; a stage inside another is not counted in both."""
-        start, before, self._inside = time.monotonic(), self._inside, 0.0
-        try:
-            yield
-        finally:
-            passed, seconds = time.monotonic() - start, self.seconds
-            seconds[stage] = seconds.get(stage, 0.0) + passed - self._inside
-            self._inside = before + passed
-            write_json(self.directory / "seconds.json", seconds)
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        """Seconds of every stage so far."""
-        path = self.directory / "seconds.json"
-        return json.loads(path.read_text()) if path.exists() else {}
-
-    def label(self, what: str) -> str | None:
-        """What stands before the progress bar of a stage; None: no bar."""
-        return f"seed {self.seed} · {what}".ljust(34)
-
-    def place(self, stage: str) -> Path:
-        """Where a stage ("base", "contrastive/<model>", "scored/<construction>", "policy/<method>", ...) leaves what it makes."""
-        return self.directory / stage
-
-    # Data and base model
-
-    @cached_property
-    def source(self) -> Source:
-        return load_source(self.config, self.seed)
-
-    @property
-    def tokenizer(self):
-        return self.source.tokenizer
-
-    def base(self):
-        """A fresh copy of the base model, which is also the reference of every policy."""
-        return self.pretrained(self.config.model, "base")
-
-    def contrast_base(self):
-        """A fresh copy of the model that the contrastive models start from: the base model, or that of contrast.model."""
-        model = self.config.contrast.model
-        if model is None:
-            return self.base()
-        if model.path is not None and tokenizer_fingerprint(load_tokenizer(model.path)) != tokenizer_fingerprint(self.tokenizer):
-            raise InputError(f"contrast.model.path={model.path} has another tokenizer than the base model; give a model that shares it")
-        return self.pretrained(model, "contrastive/base")
-
-    def pretrained(self, model: ModelConfig, stage: str):
-        """A fresh copy of a given model, or of one trained from scratch on the text of the source."""
-        if model.path is not None:
-            return load_model(model.path)
-        path = self.place(stage)
-        if not (path / "model").is_dir():
-            room = self.config.data.max_length + max(64, self.config.evaluation.max_new_tokens)
-            fresh = tiny_llama(
-                self.tokenizer, hidden_size=model.hidden_size, layers=model.layers, heads=model.heads, seed=self.seed, max_length=room
-            )
-            options = {"method": "sft", "sft_prompt_loss": True, "max_length": self.config.data.max_length}
-            name = "base model" if stage == "base" else "base of the contrastive models"
-            with self.timed(name):
-                train_stage(
-                    fresh, self.tokenizer, self.source.documents(), model.pretrain, path, label=self.label(name), seed=self.seed,
-                    options=options,
-                )  # fmt: skip
-        return load_model(str(path / "model"))
-
-    @cached_property
-    def reference(self):
-        """The base model, for evaluation."""
-        return ready(self.base())
-
-    @cached_property
-    def rows(self):
-        """Training rows, with the reference's log-probs where the objective does not need its distribution."""
-        rows = self.source.train
-        return rows if self.config.objective.kl is not None else self._with_reference(rows)
-
-    @cached_property
-    def rows_for_contrast(self):
-        """Training rows with the log-probs of the contrastive models' own start: contrastive DPO has no KL term."""
-        own = self.config.contrast.model is not None
-        return self.rows if self.config.objective.kl is None and not own else self._with_reference(self.source.train, own)
-
-    def _with_reference(self, rows, of_contrast: bool = False):
-        with self.timed("reference log-probs"):
-            model = self.contrast_reference if of_contrast else self.reference
-            return add_reference_logps(rows, model, self.tokenizer.pad_token_id)
-
-    # Contrastive models and weights
-
-    @cached_property
-    def contrast_reference(self):
-        """What the contrastive models start from, to be asked."""
-        return self.reference if self.config.contrast.model is None else ready(self.contrast_base())
-
-    def fold(self, pair: int) -> list[int]:
-        """Numbers of the training rows that the contrastive pair of this number scores: all, or with `crossfit` every n-th."""
-        contrast = self.config.contrast
-        return list(range(pair, len(self.source.train), contrast.pairs) if contrast.crossfit else range(len(self.source.train)))
-
-    def contrastive_model(self, name: str, pair: int = 0):
-        """`base`, `sft-chosen`, `sft-rejected`, `dpo` or `dpo-swapped`; of the pair of this number."""
-        if name == "base":
-            return self.contrast_reference
-        numbered = numbered_stage(name, pair)
-        path = self.place(f"contrastive/{numbered}")
-        if not (path / "model").is_dir():
-            contrast = self.config.contrast
-            options = {"max_length": self.config.data.max_length}
-            if name.startswith("sft"):
-                stage, rows, options = contrast.sft, self.source.train, options | {"method": "sft", "sft_side": name.removeprefix("sft-")}
-            else:
-                stage, rows = contrast.dpo, self.rows_for_contrast
-                options |= {"method": "dpo", "beta": stage.beta, "swap_pairs": name == "dpo-swapped"}
-            if contrast.crossfit:
-                rows = rows.select(sorted(set(range(len(rows))) - set(self.fold(pair))))
-            start, seed = self.contrast_base(), self.seed + 1000 * pair  # the base may have to be trained, a stage of its own
-            with self.timed(f"contrastive {numbered}"):
-                train_stage(
-                    start, self.tokenizer, rows, stage, path, label=self.label(f"contrastive {numbered}"), seed=seed, options=options
-                )
-        return ready(load_model(str(path / "model")))
-
-    def scored(self, construction: str):
-        """Training rows with the contrast of a construction: raw, or averaged, cross-fitted, smoothed and scaled as `contrast` says."""
-        if construction == "scored":
-            return load_scored(self.external, dataset=self.source.train, expect={"tokenizer": tokenizer_fingerprint(self.tokenizer)})
-        contrast = self.config.contrast
-        pairs = range(1 if construction == "P" else contrast.pairs)  # nothing is trained for P
-        if len(pairs) == 1 and contrast.smooth == 1 and contrast.std is None:
-            return self.scored_by(construction)
-        parts = [(self.scored_by(construction, pair), self.fold(pair) if len(pairs) > 1 else None) for pair in pairs]
-        return contrastive.combined(self.source.train, parts, smooth=contrast.smooth, std=contrast.std)
-
-    def scored_by(self, construction: str, pair: int = 0):
-        """The rows of its fold with the raw contrast of the contrastive pair of this number."""
-        path = self.place(f"scored/{numbered_stage(construction, pair)}")
-        how = {"construction": construction}
-        rows = self.source.train
-        if self.config.contrast.crossfit and construction != "P":
-            rows = rows.select(self.fold(pair))
-            how |= {"fold": [pair, self.config.contrast.pairs]}
-        if construction == "P":
-            how |= dict(zip(("positive_prompt", "negative_prompt"), self.prompts_of_contrast()))
-        if path.is_dir():
-            return load_scored(path, dataset=rows, expect={"tokenizer": tokenizer_fingerprint(self.tokenizer), "how": how})
-        positive, negative = (contrastive.Scorer(self.contrastive_model(name, pair)) for name in CONTRASTIVE_MODELS[construction])
-        if construction == "P":
-            for scorer, text in zip((positive, negative), self.prompts_of_contrast()):
-                scorer.prompts = contrastive.system_prompts(self.source.pairs, rows, self.tokenizer, text)
-        parts = path.with_name(path.name + ".parts")
-        stage = f"scoring {numbered_stage(construction, pair)}"
-        label, tokens = self.label(stage), contrastive.tokens_to_score(rows, positive, negative)
-        with self.timed(stage), tqdm(total=tokens, desc=label, disable=label is None, unit="tok", unit_scale=True) as bar:
-            rows = contrastive.score_contrast(
-                rows, positive, negative, pad_token_id=self.tokenizer.pad_token_id, parts=parts,
-                batch_tokens=self.config.contrast.batch_tokens, progress=bar.update,
-            )  # fmt: skip
-        provenance = make_provenance(
-            self.tokenizer, max_length=self.config.data.max_length, positive=positive.model, negative=negative.model, how=how
-        )
-        save_scored(rows, path, provenance)
-        shutil.rmtree(parts)
-        return self.scored_by(construction, pair)
-
-    def prompts_of_contrast(self) -> tuple[str, str]:
-        """The positive and the negative system prompt of construction P."""
-        contrast = self.config.contrast
-        positive, negative = PROMPTS[contrast.task]
-        return contrast.positive_prompt or positive, contrast.negative_prompt or negative
+class SeedRun(Estimation):
+    """All stages of one seed: those of `Estimation`, then policies and their evaluation."""
 
     # Policies
 
-    def method_rows(self, method: str):
-        """(rows, trainer options) of a method: which weights it trains with."""
+    def method_rows(self, method: str, scored: Callable | None = None):
+        """(rows, trainer options) of a method: which weights it trains with; `scored(construction)` gives the rows with their contrast."""
         objective, weighting = self.config.objective, self.config.weighting
         options = {
             "method": "tis-dpo", "max_length": self.config.data.max_length, "beta": objective.beta, "loss_type": objective.loss,
@@ -319,8 +128,8 @@ class SeedRun:
             scale = max(abs(weighting.lower), abs(weighting.upper))
             contrast = {side: [[scale * x for x in values] for values in self.rows[f"{side}_truth"]] for side in ("chosen", "rejected")}
         else:
-            scored = self.scored(self.config.control if method in ("random", "swapped") else method)
-            contrast = {side: scored[f"{side}_contrast"] for side in ("chosen", "rejected")}
+            rows = (scored or self.scored)(self.config.construction(method) or method)  # or "scored", a set made elsewhere
+            contrast = {side: rows[f"{side}_contrast"] for side in ("chosen", "rejected")}
         rows = self.rows
         for side, values in contrast.items():
             rows = rows.add_column(f"{side}_contrast", values)
@@ -335,20 +144,32 @@ class SeedRun:
         result = path / "result.json"
         if result.exists():
             return json.loads(result.read_text())
-        settings = self.config.evaluation
         if not (path / "model").is_dir():
-            rows, options = self.method_rows(method)
-            with self.timed(f"policy {method}"):
-                train_stage(
-                    self.base(), self.tokenizer, rows, self.config.train, path, label=self.label(f"policy {method}"),
-                    seed=self.seed, options=options,
-                    checkpoints=settings.checkpoints, measure=self.measure_checkpoint,
-                )  # fmt: skip
+            self._train_policy(method, path)
         with self.timed(f"evaluation {method}"):
             content = self.evaluated(ready(load_model(str(path / "model"))))
         write_json(result, content | {"points": read_points(path / "points.json")})
         shutil.rmtree(path / "checkpoints", ignore_errors=True)
         return self.policy(method)
+
+    def _train_policy(self, method: str, path: Path) -> None:
+        """With contrast.rounds, training stops in between, and the weights are estimated anew from the policy as it is then."""
+        steps, construction = self.config.train.steps, self.config.construction(method)
+        rounds = 1 if construction is None else self.config.contrast.rounds
+        for number in range(rounds):
+            start, end = path / f"round-{number}", path / f"round-{number + 1}"
+            if (end / "model").is_dir():
+                continue
+            rows, options = self.method_rows(method, Round(self, start).scored if number else None)
+            model = self.base()
+            with self.timed(f"policy {method}"):
+                train_stage(
+                    model, self.tokenizer, rows, self.config.train, path, label=self.label(f"policy {method}"),
+                    seed=self.seed, options=options, until=steps * (number + 1) // rounds,
+                    checkpoints=self.config.evaluation.checkpoints, measure=self.measure_checkpoint,
+                )  # fmt: skip
+            if number + 1 < rounds:
+                save_model(model, self.tokenizer, end / "model")
 
     def base_results(self) -> dict:
         """Evaluation of the base model itself."""
@@ -361,21 +182,26 @@ class SeedRun:
     # Evaluation
 
     @cached_property
+    def evaluation_source(self) -> Source:
+        """Where held-out pairs, prompts and the true reward come from: the data of the run, or evaluation.data."""
+        return self.other_source(self.config.evaluation.data, "evaluation.data")
+
+    @cached_property
     def reward(self) -> Callable | None:
         """The true reward, or that of a reward model."""
         if self.config.evaluation.reward_model is not None:
             return evaluate.load_reward_model(self.config.evaluation.reward_model)
-        return self.source.reward
+        return self.evaluation_source.reward
 
     @cached_property
     def heldout_reference(self):
         """The reference's log-probs of the held-out pairs, computed once for all checkpoints and methods."""
-        return self._with_reference(self.source.heldout)
+        return self._with_reference(self.evaluation_source.heldout)
 
     def generations(self, model, temperature: float | None = None):
         settings = self.config.evaluation
         return evaluate.generate(
-            model, self.tokenizer, self.source.prompts[: settings.prompts], max_new_tokens=settings.max_new_tokens,
+            model, self.tokenizer, self.evaluation_source.prompts[: settings.prompts], max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature if temperature is None else temperature, seed=self.seed, batch_size=settings.batch_size,
         )  # fmt: skip
 
@@ -411,9 +237,16 @@ class SeedRun:
         return {"metrics": metrics, "samples": samples}
 
 
-def numbered_stage(name: str, pair: int) -> str:
-    """The stage of a contrastive pair: "S" of the first, "S.1", "S.2" of the others."""
-    return f"{name}.{pair}" if pair else name
+class Round(Estimation):
+    """Weights estimated anew while a policy is trained: the contrastive models start from the policy in `path`/model."""
+
+    def __init__(self, run: SeedRun, path: Path):
+        contrast = replace(run.config.contrast, model=ModelConfig(path=str(path / "model")), rounds=1)
+        super().__init__(replace(run.config, contrast=contrast), run.seed, run.directory)
+        self.path, self.label, self.source = path, run.label, run.source
+
+    def place(self, stage: str) -> Path:
+        return self.path / stage
 
 
 def _only_where_it_counts(row: dict) -> dict:

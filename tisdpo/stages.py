@@ -51,6 +51,34 @@ class AtCheckpoints(TrainerCallback):
             write_json(self.path, sorted(points.values(), key=lambda p: p["step"]))
 
 
+class KeepModels(TrainerCallback):
+    """Saves the model at the last `kept` of 2 * kept evenly spaced points of the training, but for the last one: `kept_model(n)`."""
+
+    def __init__(self, tokenizer, kept: int, directory: Path):
+        self.tokenizer, self.kept, self.directory = tokenizer, kept, directory
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        for number in range(1, self.kept):
+            if state.global_step == max(1, round(state.max_steps * (1 - number / (2 * self.kept)))):
+                save_model(model, self.tokenizer, self.directory / kept_model(number))
+
+
+def kept_model(number: int) -> str:
+    """Folder of a model that a stage kept, so many checkpoints before the end."""
+    return f"model-{number}" if number else "model"
+
+
+class StopAt(TrainerCallback):
+    """Ends the training after a step, with a checkpoint from which it goes on."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            control.should_save = control.should_training_stop = True
+
+
 def read_points(path: Path) -> list[dict]:
     """What `AtCheckpoints` kept."""
     return json.loads(path.read_text()) if path.exists() else []
@@ -85,10 +113,14 @@ def train_stage(
     options: dict,
     checkpoints: int = 0,
     measure: Callable | None = None,
+    kept: int = 1,
+    until: int | None = None,
 ) -> list[dict]:
     """Train `model` on `rows` with `TISDPOConfig(**options)`; writes directory/model, directory/log.json (and points.json).
 
     With `checkpoints`, the run is measured and saved that many times on its way, and an interrupted one goes on from the last of them.
+    `kept` models of its second half are saved, the final one included. `until`, smaller than the number of steps, ends the stage there,
+    unfinished: `model` is what it was then, and the next call goes on.
     Returns the log history.
     """
     directory.mkdir(parents=True, exist_ok=True)
@@ -115,10 +147,16 @@ def train_stage(
     callbacks = [Progress(label)]
     if measure is not None:
         callbacks.append(AtCheckpoints(measure, every, directory / "points.json"))
+    if kept > 1:
+        callbacks.append(KeepModels(tokenizer, kept, directory))
+    unfinished = until is not None and until < stage.steps
+    if unfinished:
+        callbacks.append(StopAt(until))
     trainer = TISDPOTrainer(model, args, train_dataset=rows, processing_class=tokenizer, callbacks=callbacks)
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(saved))
     history = trainer.state.log_history
     write_json(directory / "log.json", history)
-    save_model(model, tokenizer, directory / "model")  # last: the stage is done when its model is there
+    if not unfinished:
+        save_model(model, tokenizer, directory / "model")  # last: the stage is done when its model is there
     return history
