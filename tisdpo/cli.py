@@ -46,10 +46,11 @@ EXAMPLES = {
         tisdpo eval runs/demo                     after a run was interrupted in its evaluation
     """,
     "study": """
-        tisdpo study examples/studies/claims.yaml
-        tisdpo study examples/studies/claims.yaml seeds=5 jobs=4
-        tisdpo study examples/studies/claims.yaml base.train.steps=200 "search.objective.beta=[0.1, 1.0]" output_dir=runs/longer
-        tisdpo study examples/studies/claims.yaml --full
+        tisdpo study claims
+        tisdpo study claims --smoke               in a minute, to see that it runs
+        tisdpo study claims seeds=5 jobs=4
+        tisdpo study claims base.train.steps=200 "search.objective.beta=[0.1, 1.0]" output_dir=runs/longer
+        tisdpo study my-own-study.yaml --full
     """,
     "show": """
         tisdpo show runs/demo/seed-0/scored/S
@@ -130,13 +131,15 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--scored", metavar="DIR", help="train one policy on the scores in DIR instead of those of this run")
 
     study = _command(commands, "study", _study, "many policies under one search, claims with verdicts, study.html", settings="study")
-    study.add_argument("study", help="YAML file of a study, such as examples/studies/claims.yaml")
+    study.add_argument("study", help="a study of examples/studies, such as claims, or a YAML file")
     study.add_argument(
         "settings", nargs="*", metavar="key=value", help="keys that override the file's, see below; base.* are settings of the run"
     )
     study.add_argument(
         "--full", action="store_true", help="with the section `full` of the file on top: longer than the file itself promises"
     )
+
+    study.add_argument("--smoke", action="store_true", help="as small as it can be, to see that everything runs")
 
     show = _command(commands, "show", _show, "a pair with its token weights as a heat map", settings="weighting")
     show.add_argument("scored", help="directory of a scored set, such as runs/demo/seed-0/scored/S")
@@ -237,7 +240,7 @@ def _study(arguments) -> None:
     _check_report()
     from tisdpo.study.config import load_study
 
-    study = load_study(arguments.study, arguments.settings, full=arguments.full)
+    study = load_study(arguments.study, arguments.settings, full=arguments.full, smoke=arguments.smoke)
     _quiet(arguments.debug)
     _check_backend()
     from tisdpo.study.engine import run_study

@@ -39,6 +39,10 @@ class ArmConfig:
 
     method: str = option("a method of `tisdpo run`: dpo, P, S, D, R, random, swapped, equal, truth or oracle")
     overrides: dict = option("settings of the run, such as {objective.kl: reverse}; none that `search` varies", default_factory=dict)
+    search: dict = option(
+        "other values for settings that the study's `search` varies, as many of each: no arm is searched more than another",
+        default_factory=dict,
+    )
     note: str = option("one sentence for the reader of the report", default="")
     against: str | None = option("arm whose frontier this one is compared with; null: `baseline`", default=None)
     group: str = option("arms of a group share a figure of the report (with what they are compared with)", default="")
@@ -51,7 +55,10 @@ class ClaimConfig:
     text: str = option("the claim")
     compare: str | list[str] = option('"A - B" of two arms, "A - 0.5", or "A" alone (against 0); or several of them')
     metric: str | list[str] = option("what is compared; or several", default="lead")
-    expect: Literal["higher", "lower", "equal"] = option("sign of the difference", default="higher")
+    expect: Literal["higher", "lower", "equal", "rising", "falling"] = option(
+        "the sign of every difference; or that the differences rise (fall) from each comparison to the next, in the order of the list",
+        default="higher",
+    )
     within: float | None = option("for expect: equal, the largest difference that counts as equal", default=None)
     kl: float | None = option("for lead_at_kl", default=None)
 
@@ -62,11 +69,17 @@ class ClaimConfig:
             raise InputError(f"within must be positive, got {self.within}")
         if self.kl is not None and (not self.kl > 0 or "lead_at_kl" not in _list(self.metric)):
             raise InputError("kl must be positive and belongs to metric: lead_at_kl")
+        if self.trend and (len(_list(self.compare)) < 2 or len(_list(self.metric)) > 1):
+            raise InputError(f"expect: {self.expect} needs a list of two or more comparisons, of one metric")
         for metric in _list(self.metric):
             if metric not in OF_TWO and metric not in OF_ONE:
                 hint = nearest(metric, [*OF_TWO, *OF_ONE])
                 known = ", ".join([*OF_TWO, *OF_ONE])
                 raise InputError(f"metric is {metric!r}, which is none of {known}" + (f"; did you mean {hint}?" if hint else ""))
+
+    @property
+    def trend(self) -> bool:
+        return self.expect in ("rising", "falling")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +141,10 @@ class Study:
     def baseline(self) -> str:
         return self.config.baseline or next(iter(self.arms))
 
+    def point(self, arm: str, number: int) -> dict[str, Any]:
+        """The settings of an arm at a point of the search."""
+        return _own_points(self.arms[arm], self.config)[number]
+
     def against(self, arm: str) -> str:
         """The arm that this one is compared with."""
         return self.arms[arm].against or self.baseline
@@ -138,27 +155,67 @@ class Study:
         return asdict(self.config)
 
 
-def load_study(path: str | Path, overrides: list[str] | tuple[str, ...] = (), full: bool = False) -> Study:
-    """The study in a YAML file, with `key.sub=value` overrides, which win; `full` puts its section `full` on top of the file.
+# --smoke: the most of everything that takes time
+SMOKE = {
+    "data.limit": 24, "data.heldout": 8, "contrast.data.limit": 24, "evaluation.data.heldout": 8, "evaluation.data.limit": 24,
+    "model.hidden_size": 16, "model.pretrain.steps": 2, "model.pretrain.warmup_steps": 0,
+    "contrast.model.hidden_size": 16, "contrast.model.pretrain.steps": 2, "contrast.model.pretrain.warmup_steps": 0,
+    "contrast.sft.steps": 2, "contrast.dpo.steps": 2, "contrast.pairs": 2, "contrast.checkpoints": 2,
+    "train.steps": 4, "train.batch_size": 4, "evaluation.prompts": 4, "evaluation.max_new_tokens": 8, "evaluation.checkpoints": 2,
+}  # fmt: skip
+PLACES = (Path("examples/studies"), Path(__file__).parents[2] / "examples" / "studies")
+
+
+def find_study(name: str | Path) -> Path:
+    """The file of a study: a path, or the name of one in examples/studies."""
+    if Path(name).suffix:
+        return Path(name)
+    for place in PLACES:
+        if (place / f"{name}.yaml").exists():
+            return place / f"{name}.yaml"
+    known = sorted({path.stem for place in PLACES for path in place.glob("*.yaml")})
+    hint = nearest(str(name), known)
+    listed = f"there are {', '.join(known)}" if known else "there are none here"
+    raise InputError(
+        f"{name!r} is no study of examples/studies ({listed}); give one of these or the path of a YAML file"
+        + (f"; did you mean {hint}?" if hint else "")
+    )
+
+
+def load_study(path: str | Path, overrides: list[str] | tuple[str, ...] = (), full: bool = False, smoke: bool = False) -> Study:
+    """The study in a YAML file (or of a name in examples/studies), with `key.sub=value` overrides, which win.
+
+    `full` puts its section `full` on top of the file. `smoke` makes it as small as it can be: two seeds, the first value of everything
+    that is searched and at most `SMOKE` of what takes time, which shows in seconds that everything runs.
 
     Raises InputError for whatever `load_config` refuses in the settings of an arm, and for arms, claims and search points that do not
     belong together.
     """
-    path = Path(path)
+    given_as, path = path, find_study(path)
+    if full and smoke:
+        raise InputError("--full and --smoke contradict each other; give one of them")
     values = _undotted({"name": path.stem, **read_yaml(path)})
     if full:
         if not values.get("full"):
             raise InputError(f"{path} has no section full, so --full means nothing; leave it out")
         values = merged(values, _undotted(values["full"]))
         values["name"] = f"{values['name']}-full"
+    if smoke:
+        first = {key: tried[:1] if isinstance(tried, list) else tried for key, tried in leaves(values.get("search") or {}).items()}
+        arms = {name: _smoke_arm(arm) for name, arm in (values.get("arms") or {}).items()}
+        values |= {"name": f"{values['name']}-smoke", "seeds": 2, "arms": arms, "search": first}
     values, given = with_overrides(values, overrides)
     config = build(StudyConfig, values, file=str(path), overridden=given)
     arms = {str(n): build(ArmConfig, a or {}, place=f"arms.{n}", file=str(path), overridden=given) for n, a in config.arms.items()}
     claims = [build(ClaimConfig, c, place=f"claims[{n}]", file=str(path)) for n, c in enumerate(config.claims)]
-    search = leaves(config.search)
-    points = [dict(zip(search, values)) for values in itertools.product(*search.values())]
-    base = _base(config, path)
-    runs = {(n, p): _run(base, config, n, arm, point, path, given) for n, arm in arms.items() for p, point in enumerate(points)}
+    base, limits = _base(config, path), SMOKE if smoke else {}
+    for n, arm in arms.items():
+        _check_search(arm, config, f"{path}: arms.{n}")
+    runs = {
+        (n, p): _run(base, config, n, arm, point, path, given, limits)
+        for n, arm in arms.items()
+        for p, point in enumerate(_own_points(arm, config))
+    }
     for n, arm in arms.items():
         if arm.against is not None and arm.against not in arms:
             raise InputError(f"{path}: arms.{n}.against is {arm.against!r}, which is none of the arms ({', '.join(arms)})")
@@ -167,8 +224,36 @@ def load_study(path: str | Path, overrides: list[str] | tuple[str, ...] = (), fu
             _, other = sides(compare, arms, f"{path}: claims[{n}].compare")
             if metric in OF_TWO and not isinstance(other, str):
                 raise InputError(f"{path}: claims[{n}].compare is {compare!r}, but {metric} needs two arms: A - B")
-    words = [str(path), *overrides, *(["--full"] if full else [])]
-    return Study(config, " ".join(["tisdpo study", *(f'"{w}"' if " " in w else w for w in words)]), arms, claims, points, runs)
+    words = [str(given_as), *overrides, *(["--full"] if full else []), *(["--smoke"] if smoke else [])]
+    command = " ".join(["tisdpo study", *(f'"{w}"' if " " in w else w for w in words)])
+    return Study(config, command, arms, claims, _points(leaves(config.search)), runs)
+
+
+def _smoke_arm(arm):
+    """An arm as it is written, with the first value of what it searches."""
+    if not isinstance(arm, dict) or not isinstance(arm.get("search"), dict):
+        return arm
+    return arm | {"search": {key: tried[:1] if isinstance(tried, list) else tried for key, tried in leaves(arm["search"]).items()}}
+
+
+def _points(search: dict[str, list]) -> list[dict[str, Any]]:
+    return [dict(zip(search, values)) for values in itertools.product(*search.values())]
+
+
+def _own_points(arm: ArmConfig, config: StudyConfig) -> list[dict[str, Any]]:
+    """The points of the search of one arm, as many as those of every other."""
+    return _points(leaves(config.search) | leaves(arm.search))
+
+
+def _check_search(arm: ArmConfig, config: StudyConfig, place: str) -> None:
+    search = leaves(config.search)
+    for key, values in leaves(arm.search).items():
+        if key not in search:
+            raise InputError(
+                f"{place}.search has {key}, which the study's search ({', '.join(search) or 'empty'}) does not vary; leave it out"
+            )
+        if not isinstance(values, list) or len(values) != len(search[key]):
+            raise InputError(f"{place}.search.{key} must be a list of {len(search[key])} values, as many as the study's search has")
 
 
 def _undotted(values: dict) -> dict:
@@ -189,7 +274,7 @@ def _base(config: StudyConfig, path: Path) -> dict:
     return merged({key: value for key, value in start.items() if key not in _SET_BY_THE_STUDY}, settings)
 
 
-def _run(base: dict, config: StudyConfig, name: str, arm: ArmConfig, point: dict, path: Path, given: frozenset[str]) -> RunConfig:
+def _run(base: dict, config: StudyConfig, name: str, arm: ArmConfig, point: dict, path: Path, given, limits: dict) -> RunConfig:
     """The configuration of an arm at a point of the search."""
     own = leaves(merged({}, arm.overrides))
     for key in own:
@@ -206,6 +291,8 @@ def _run(base: dict, config: StudyConfig, name: str, arm: ArmConfig, point: dict
     elif arm.method not in ("random", "swapped"):
         constructions = []
     values |= {"name": config.name, "seeds": 1, "methods": [arm.method], "contrast": contrast | {"constructions": constructions[:1]}}
+    found = leaves(values)
+    values = merged(values, {key: min(found[key], most) for key, most in limits.items() if isinstance(found.get(key), int | float)})
     changed = {key.removeprefix("base.") for key in given if key.startswith("base.")}
     file = f"{path}, arm {name!r}"
     run = config_from(values, file, changed)

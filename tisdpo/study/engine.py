@@ -56,7 +56,7 @@ def jobs_of(study: Study) -> list[Job]:
     found = {}
     for (arm, point), config in study.runs.items():
         for seed in study.config.seed_list:
-            where = ", ".join(f"{key.rsplit('.', 1)[-1]} {value}" for key, value in study.points[point].items())
+            where = ", ".join(f"{key.rsplit('.', 1)[-1]} {value}" for key, value in study.point(arm, point).items())
             name = " · ".join(part for part in (arm, where, f"seed {seed}") if part)
             found.setdefault(identity(config, seed), Job(config, seed, study.directory, name))
     return list(found.values())

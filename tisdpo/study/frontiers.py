@@ -94,6 +94,15 @@ def judged(differences: dict[int, float], expect: str, within: float | None) -> 
     return Verdict("confirmed" if low > 0 else "opposite" if high < 0 else "unclear", found)
 
 
+def slopes(comparisons: list[dict[int, float]]) -> dict[int, float]:
+    """{seed: least-squares slope of its differences over the place of the comparison, per place}; seeds that lack one are left out."""
+    found, middle = {}, (len(comparisons) - 1) / 2
+    for seed in sorted(set.intersection(*(set(one) for one in comparisons))):
+        weight = sum((n - middle) ** 2 for n in range(len(comparisons)))
+        found[seed] = sum((n - middle) * one[seed] for n, one in enumerate(comparisons)) / weight
+    return found
+
+
 def overall(verdicts: list[str]) -> str:
     """Of a claim: confirmed where all its comparisons are, "depends on" where some are, else not confirmed."""
     confirmed = [verdict == "confirmed" for verdict in verdicts]

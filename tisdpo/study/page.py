@@ -28,7 +28,7 @@ PREFIXES = ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"))
 
 
 def write_page(results: dict, path: Path) -> Path:
-    """Write the page of a study from the content of results.json; returns its path."""
+    """Write the page of a study from what `collect` found; returns its path."""
     return write_html(render("study.html.j2", _page(results)), path)
 
 
@@ -87,7 +87,12 @@ def _claim(claim: dict, quality: str) -> dict:
                 "seeds": seeds, "verdict": verdict, "sign": {"confirmed": "yes", "opposite": "no"}.get(one["verdict"], "open"),
             }
         )  # fmt: skip
-    expected = {"higher": "above 0", "lower": "below 0", "equal": f"within ±{claim['within']}"}[claim["expect"]]
+    if claim["expect"] in ("rising", "falling"):
+        for one in shown[:-1]:
+            one |= {"verdict": "", "sign": "open"}
+        expected = claim["expect"]
+    else:
+        expected = {"higher": "above 0", "lower": "below 0", "equal": f"within ±{claim['within']}"}[claim["expect"]]
     return {"text": claim["text"], "verdict": claim["verdict"], "kind": claim["verdict"].replace(" ", "-"), "expected": expected} | {
         "comparisons": shown
     }

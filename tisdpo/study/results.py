@@ -6,7 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 
-from tisdpo.settings import leaves
 from tisdpo.stages import write_json
 from tisdpo.study import frontiers
 from tisdpo.study.config import OF_ONE, OF_TWO, Study, comparisons, sides
@@ -57,7 +56,7 @@ def _policy(study: Study, arm: str, point: int, seed: int) -> dict:
         metrics |= {name: weights[name] for name in ("auc", "spearman", "signal_to_noise")}
         metrics["effective_size"] = fmean(weights[side]["ess"] for side in ("chosen", "rejected"))
     key = run.directory.name
-    return {"arm": arm, "point": point, "seed": seed, "id": key, **outcome, "metrics": metrics}
+    return {"arm": arm, "point": point, "settings": study.point(arm, point), "seed": seed, "id": key, **outcome, "metrics": metrics}
 
 
 def _of(policies: list[dict], arm: str) -> dict[int, list[dict]]:
@@ -97,7 +96,7 @@ def _lead(lines: dict, arm: str, other: str) -> dict:
 
 def _claim(study: Study, claim, lines: dict, values: dict) -> dict:
     """A claim with its verdict and what each of its comparisons gave."""
-    found = []
+    found, every = [], []
     for compare, metric in comparisons(claim):
         first, second = sides(compare, study.arms)
         if metric in OF_TWO:
@@ -107,15 +106,22 @@ def _claim(study: Study, claim, lines: dict, values: dict) -> dict:
             a = values[first].get(metric, {})
             b = values[second].get(metric, {}) if isinstance(second, str) else dict.fromkeys(a, second)
             differences = {seed: a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())}
-        verdict = frontiers.judged(differences, claim.expect, claim.within)
-        one = verdict.difference
-        found.append(
-            {
-                "compare": compare, "metric": metric, "verdict": verdict.verdict, "differences": differences,
-                "mean": one and one.mean, "half_width": one and one.half_width,
-            }
-        )  # fmt: skip
+        every.append(differences)
+        found.append(_comparison(compare, metric, differences, claim))
+    if claim.trend:  # its differences are shown, their slope is judged
+        slope = _comparison(f"{claim.expect} by, from each to the next", metric, frontiers.slopes(every), claim)
+        return asdict(claim) | {"verdict": frontiers.overall([slope["verdict"]]), "comparisons": [*found, slope]}
     return asdict(claim) | {"verdict": frontiers.overall([f["verdict"] for f in found]), "comparisons": found}
+
+
+def _comparison(compare: str, metric: str, differences: dict[int, float], claim) -> dict:
+    expect = {"rising": "higher", "falling": "lower"}.get(claim.expect, claim.expect)
+    verdict = frontiers.judged(differences, expect, claim.within)
+    one = verdict.difference
+    return {
+        "compare": compare, "metric": metric, "verdict": verdict.verdict, "differences": differences,
+        "mean": one and one.mean, "half_width": one and one.half_width,
+    }  # fmt: skip
 
 
 def _costs(study: Study, policies: list[dict]) -> dict:
@@ -141,7 +147,7 @@ def _costs(study: Study, policies: list[dict]) -> dict:
 def write_results(results: dict, directory: Path) -> None:
     """results.json with everything, results.csv with one row per policy."""
     write_json(directory / "results.json", results)
-    searched = list(dict.fromkeys(key for point in results["points"] for key in leaves(point)))
+    searched = list(dict.fromkeys(key for point in results["points"] for key in point))
     metrics = list(dict.fromkeys(name for policy in results["policies"] for name in policy["metrics"]))
     arms = {arm["name"]: arm for arm in results["arms"]}
     beside = directory / "results.csv.writing"
@@ -149,7 +155,6 @@ def write_results(results: dict, directory: Path) -> None:
         writer = csv.writer(file)
         writer.writerow(["arm", "method", "seed", *searched, *metrics])
         for policy in results["policies"]:
-            point = results["points"][policy["point"]]
-            row = [policy["arm"], arms[policy["arm"]]["method"], policy["seed"], *(point.get(key) for key in searched)]
+            row = [policy["arm"], arms[policy["arm"]]["method"], policy["seed"], *(policy["settings"][key] for key in searched)]
             writer.writerow(row + [policy["metrics"].get(name) for name in metrics])
     beside.replace(directory / "results.csv")

@@ -18,9 +18,10 @@ from typing import Any
 
 from filelock import FileLock
 
-from tisdpo.config import RunConfig, to_dict
+from tisdpo.config import DataConfig, ModelConfig, RunConfig, to_dict
+from tisdpo.estimation import CONTRASTIVE_MODELS, numbered_stage
 from tisdpo.fingerprints import tokenizer_fingerprint
-from tisdpo.pipeline import CONTRASTIVE_MODELS, SeedRun
+from tisdpo.pipeline import SeedRun
 from tisdpo.scored import ids_fingerprint
 from tisdpo.stages import write_json
 from tisdpo.study.costs import costs, tokens_of
@@ -52,7 +53,7 @@ def identity(config: RunConfig, seed: int) -> str:
     for key in ("samples", "heatmaps", "batch_size"):
         settings["evaluation"].pop(key)
     contrast = settings.pop("contrast")
-    construction = method if method in CONTRASTIVE_MODELS else config.control if method in ("random", "swapped") else None
+    construction = config.construction(method)
     if construction is not None:
         settings["contrast"] = _contrast_settings(contrast, construction) | {"construction": construction}
     if method == "dpo":
@@ -63,10 +64,15 @@ def identity(config: RunConfig, seed: int) -> str:
 def _contrast_settings(contrast: dict, construction: str) -> dict:
     """Those settings of the contrastive models that this construction depends on."""
     unused = {"constructions", "batch_tokens"}
-    unused |= {"P": {"sft", "dpo"}, "S": {"dpo"}, "D": {"sft"}, "R": {"sft"}}[construction]
+    unused |= {"P": {"sft", "dpo", "pairs", "checkpoints", "crossfit", "data"}, "S": {"dpo"}, "D": {"sft"}, "R": {"sft"}}[construction]
     if construction != "P":
         unused |= {"task", "positive_prompt", "negative_prompt"}
     return {key: value for key, value in contrast.items() if key not in unused}
+
+
+def _size(model) -> int:
+    """Parameters of a model."""
+    return sum(p.numel() for p in model.parameters())
 
 
 class StudyRun(SeedRun):
@@ -83,7 +89,7 @@ class StudyRun(SeedRun):
 
     def place(self, stage: str) -> Path:
         kind, _, name = stage.partition("/")
-        if kind == "policy":
+        if kind == "policy":  # one policy, one directory
             return self.directory
         return self.study / "stages" / f"{stage.replace('/', '-')}-{digest(self.made_of(kind, name))}"
 
@@ -91,18 +97,29 @@ class StudyRun(SeedRun):
         """All that a stage depends on."""
         config = self.config
         if kind == "base":
-            model, keep = asdict(config.model), max(64, config.evaluation.max_new_tokens)
-            if config.model.path is not None:
-                return {"path": config.model.path}
-            return {"model": model, "text": self._text, "seed": self.seed, "max_length": config.data.max_length, "room": keep}
-        base, data = self.made_of("base"), {"data": asdict(config.data), "model": asdict(config.model), "seed": self.seed}
+            return self._pretrained(config.model)
+        data, contrast = {"data": asdict(config.data), "model": asdict(config.model), "seed": self.seed}, to_dict(config)["contrast"]
         if kind == "base-result.json":
-            return {"base": base, **data, "evaluation": asdict(config.evaluation)}
-        contrast = to_dict(config)["contrast"]
+            return {"base": self.made_of("base"), **data, "evaluation": asdict(config.evaluation)}
+        start = self._pretrained(config.contrast.model or config.model)
+        if name == "base":  # of the contrastive models
+            return start
         if kind == "contrastive":
-            return {"base": base, **data, "stage": contrast["sft" if name.startswith("sft") else "dpo"]}
-        made = {"base": base, **data, "contrast": _contrast_settings(contrast, name) | {"batch_tokens": config.contrast.batch_tokens}}
-        return made | ({"weighting": asdict(config.weighting)} if kind == "weights" else {})
+            learns = data | {"data": asdict(self._learned), "fold": config.contrast.crossfit and config.contrast.pairs}
+            stage = contrast["sft" if name.startswith("sft") else "dpo"]
+            return {"base": start, **learns, "stage": stage, "checkpoints": config.contrast.checkpoints}
+        # scored: with the contrast of one pair of models; weights: with that of all of them, smoothed and scaled
+        settings = _contrast_settings(contrast, name[0]) | {"batch_tokens": config.contrast.batch_tokens}
+        together = {"smooth", "std", "rounds"} | (set() if config.contrast.crossfit else {"pairs"})
+        if kind == "scored":
+            settings = {key: value for key, value in settings.items() if key not in together}
+        return {"base": start, **data, "contrast": settings} | ({"weighting": asdict(config.weighting)} if kind == "weights" else {})
+
+    def _pretrained(self, model: ModelConfig) -> dict:
+        """All that a pretrained model depends on."""
+        if model.path is not None:
+            return {"path": model.path}
+        return {"model": asdict(model), "text": self._text, "seed": self.seed, "max_length": self.config.data.max_length, "room": self.room}
 
     @cached_property
     def _text(self) -> str:
@@ -126,20 +143,23 @@ class StudyRun(SeedRun):
 
     # The stages, each made by one process
 
-    def base(self):
-        if self.config.model.path is not None:
-            return super().base()
-        with self.alone(self.place("base")):
-            return super().base()
+    def pretrained(self, model: ModelConfig, stage: str):
+        if model.path is not None:
+            return super().pretrained(model, stage)
+        with self.alone(self.place(stage)):
+            return super().pretrained(model, stage)
 
-    def contrastive_model(self, name: str):
-        with self.alone(self.place(f"contrastive/{name}")):
-            return super().contrastive_model(name)
+    def contrastive_model(self, name: str, pair: int = 0, checkpoint: int = 0):
+        with self.alone(self.place(f"contrastive/{numbered_stage(name, pair)}")):
+            return super().contrastive_model(name, pair, checkpoint)
+
+    def scored_by(self, construction: str, pair: int = 0, checkpoint: int = 0):
+        path = self.place(f"scored/{numbered_stage(construction, pair, checkpoint)}")
+        with self.alone(path):
+            return remembered(f"scored {path}", lambda: SeedRun.scored_by(self, construction, pair, checkpoint))
 
     def scored(self, construction: str):
-        path = self.place(f"scored/{construction}")
-        with self.alone(path):
-            return remembered(f"scored {path}", lambda: SeedRun.scored(self, construction))
+        return remembered(f"scored {self.place(f'weights/{construction}')}", lambda: SeedRun.scored(self, construction))
 
     def base_results(self) -> dict:
         with self.alone(self.place("base-result.json")):
@@ -149,21 +169,35 @@ class StudyRun(SeedRun):
 
     @property
     def _source_key(self) -> dict:
-        return {"data": asdict(self.config.data), "model": asdict(self.config.model), "seed": self.seed} | {
-            "prompts": self.config.evaluation.prompts
-        }
+        return self._key_of(self.config.data)
+
+    def _key_of(self, data: DataConfig) -> dict:
+        config = self.config
+        return {"data": asdict(data), "model": asdict(config.model), "seed": self.seed, "prompts": config.evaluation.prompts}
 
     @cached_property
     def source(self):
         return remembered(f"source {digest(self._source_key)}", lambda: super(StudyRun, self).source)
 
+    def other_source(self, data: DataConfig | None, key: str):
+        if data is None:
+            return self.source
+        return remembered(f"source {digest(self._key_of(data))}", lambda: SeedRun.other_source(self, data, key))
+
     @cached_property
     def reference(self):
-        return remembered(f"reference {digest(self.made_of('base'))}", lambda: super(StudyRun, self).reference)
+        return remembered(f"reference {self.place('base')}", lambda: super(StudyRun, self).reference)
 
-    def _with_reference(self, rows):
-        key = f"reference of rows {digest([self.made_of('base'), self._source_key])} {ids_fingerprint(rows)}"
-        return remembered(key, lambda: SeedRun._with_reference(self, rows))
+    @cached_property
+    def contrast_reference(self):
+        if self.config.contrast.model is None:
+            return self.reference
+        return remembered(f"reference {self.place('contrastive/base')}", lambda: super(StudyRun, self).contrast_reference)
+
+    def _with_reference(self, rows, reference=None):
+        model = "base" if reference is None or reference is self.reference else "contrastive/base"
+        key = f"reference of rows {self.place(model)} {ids_fingerprint(rows)}"
+        return remembered(key, lambda: SeedRun._with_reference(self, rows, reference))
 
     # A policy with all that the study asks of it
 
@@ -175,7 +209,10 @@ class StudyRun(SeedRun):
                 result = self.policy(method)
                 base = self.base_results()["metrics"]
                 history = [h for h in json.loads((self.directory / "log.json").read_text()) if "loss" in h]
-                parameters = sum(p.numel() for p in self.reference.parameters())
+                parameters = _size(self.reference)
+                small = self.config.contrast.model is not None and self.config.construction(method) is not None
+                estimating = _size(self.contrast_reference) if small else parameters
+                tokens = [tokens_of(self, source.train) for source in (self.source, self.contrast_source)]
                 content = {
                     "metrics": result["metrics"],
                     "base": base,
@@ -183,7 +220,7 @@ class StudyRun(SeedRun):
                     "points": result["points"],
                     "curves": {"step": [h["step"] for h in history], **{name: [h.get(name) for h in history] for name in CURVES}},
                     "weights": self.weight_figures(method),
-                    "costs": costs(self.config, tokens_of(self), parameters, parameters),
+                    "costs": costs(self.config, *tokens, parameters, estimating),
                     "parameters": parameters,
                     "data": {"train": len(self.source.train), "heldout": len(self.source.heldout), "kind": self.source.kind},
                     "seconds": self.seconds,
@@ -191,16 +228,23 @@ class StudyRun(SeedRun):
                 for cost in content["costs"]:
                     cost["key"] = self._cost_key(cost["stage"])
                 write_json(path, content)
-                shutil.rmtree(self.directory / "model", ignore_errors=True)  # a study keeps figures, not models
+                for made in (self.directory / "model", *self.directory.glob("round-*")):  # a study keeps figures, not models
+                    shutil.rmtree(made, ignore_errors=True)
         return json.loads(path.read_text())
 
     def _cost_key(self, stage: str) -> str:
         """Stages with the same key are one stage, wherever they are counted."""
         if stage.startswith(("contrastive/", "scored/")):
             return str(self.place(stage).name)
-        if stage in ("reference", "contrast-reference"):
-            return digest([self.made_of("base"), asdict(self.config.data)])
+        if stage in ("reference", "contrast-reference"):  # one, where both models start from the same
+            base, data = ("base", self.config.data) if stage == "reference" else ("contrastive/base", self._learned)
+            return digest([self.made_of(*base.split("/")), asdict(data)])
         return f"{stage} {self.directory.name}"
+
+    @property
+    def _learned(self) -> DataConfig:
+        """What the contrastive models learn from."""
+        return self.config.contrast.data or self.config.data
 
     def weight_figures(self, method: str) -> dict | None:
         """How the weights of a construction are distributed and agree with the truth; None for the other methods."""
