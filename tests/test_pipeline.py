@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from tisdpo import pipeline
+from tisdpo import estimation, pipeline
 from tisdpo.config import load_config
 from tisdpo.errors import InputError
 from tisdpo.stages import last_complete_checkpoint
@@ -45,7 +45,8 @@ def test_a_run_writes_everything_and_goes_on_where_it_was(tmp_path, monkeypatch)
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(pipeline, "train_stage", dies_at_the_fifth)
+    for module in (pipeline, estimation):
+        monkeypatch.setattr(module, "train_stage", dies_at_the_fifth)
     with pytest.raises(KeyboardInterrupt):
         pipeline.run(config(tmp_path))
     before = trained(tmp_path)

@@ -114,6 +114,30 @@ def frontier(series: list[Series], base: float | None, x_label: str, y_label: st
     return _svg(name, draw, size=(8.8, 4.9))
 
 
+def compute(series: list[Series], base: float | None, x_label: str, y_label: str) -> str:
+    """y against what a method costs, on a logarithmic axis: one mark per method with the range of its seeds. A run has one point, step 0."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+
+    def draw(axes):
+        axes.set_xscale("log")
+        if base is not None:
+            axes.axhline(base, color=MUTED, linewidth=1, linestyle=(0, (1, 2)))
+        for one in series:
+            [(x, y)] = one.mean()
+            seeds = [run[0][1] for run in one.runs]
+            if len(seeds) > 1:
+                _own(axes.plot([x, x], [min(seeds), max(seeds)], color=one.colour, linewidth=0.8, alpha=0.6), one)
+            _own(axes.plot([x], [y], **{**one.look, "linestyle": "none"}, markersize=8, markeredgecolor=PAPER), one)
+        axes.margins(x=0.06)
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+
+    return _svg("compute", draw, size=(8.8, 4.9))
+
+
 def curve(name: str, series: list[Series]) -> str:
     """A logged quantity against the step: mean over seeds as a line, smallest to largest seed as a band."""
 

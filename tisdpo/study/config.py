@@ -157,7 +157,8 @@ class Study:
 
 # --smoke: the most of everything that takes time
 SMOKE = {
-    "data.limit": 24, "data.heldout": 8, "contrast.data.limit": 24, "evaluation.data.heldout": 8, "evaluation.data.limit": 24,
+    "data.limit": 24, "data.heldout": 8, "contrast.data.limit": 24, "contrast.data.heldout": 8,
+    "evaluation.data.limit": 24, "evaluation.data.heldout": 8,
     "model.hidden_size": 16, "model.pretrain.steps": 2, "model.pretrain.warmup_steps": 0,
     "contrast.model.hidden_size": 16, "contrast.model.pretrain.steps": 2, "contrast.model.pretrain.warmup_steps": 0,
     "contrast.sft.steps": 2, "contrast.dpo.steps": 2, "contrast.pairs": 2, "contrast.checkpoints": 2,

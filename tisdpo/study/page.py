@@ -54,6 +54,7 @@ def _page(results: dict) -> dict:
         "table": metric_table(_metrics(results, quality), methods),
         "curves": _curves(results, methods),
         "costs": _costs(results),
+        "compute": _compute(results, methods, quality),
         "environment": results["environment"],
         "settings": yaml.safe_dump(results["settings"], sort_keys=False, allow_unicode=True, width=100),
         "time": duration(results["seconds"]),
@@ -151,11 +152,29 @@ def _curves(results: dict, methods: dict) -> list[dict]:
     return panels
 
 
+def _unit(results: dict) -> tuple[float, str]:
+    """The largest unit in which no arm costs less than one."""
+    smallest = min(cost["one"] for cost in results["costs"]["arms"].values())
+    return next((p for p in PREFIXES if smallest >= p[0]), PREFIXES[-1])
+
+
+def _compute(results: dict, methods: dict, quality: str) -> dict:
+    """Figure of the quality at the best search point against the cost of one policy."""
+    base = estimate(p["base"].get(results["quality"], 0.5) for p in results["policies"])
+    size, unit = _unit(results)
+    series = []
+    for arm, values in results["values"].items():
+        x = results["costs"]["arms"][arm]["one"] / size
+        series.append(plots.Series(methods[arm]["index"], [{0: (x, y)} for y in values[results["quality"]].values()]))
+    svg = plots.compute(series, base and base.mean, f"{unit} of one policy, weights included (logarithmic axis)", quality)
+    return {"svg": svg, "indices": [one.index for one in series]}
+
+
 def _costs(results: dict) -> dict:
     """FLOP of every arm as text, in one unit."""
     costs = results["costs"]
     smallest = min(cost["one"] for cost in costs["arms"].values())
-    size, unit = next((p for p in PREFIXES if smallest >= p[0]), PREFIXES[-1])
+    size, unit = _unit(results)
     baseline = costs["arms"][results["baseline"]]["one"]
 
     def text(flop: float) -> str:

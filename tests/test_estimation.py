@@ -1,0 +1,149 @@
+"""Each option of the contrastive models changes the weights as it says: averages, folds, other models, other data, rounds."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from test_pipeline import SMALL
+
+from tisdpo import contrastive, estimation, pipeline
+from tisdpo.config import load_config
+from tisdpo.errors import InputError
+from tisdpo.pipeline import SeedRun
+
+FEW = ["data.limit=6", "contrast.sft.steps=4", "contrast.sft.learning_rate=1e-2"]
+
+
+@pytest.fixture
+def start(tmp_path):
+    """A run with these overrides; all of them share the base model of the first."""
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL)
+
+    def made(name, *overrides):
+        return SeedRun(load_config(path, [*FEW, f"output_dir={tmp_path / name}", *overrides]), 0, tmp_path / name / "seed-0")
+
+    return made
+
+
+def contrasts(rows, side="chosen"):
+    return [torch.tensor(values) for values in rows[f"{side}_contrast"]]
+
+
+def test_pairs_and_checkpoints_are_averaged(start):
+    run = start("a", "contrast.pairs=2", "contrast.checkpoints=2")
+    parts = [contrasts(run.scored_by("S", pair, checkpoint)) for pair in (0, 1) for checkpoint in (0, 1)]
+    for place, values in enumerate(contrasts(run.scored("S"))):
+        several = torch.stack([part[place] for part in parts])
+        assert not torch.equal(several[0], several[1]) and not torch.equal(several[0], several[2])
+        torch.testing.assert_close(values, several.mean(0))
+
+
+def test_the_models_of_a_fold_have_not_seen_what_they_score(start, monkeypatch):
+    run, seen, real = start("a", "contrast.pairs=3", "contrast.crossfit=true"), {}, estimation.train_stage
+
+    def noted(model, tokenizer, rows, stage, directory, **options):
+        seen[directory.name] = rows["index"] if "index" in rows.column_names else None
+        return real(model, tokenizer, rows, stage, directory, **options)
+
+    monkeypatch.setattr(estimation, "train_stage", noted)
+    scored = run.scored("S")
+    assert len(scored) == 6 and all(len(c) == len(ids) for c, ids in zip(scored["chosen_contrast"], scored["chosen_ids"]))
+    for pair, name in enumerate(("sft-chosen", "sft-chosen.1", "sft-chosen.2")):
+        of_fold = run.scored_by("S", pair)
+        assert of_fold["index"] == [pair, pair + 3] and sorted([*of_fold["index"], *seen[name]]) == list(range(6))
+        assert scored["chosen_contrast"][pair] == pytest.approx(of_fold["chosen_contrast"][0])
+
+
+def test_smoothing_and_the_standard_deviation():
+    rows = tiny.contrast(tiny.rows(4))
+    one = contrasts(contrastive.combined(tiny.rows(4), [(rows, None)], smooth=3))[0]
+    raw = contrasts(rows)[0]
+    torch.testing.assert_close(one[1], raw[:3].mean())
+    torch.testing.assert_close(one[0], raw[:2].mean())  # shorter at the ends
+    scaled = contrastive.combined(tiny.rows(4), [(rows, None)], std=0.25)
+    every = torch.cat([*contrasts(scaled), *contrasts(scaled, "rejected")])
+    assert every.std(correction=0).item() == pytest.approx(0.25)
+    torch.testing.assert_close(contrasts(scaled)[0] / raw, (contrasts(scaled)[0][0] / raw[0]).expand_as(raw))  # one factor, zero stays
+
+
+def test_contrastive_models_of_another_size(start):
+    small = "contrast.model={hidden_size: 8, heads: 2, layers: 1, pretrain: {steps: 2, batch_size: 4, learning_rate: 1e-3}}"
+    run = start("a", small)
+    model = run.contrastive_model("sft-chosen")
+    assert model.config.hidden_size == 8 and run.reference.config.hidden_size == 16
+    dpo = start("b", small, "contrast.constructions=[D]", "methods=[D]", "contrast.dpo={steps: 2, batch_size: 4, learning_rate: 1e-3}")
+    smaller, base = (dpo._with_reference(dpo.source.train, model)["chosen_ref_logps"] for model in (dpo.contrast_reference, None))
+    assert dpo.rows_for_contrast["chosen_ref_logps"] == smaller != base  # contrastive DPO is held to its own start
+
+
+def test_contrastive_models_learn_from_other_data(start):
+    other = "contrast.data={source: synthetic, limit: 6, heldout: 2, max_length: 96, world: {flip: 0.5, people: 0.1}}"
+    run = start("a", other)
+    assert run.contrast_source.train["chosen_ids"] != run.source.train["chosen_ids"]
+    scored = run.scored("S")
+    assert scored["chosen_ids"] == run.source.train["chosen_ids"]
+    assert scored["chosen_contrast"] != start("b").scored("S")["chosen_contrast"]
+
+
+def test_a_policy_is_evaluated_on_other_data(start):
+    other = "evaluation.data={source: synthetic, limit: 6, heldout: 3, max_length: 96, world: {reward: 5}}"
+    run, plain = start("a", other), start("b")
+    assert len(run.heldout_reference) == 3 and len(plain.heldout_reference) == 8
+    ids = run.source.tokenizer("the gardener was gentle .", add_special_tokens=False)["input_ids"]
+    generation = type("Generation", (), {"ids": ids})
+    assert run.reward(generation) == 5 * plain.reward(generation) != 0
+
+
+def test_rounds_estimate_anew_and_go_on_after_an_interruption(start, monkeypatch):
+    more = ["contrast.rounds=2", "methods=[S]", "train.learning_rate=1e-2"]
+    whole, interrupted = start("whole", *more), start("interrupted", *more)
+    result, calls, real = whole.policy("S"), [], pipeline.train_stage
+    path = whole.place("policy/S")
+    assert [p["step"] for p in result["points"]] == [2, 4]
+    anew = pipeline.Round(whole, path / "round-1").scored("S")
+    assert anew["chosen_contrast"] != whole.scored("S")["chosen_contrast"]
+    once = start("once", *more, "contrast.rounds=1").policy("S")
+    assert once["points"][0] == result["points"][0] and once["points"][1] != result["points"][1]
+
+    def dies_in_the_second_round(*args, **kwargs):
+        calls.append(kwargs["until"])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(pipeline, "train_stage", dies_in_the_second_round)
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.policy("S")
+    assert interrupted.policy("S") == result and calls == [2, 4, 4]
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("contrast.smooth=2", "odd number"),
+        ("contrast.std=0", "std must be"),
+        ("contrast.crossfit=true", "crossfit needs pairs"),
+        ("contrast={constructions: [P], pairs: 2}", "pairs has no effect on construction P"),
+        ("contrast={constructions: [P], checkpoints: 2}", "checkpoints has no effect on construction P"),
+        ("contrast={constructions: [P], data: {source: synthetic}}", "data has no effect on construction P"),
+        ("contrast={constructions: [P], rounds: 5}", "contrast.rounds=5 is more than train.steps=4"),
+    ],
+)
+def test_what_has_no_effect_is_refused(start, override, message):
+    with pytest.raises(InputError, match=message):
+        start("a", override, "methods=[dpo]")
+
+
+def test_other_tokenizers_are_refused(start, tmp_path):
+    (tmp_path / "pairs.jsonl").write_text(
+        "\n".join(json.dumps({"prompt": f"Q{i}?", "chosen": " yes.", "rejected": " no."}) for i in range(8))
+    )
+    run = start("a")
+    run.config = replace(
+        run.config, contrast=replace(run.config.contrast, data=replace(run.config.data, source=str(tmp_path / "pairs.jsonl"), world={}))
+    )
+    with pytest.raises(InputError, match=r"contrast\.data.*another tokenizer"):
+        run.scored("S")

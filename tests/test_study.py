@@ -1,0 +1,304 @@
+"""Studies at their smallest: all policies under one search, results and page, resuming after an interruption, verdicts on claims."""
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+from test_pipeline import SMALL
+
+from tisdpo import cli
+from tisdpo.config import load_config
+from tisdpo.errors import InputError
+from tisdpo.study import engine, frontiers
+from tisdpo.study.config import PLACES, load_study
+from tisdpo.study.costs import Tokens, costs
+from tisdpo.study.results import collect
+from tisdpo.study.shared import StudyRun
+
+STUDIES = sorted(path.stem for path in PLACES[1].glob("*.yaml"))
+STUDY = {
+    "base": {"run": "small.yaml", "train.learning_rate": 1e-2},
+    "seeds": 2,
+    "jobs": 1,
+    "search": {"objective.beta": [0.5, 1.0]},
+    "arms": {
+        "DPO": {"method": "dpo"},
+        "(S)": {"method": "S", "note": "two SFT models"},
+        "equal": {"method": "equal", "group": "controls"},
+        "k 2": {"method": "S", "overrides": {"weighting.k": 2}, "search": {"objective.beta": [0.25, 0.5]}, "against": "(S)"},
+    },
+    "claims": [
+        {"text": "Weights help.", "compare": "(S) - DPO", "metric": ["lead", "reward"]},
+        {"text": "Equal weights are DPO.", "compare": "equal - DPO", "metric": ["lead", "reward"], "expect": "equal", "within": 1e-3},
+        {"text": "k is a factor on beta.", "compare": "k 2 - (S)", "metric": ["lead", "reward"], "expect": "equal", "within": 1e-9},
+        {"text": "It rises.", "compare": ["DPO - (S)", "equal - (S)", "(S) - (S)"], "expect": "rising"},
+        {"text": "The contrast says something.", "compare": "(S) - 0.5", "metric": "auc"},
+    ],
+}
+
+
+def written(tmp_path, **changes) -> str:
+    (tmp_path / "small.yaml").write_text(SMALL)
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(STUDY | changes, sort_keys=False))
+    return str(tmp_path / "tiny.yaml")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A study that was interrupted at its sixth policy and went on: (directory, stages trained in the first try and in the second)."""
+    from tisdpo import estimation, pipeline
+
+    tmp_path, tries = tmp_path_factory.mktemp("study"), ([], [])
+    with pytest.MonkeyPatch.context() as patch:
+        real, number = pipeline.train_stage, 0
+
+        def noted(model, tokenizer, rows, stage, directory, **options):
+            if not number and len(tries[0]) == 9:
+                raise KeyboardInterrupt
+            tries[number].append(directory)
+            return real(model, tokenizer, rows, stage, directory, **options)
+
+        for module in (estimation, pipeline):
+            patch.setattr(module, "train_stage", noted)
+        arguments = ["study", written(tmp_path), f"output_dir={tmp_path / 'out'}"]
+        assert cli.main(arguments) == 130
+        number = 1
+        assert cli.main(arguments) == 0
+        assert cli.main(arguments) == 0  # nothing is left to do
+    return tmp_path / "out", *tries
+
+
+def test_an_interrupted_study_goes_on(finished):
+    _, first, second = finished
+    assert not set(first) & set(second)  # no stage was made twice
+    assert len(first) + len(second) == len({*first, *second}) == 2 * (1 + 2 + 4 * 2)  # base, two SFT models, four arms at two points
+
+
+def test_results_hold_every_policy_and_claim(finished):
+    directory, *_ = finished
+    results = json.loads((directory / "results.json").read_text())
+    assert len(results["policies"]) == 4 * 2 * 2 and results["quality"] == "reward"
+    claims = {claim["text"]: claim for claim in results["claims"]}
+    k = claims["k is a factor on beta."]
+    assert k["verdict"] == "confirmed" and all(set(c["differences"].values()) == {0.0} for c in k["comparisons"])
+    assert claims["Equal weights are DPO."]["verdict"] == "confirmed"
+    assert [len(claim["comparisons"]) for claim in results["claims"]] == [2, 2, 2, 4, 1]
+    one = claims["Weights help."]["comparisons"][0]
+    assert one["mean"] == pytest.approx(sum(one["differences"].values()) / 2) and one["half_width"] > 0
+    assert one["differences"] == results["leads"]["(S)"]["lead"]
+    for policy in results["policies"]:
+        assert len(policy["points"]) == 2 and (policy["weights"] is not None) == (policy["arm"] in ("(S)", "k 2"))
+        assert policy["metrics"]["flop"] == pytest.approx(math.fsum(cost["flop"] for cost in policy["costs"]))
+        assert len(policy["curves"]["step"]) == len(policy["curves"]["rewards/chosen"])
+    cost = results["costs"]["arms"]
+    assert cost["(S)"]["contrastive"] > 0 and cost["DPO"]["one"] == cost["DPO"]["policy"]
+    assert cost["(S)"]["shared"] == pytest.approx(cost["(S)"]["search"] - 2 * cost["(S)"]["policy"] + _reference(results))
+    assert not list(directory.rglob("policies/*/model"))
+
+
+def _reference(results) -> float:
+    return next(c["flop"] for p in results["policies"] for c in p["costs"] if c["stage"] == "reference") * 2
+
+
+def test_the_table_has_a_row_for_every_policy(finished):
+    directory, *_ = finished
+    rows = list(csv.DictReader((directory / "results.csv").open()))
+    assert len(rows) == 16 and {(r["arm"], r["objective.beta"]) for r in rows if r["arm"] == "k 2"} == {("k 2", "0.25"), ("k 2", "0.5")}
+    assert {r["method"] for r in rows} == {"dpo", "S", "equal"} and all(float(r["flop"]) > 0 and r["reward"] for r in rows)
+    assert all(bool(r["auc"]) == (r["method"] == "S") for r in rows)
+
+
+def test_the_page_shows_claims_frontiers_costs_and_the_command(finished):
+    page = (finished[0] / "study.html").read_text()
+    for part in (
+        'id="claims"',
+        'id="frontiers"',
+        'id="curves"',
+        'id="costs"',
+        'id="compute-',
+        "tisdpo study",
+        "k is a factor on beta.",
+        "two SFT models",
+    ):
+        assert part in page
+    assert page.count("<svg") > 6 and "http" not in page.split("</style>")[1]
+
+
+def test_processes_give_the_same_results(finished, tmp_path):
+    arms = {name: arm for name, arm in STUDY["arms"].items() if name != "k 2"}
+    path = written(tmp_path, arms=arms, search={"objective.beta": [0.5]}, claims=[])
+    study = load_study(path, [f"output_dir={tmp_path / 'out'}", "jobs=2"])
+    engine.run_study(study)
+    mine = {(p["arm"], p["seed"]): p["metrics"] for p in collect(study)["policies"]}
+    theirs = json.loads((finished[0] / "results.json").read_text())["policies"]
+    for policy in theirs:
+        if policy["settings"] == {"objective.beta": 0.5} and policy["arm"] != "k 2":
+            assert mine[policy["arm"], policy["seed"]] == policy["metrics"]
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_studies_of_the_examples_can_be_read(name):
+    study = load_study(name)
+    assert study.command == f"tisdpo study {name}" and len(study.claims) >= 4
+    assert {metric for metric in load_study(name, smoke=True).runs.values()} and load_study(name, full=True).config.name == f"{name}-full"
+
+
+def test_the_smoke_form_is_small():
+    study = load_study("claims", smoke=True)
+    assert study.config.name == "claims-smoke" and len(study.points) == 1 and study.config.seed_list == [0, 1]
+    for run in study.runs.values():
+        assert run.train.steps <= 4 and run.model.pretrain.steps <= 2 and run.evaluation.prompts <= 4
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"arms": {}}, "arms is empty"),
+        ({"arms": {"base": {"method": "dpo"}}}, "give the arm another name"),
+        ({"arms": {"a": {"method": "dpoo"}}}, "did you mean dpo"),
+        ({"arms": {"a": {"method": "dpo", "overrides": {"train.stepz": 3}}}}, "stepz"),
+        ({"arms": {"a": {"method": "dpo", "overrides": {"objective.beta": 3}}}}, "search varies for all arms"),
+        ({"arms": {"a": {"method": "dpo", "overrides": {"seeds": 3}}}}, "study itself sets"),
+        ({"arms": {"a": {"method": "dpo", "against": "b"}}}, "none of the arms"),
+        ({"arms": {"a": {"method": "dpo", "search": {"objective.beta": [1]}}}}, "must be a list of 2 values"),
+        ({"arms": {"a": {"method": "dpo", "search": {"train.steps": [1, 2]}}}}, "does not vary"),
+        ({"search": {"objective.beta": 3}}, "must be a list"),
+        ({"baseline": "b"}, "baseline is 'b'"),
+        ({"claims": [{"text": "t", "compare": "(S) - (T)"}]}, "no comparison"),
+        ({"claims": [{"text": "t", "compare": "(S) - 1"}]}, "needs two arms"),
+        ({"claims": [{"text": "t", "compare": "(S)", "metric": "rewards"}]}, "did you mean reward"),
+        ({"claims": [{"text": "t", "compare": "(S) - DPO", "expect": "equal"}]}, "within belongs to expect"),
+        ({"claims": [{"text": "t", "compare": "(S) - DPO", "expect": "rising"}]}, "two or more comparisons"),
+        ({"base": {"run": "small.yaml", "seeds": 3}}, "set by the study itself"),
+        ({"base": {"run": "small.yaml", "evaluation.checkpoints": 0}}, "at least 1: a frontier"),
+        ({"jobs": 0}, "jobs must be"),
+        ({"seeds": [1, 1]}, "different seeds"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, changes, message):
+    study = written(tmp_path, **({"claims": []} | changes))
+    with pytest.raises(InputError, match=message):
+        load_study(study)
+
+
+def test_a_study_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(InputError, match="did you mean claims"):
+        load_study("claim")
+    with pytest.raises(InputError, match="there is no file"):
+        load_study(tmp_path / "nowhere.yaml")
+    with pytest.raises(InputError, match="no section full"):
+        load_study(written(tmp_path), full=True)
+
+
+# Frontiers and verdicts
+
+
+def line(slope: float, end: float = 4.0):
+    """Reward slope * root of the KL, up to a KL."""
+    return [(0.0, 0.0), (1.0, slope), (end, slope * math.sqrt(end))]
+
+
+def test_the_lead_is_the_mean_distance_on_the_root_axis():
+    first, second = {0: [line(3.0)], 1: [line(3.0)]}, {0: [line(2.0)], 1: [line(1.0, end=9.0)]}
+    assert frontiers.reach(first, second) == 4.0
+    assert frontiers.lead(first, second) == pytest.approx({0: 1.0, 1: 2.0})  # over roots of 0..2, a mean distance of slope * 1
+    assert frontiers.lead_at(first, second, None) == pytest.approx({0: 2.0, 1: 4.0})
+
+
+def test_a_seed_does_not_choose_its_own_search_point():
+    lines = {0: [line(5.0), line(2.0)], 1: [line(1.0), line(2.0)]}
+    assert frontiers.height(lines, 0, 4.0) == pytest.approx(4.0)  # seed 1 says the second point, though the first shines here
+    assert frontiers.height(lines, 1, 4.0) == pytest.approx(2.0)  # and seed 0 the first
+    assert frontiers.best_point({0: [5.0, 2.0], 1: [1.0, 2.0]}, 0) == 1 and frontiers.best_point({0: [5.0, 2.0]}, 0) == 0
+
+
+@pytest.mark.parametrize(
+    "differences, expect, within, verdict",
+    [
+        ([1.0, 1.1, 0.9], "higher", None, "confirmed"),
+        ([1.0, 1.1, 0.9], "lower", None, "opposite"),
+        ([1.0, -1.1, 0.9], "higher", None, "unclear"),
+        ([0.01, -0.01, 0.0], "equal", 0.05, "confirmed"),
+        ([0.1, -0.1, 0.0], "equal", 0.05, "unclear"),
+        ([0.1, 0.1001, 0.1], "equal", 0.05, "opposite"),
+        ([1.0], "higher", None, "unclear"),
+        ([0.0], "equal", 0.1, "unclear"),
+        ([], "higher", None, "not measured"),
+    ],
+)
+def test_a_verdict_needs_the_whole_interval(differences, expect, within, verdict):
+    assert frontiers.judged(dict(enumerate(differences)), expect, within).verdict == verdict
+
+
+def test_a_trend_is_the_slope_of_every_seed():
+    assert frontiers.slopes([{0: 1.0, 1: 0.0}, {0: 2.0, 1: 5.0}, {0: 3.0, 1: 1.0, 2: 7.0}]) == pytest.approx({0: 1.0, 1: 0.5})
+
+
+def test_a_claim_depends_on_what_only_some_comparisons_show():
+    assert [frontiers.overall(v) for v in (["confirmed"] * 2, ["confirmed", "unclear"], ["opposite"])] == [
+        "confirmed", "depends on", "not confirmed",
+    ]  # fmt: skip
+
+
+# Cost
+
+
+def total(tmp_path, method: str, *overrides) -> dict[str, float]:
+    """Cost by part; 100 parameters, contrastive models 10; 5 pairs of 20 + 30 tokens, system prompts of 2 and 3."""
+    (tmp_path / "small.yaml").write_text(SMALL)
+    dpo = "contrast.dpo={steps: 3, batch_size: 4, learning_rate: 1e-3}"
+    settings = [f"methods=[{method}]", f"contrast.constructions=[{method if len(method) == 1 else 'S'}]", dpo, *overrides]
+    tokens = Tokens(5, 20.0, 30.0, (2, 3))
+    found = {"contrastive": 0.0, "scoring": 0.0, "policy": 0.0}
+    for cost in costs(load_config(tmp_path / "small.yaml", settings), tokens, tokens, 100, 10):
+        found[cost["part"]] += cost["flop"]
+    return found
+
+
+def test_costs_are_tokens_times_parameters(tmp_path):
+    policy = 16 * 50 * 6 * 100 + 5 * 50 * 2 * 100  # four steps of four pairs, and the reference once
+    sft, scoring, dpo, asked = 8 * 50 * 6 * 10, 2 * 5 * 50 * 2 * 10, 12 * 50 * 6 * 10, 5 * 50 * 2 * 10
+    assert total(tmp_path, "dpo") == {"contrastive": 0, "scoring": 0, "policy": policy}
+    assert total(tmp_path, "S") == total(tmp_path, "random") == {"contrastive": sft, "scoring": scoring, "policy": policy}
+    assert total(tmp_path, "D") == {"contrastive": 2 * dpo + asked, "scoring": scoring, "policy": policy}
+    assert total(tmp_path, "R") == {"contrastive": dpo + asked, "scoring": scoring, "policy": policy}
+    assert total(tmp_path, "P") == {"contrastive": 0, "scoring": (2 * 5 * 50 + 5 * 2 * 5) * 2 * 10, "policy": policy}
+    assert total(tmp_path, "S", "objective.kl=reverse")["policy"] == 16 * 50 * (6 + 2) * 100
+    assert total(tmp_path, "S", "contrast.pairs=3") == {"contrastive": 3 * sft, "scoring": 3 * scoring, "policy": policy}
+    assert total(tmp_path, "S", "contrast.checkpoints=3") == {"contrastive": sft, "scoring": 3 * scoring, "policy": policy}
+    folds = total(tmp_path, "S", "contrast.pairs=3", "contrast.crossfit=true")
+    assert folds["contrastive"] == 3 * sft and folds["scoring"] == pytest.approx(scoring)
+    assert total(tmp_path, "D", "contrast.rounds=2") == {"contrastive": 4 * dpo + 2 * asked, "scoring": 2 * scoring, "policy": policy}
+
+
+# What is shared
+
+
+@pytest.mark.parametrize(
+    "change, apart",
+    [
+        ("train.steps=3", {"policy/S"}),
+        ("weighting.upper=1", {"policy/S", "weights/S"}),
+        ("contrast.smooth=3", {"policy/S", "weights/S"}),
+        ("contrast.pairs=2", {"policy/S", "weights/S"}),
+        ("contrast.sft.steps=3", {"policy/S", "weights/S", "scored/S", "contrastive/sft-chosen"}),
+        ("contrast.checkpoints=2", {"policy/S", "weights/S", "scored/S", "contrastive/sft-chosen"}),
+        ("data.world={flip: 0.1}", {"policy/S", "weights/S", "scored/S", "contrastive/sft-chosen"}),
+        ("data.world={people: 0.1}", {"policy/S", "weights/S", "scored/S", "contrastive/sft-chosen", "base", "contrastive/base"}),
+        ("contrast.constructions=[S, P]", set()),
+        ("threads=2", set()),
+    ],
+)
+def test_a_stage_is_shared_exactly_where_nothing_it_depends_on_differs(tmp_path, change, apart):
+    (tmp_path / "small.yaml").write_text(SMALL)
+    runs = [StudyRun(load_config(tmp_path / "small.yaml", ["methods=[S]", *more]), 0, tmp_path / "out") for more in ([], [change])]
+    stages = ("base", "contrastive/base", "contrastive/sft-chosen", "scored/S", "weights/S", "policy/S")
+    assert {stage for stage in stages if runs[0].place(stage) != runs[1].place(stage)} == apart
+
+
+def test_every_named_study_is_where_it_is_looked_for():
+    assert {"claims", "sensitivity", "closing", "noise", "cost", "transfer"} <= set(STUDIES)
+    assert all(Path(place).parts[-2:] == ("examples", "studies") for place in PLACES)
