@@ -215,13 +215,18 @@ class SeedRun(Estimation):
             model, None, self.heldout_reference, pad_token_id=self.tokenizer.pad_token_id, beta=self.config.objective.beta
         )
 
+    @property
+    def quality(self) -> str:
+        """The metric that methods are compared by: the reward, or where nobody knows it the held-out accuracy."""
+        return "accuracy" if self.reward is None else "reward"
+
     def measure_checkpoint(self, model) -> dict:
-        """A point of the frontier: KL to the reference, and the true reward (where nobody knows it, the held-out accuracy)."""
+        """A point of the frontier: KL to the reference, and the quality."""
         model.eval()
         generations = self.generations(model)
         kl = self.kl(model, generations)["kl"]
-        y = evaluate.response_metrics(generations, self.reward)["reward"] if self.reward else self.preference(model)["accuracy"]
-        return {"kl": kl, "y": y}
+        metrics = self.preference(model) if self.quality == "accuracy" else evaluate.response_metrics(generations, self.reward)
+        return {"kl": kl, "y": metrics[self.quality]}
 
     def evaluated(self, model, is_base: bool = False) -> dict:
         """{"metrics": {...}, "samples": [...]} of a policy; of the base only what does not compare it with itself."""

@@ -115,7 +115,7 @@ def frontier(series: list[Series], base: float | None, x_label: str, y_label: st
 
 
 def compute(series: list[Series], base: float | None, x_label: str, y_label: str) -> str:
-    """y against what a method costs, on a logarithmic axis: one mark per method with the range of its seeds. A run has one point, step 0."""
+    """y against what a method costs, on a logarithmic axis: a mark per method, the range of its seeds. A run has one point, step 0."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
     def draw(axes):

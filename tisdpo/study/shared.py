@@ -216,7 +216,7 @@ class StudyRun(SeedRun):
                 content = {
                     "metrics": result["metrics"],
                     "base": base,
-                    "has_reward": self.reward is not None,
+                    "quality": self.quality,
                     "points": result["points"],
                     "curves": {"step": [h["step"] for h in history], **{name: [h.get(name) for h in history] for name in CURVES}},
                     "weights": self.weight_figures(method),
