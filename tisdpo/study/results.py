@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 
+from tisdpo.errors import InputError
 from tisdpo.stages import write_json
 from tisdpo.study import frontiers
 from tisdpo.study.config import OF_ONE, OF_TWO, Study, comparisons, sides
@@ -19,7 +20,7 @@ CURVES = {"rewards/chosen": "chosen_reward", "rewards/rejected": "rejected_rewar
 def collect(study: Study) -> dict:
     """The content of results.json; every policy of the study must be finished."""
     policies = [_policy(study, arm, point, seed) for arm, point in study.runs for seed in study.config.seed_list]
-    quality = "reward" if all(p["has_reward"] for p in policies) else "accuracy"
+    quality = _quality(policies)
     lines = {arm: _lines(study, arm, policies, quality) for arm in study.arms}
     values = {arm: _values(study, arm, policies, quality) for arm in study.arms}
     return {
@@ -57,6 +58,15 @@ def _policy(study: Study, arm: str, point: int, seed: int) -> dict:
         metrics["effective_size"] = fmean(weights[side]["ess"] for side in ("chosen", "rejected"))
     key = run.directory.name
     return {"arm": arm, "point": point, "settings": study.point(arm, point), "seed": seed, "id": key, **outcome, "metrics": metrics}
+
+
+def _quality(policies: list[dict]) -> str:
+    """What all policies are compared by."""
+    arms = {p["quality"]: p["arm"] for p in policies}
+    if len(arms) > 1:
+        parts = " but ".join(f"{arm!r} by {quality}" for quality, arm in arms.items())
+        raise InputError(f"arms of one study must be measured alike, here {parts}; put them into studies of their own")
+    return policies[0]["quality"]
 
 
 def _of(policies: list[dict], arm: str) -> dict[int, list[dict]]:
