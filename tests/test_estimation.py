@@ -141,7 +141,7 @@ def test_other_tokenizers_are_refused(start, tmp_path):
     (tmp_path / "pairs.jsonl").write_text(
         "\n".join(json.dumps({"prompt": f"Q{i}?", "chosen": " yes.", "rejected": " no."}) for i in range(8))
     )
-    run = start("a")
+    run = start("a", "methods=[dpo]")
     run.config = replace(
         run.config, contrast=replace(run.config.contrast, data=replace(run.config.data, source=str(tmp_path / "pairs.jsonl"), world={}))
     )

@@ -143,7 +143,7 @@ def test_processes_give_the_same_results(finished, tmp_path):
 def test_the_studies_of_the_examples_can_be_read(name):
     study = load_study(name)
     assert study.command == f"tisdpo study {name}" and len(study.claims) >= 4
-    assert {metric for metric in load_study(name, smoke=True).runs.values()} and load_study(name, full=True).config.name == f"{name}-full"
+    assert len(load_study(name, smoke=True).runs) == len(study.arms) and load_study(name, full=True).config.name == f"{name}-full"
 
 
 def test_the_smoke_form_is_small():
