@@ -143,7 +143,8 @@ def test_other_tokenizers_are_refused(start, tmp_path):
     )
     run = start("a", "methods=[dpo]")
     run.config = replace(
-        run.config, contrast=replace(run.config.contrast, data=replace(run.config.data, source=str(tmp_path / "pairs.jsonl"), world={}))
+        run.config,
+        contrast=replace(run.config.contrast, data=replace(run.config.data, source=str(tmp_path / "pairs.jsonl"), heldout=2, world={})),
     )
     with pytest.raises(InputError, match=r"contrast\.data.*another tokenizer"):
         run.scored("S")

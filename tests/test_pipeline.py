@@ -184,7 +184,7 @@ def test_a_control_keeps_its_construction(tmp_path):
 def test_seconds_of_a_stage_inside_another_count_once(tmp_path, monkeypatch):
     clock = iter([0.0, 10.0, 13.0, 20.0, 22.0, 30.0])
     seed_run = pipeline.SeedRun(config(tmp_path), 0, tmp_path / "run" / "seed-0")
-    monkeypatch.setattr(pipeline.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(estimation.time, "monotonic", lambda: next(clock))
     with seed_run.timed("outer"):
         with seed_run.timed("a"):
             pass
