@@ -99,14 +99,7 @@ def test_a_policy_is_evaluated_on_other_data(start):
 
 def test_rounds_estimate_anew_and_go_on_after_an_interruption(start, monkeypatch):
     more = ["contrast.rounds=2", "methods=[S]", "train.learning_rate=1e-2"]
-    whole, interrupted = start("whole", *more), start("interrupted", *more)
-    result, calls, real = whole.policy("S"), [], pipeline.train_stage
-    path = whole.place("policy/S")
-    assert [p["step"] for p in result["points"]] == [2, 4]
-    anew = pipeline.Round(whole, path / "round-1").scored("S")
-    assert anew["chosen_contrast"] != whole.scored("S")["chosen_contrast"]
-    once = start("once", *more, "contrast.rounds=1").policy("S")
-    assert once["points"][0] == result["points"][0] and once["points"][1] != result["points"][1]
+    run, calls, real = start("twice", *more), [], pipeline.train_stage
 
     def dies_in_the_second_round(*args, **kwargs):
         calls.append(kwargs["until"])
@@ -116,8 +109,13 @@ def test_rounds_estimate_anew_and_go_on_after_an_interruption(start, monkeypatch
 
     monkeypatch.setattr(pipeline, "train_stage", dies_in_the_second_round)
     with pytest.raises(KeyboardInterrupt):
-        interrupted.policy("S")
-    assert interrupted.policy("S") == result and calls == [2, 4, 4]
+        run.policy("S")
+    twice = run.policy("S")["points"]
+    assert calls == [2, 4, 4] and [p["step"] for p in twice] == [2, 4]
+    anew = pipeline.Round(run, run.place("policy/S") / "round-1").scored("S")
+    assert anew["chosen_contrast"] != run.scored("S")["chosen_contrast"]
+    once = start("once", *more, "contrast.rounds=1").policy("S")["points"]
+    assert once[0] == twice[0] and once[1] != twice[1]
 
 
 @pytest.mark.parametrize(
