@@ -17,6 +17,7 @@ import random
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cache
 
 from tisdpo.errors import InputError
 
@@ -272,9 +273,10 @@ def words(text: str) -> list[str]:
     return re.findall(r"<\w+>|\w+|[^\w\s]", text)
 
 
-def vocabulary() -> list[str]:
+@cache
+def vocabulary() -> tuple[str, ...]:
     """All tokens by id: the special ones, then every word of the tables above in alphabetical order."""
     texts = [*PLACES, *_SUBJECTS, *_QUALITIES, *QUESTIONS, POSITIVE_PROMPT, NEGATIVE_PROMPT, _ABOUT_PERSON, _ABOUT_THING, *_FILLERS]
     texts += [option for options in _WORDS.values() for option in options]
     found = {word for text in texts for word in words(re.sub(r"{\w+}", " ", text))}
-    return [*SPECIAL, *sorted(found)]
+    return (*SPECIAL, *sorted(found))
