@@ -140,7 +140,7 @@ def choose(models: Sequence, wanted: bool | None) -> bool:
                 _use(other, implementation)
             if wanted:
                 raise InputError(f"padding_free=True does not work with {type(_base(model)).__name__}: {reason}; leave padding_free out")
-            log.info("batches are padded: %s of %s", reason, type(_base(model)).__name__)
+            log.info("batches of %s are padded: %s", type(_base(model)).__name__, reason)
             return False
     log.info("batches are padding-free, by the attention %s", ", ".join(sorted({_implementation(model) for model in models})))
     return True
@@ -155,7 +155,7 @@ def _prepare(model, wanted: bool | None) -> str | None:
     candidates = [VARLEN] if own == "sdpa" and _varlen_runs(model) else []
     if wanted or _needs_gpu(model):
         candidates.append(own)
-    reason = f"the attention {own!r}"
+    reason = f"its attention is {own!r}"
     for implementation in candidates:
         _use(model, implementation)
         reason = _chunked(model) or leak(model)
@@ -170,14 +170,14 @@ def across(model) -> str | None:
     if getattr(peft, "is_prompt_learning", False):
         return f"{type(peft).__name__} puts its prompt before the whole row, not before each of its sequences"
     found = [
-        (name.count("."), type(module).__name__)
+        (convolves, name.count("."), type(module).__name__)
         for name, module in model.named_modules()
-        if any(isinstance(child, torch.nn.Conv1d) for child in module.children()) or _RECURRENT.search(type(module).__name__)
+        if (convolves := any(isinstance(child, torch.nn.Conv1d) for child in module.children())) or _RECURRENT.search(type(module).__name__)
     ]
     kinds = sorted(set(getattr(_base(model).config.get_text_config(), "layer_types", None) or ()) - _ATTENTION_LAYERS)
     if not found and not kinds:
         return None
-    layers = max(found)[1] if found else kinds[0]  # the deepest name is the layer's, the others are the model's
+    layers = max(found)[-1] if found else kinds[0]  # the deepest name is the layer's, the others are the model's
     return f"its {layers} layers carry what they read across the end of a sequence to the next one"
 
 
@@ -244,5 +244,5 @@ def _needs_gpu(model) -> bool:
 
 def _chunked(model) -> str | None:
     if _needs_gpu(model) and "chunked_attention" in (getattr(_base(model).config.get_text_config(), "layer_types", None) or ()):
-        return f"chunked attention, which {_implementation(model)!r} cannot do"
+        return f"its chunked attention is nothing that {_implementation(model)!r} can do"
     return None
