@@ -1,8 +1,8 @@
 """Padding-free batches: the loss, gradients and metrics of padded ones; torch's varlen kernel; who is refused; batches formed by tokens."""
 
-import copy
 import logging
 import math
+from functools import cache
 
 import families
 import pytest
@@ -15,8 +15,10 @@ from tisdpo.attention import VARLEN, across, choose, leak
 from tisdpo.batches import TokenBatches, flatten_batch
 from tisdpo.data import PairCollator
 from tisdpo.errors import InputError
+from tisdpo.hf import verify_head
 
 
+@cache
 def uneven(count: int = 7):
     """Rows with contrasts; the chosen completion of one has one token, of another a prompt has one."""
 
@@ -61,16 +63,23 @@ def kernel(monkeypatch):
 # The same numbers
 
 
-def result(tmp_path, model, dataset, padding_free, **options):
+def result(t):
     """Loss, metrics and gradients of one batch."""
-    t = trainer(tmp_path, dataset, copy.deepcopy(model), padding_free=padding_free, **options)
-    assert t.data_collator.flat == bool(padding_free)
-    batch = t.data_collator([t.train_dataset[i] for i in range(len(t.train_dataset))])
-    assert ("attention_mask" in batch) != bool(padding_free)
     t.model.train()
+    t.model.zero_grad()
+    batch = t.data_collator([t.train_dataset[i] for i in range(len(t.train_dataset))])
+    assert ("attention_mask" in batch) != t.data_collator.flat
     loss, metrics = t.compute_loss(t.model, batch, return_outputs=True)
     loss.backward()
-    return loss, metrics, {name: p.grad for name, p in t.model.named_parameters() if p.grad is not None}
+    return loss, metrics, {name: p.grad.clone() for name, p in t.model.named_parameters() if p.grad is not None}
+
+
+def padded_and_flat(tmp_path, model, **options):
+    t = trainer(tmp_path, uneven(), model, padding_free=True, **options)
+    assert t.data_collator.flat
+    flat = result(t)
+    t.data_collator.flat = False
+    return result(t), flat
 
 
 def assert_same(padded, flat, rtol):
@@ -97,13 +106,11 @@ FLOAT32 = 2e-5  # of the largest gradient; the order of sums differs
 @pytest.mark.parametrize("options", OBJECTIVES.values(), ids=OBJECTIVES.keys())
 def test_flat_equals_padded(tmp_path, options):
     extra = {} if "method" in options else dict(ref_model=llama(seed=1))
-    results = [result(tmp_path, llama(), uneven(), flat, **extra, **options) for flat in (False, True)]
-    assert_same(*results, rtol=FLOAT32)
+    assert_same(*padded_and_flat(tmp_path, llama(), **extra, **options), rtol=FLOAT32)
 
 
 def test_flat_equals_padded_in_float64(tmp_path):
-    ref = llama(seed=1).double()
-    results = [result(tmp_path, llama().double(), uneven(), flat, ref_model=copy.deepcopy(ref), kl="reverse") for flat in (False, True)]
+    results = padded_and_flat(tmp_path, llama().double(), ref_model=llama(seed=1).double(), kl="reverse")
     assert_same(*results, rtol=1e-7)  # the norms of these layers are float32
 
 
@@ -113,19 +120,19 @@ def test_flat_equals_padded_in_every_family(tmp_path, kernel, family, implementa
     """Sliding windows shorter than the sequences (Gemma3, Mistral), grouped heads, experts, learned positions."""
     model = families.model(family, len(tiny.tokenizer()), attention=implementation)
     ref = families.model(family, len(tiny.tokenizer()), seed=1, attention=implementation)
-    results = [result(tmp_path, model, uneven(), flat, ref_model=copy.deepcopy(ref), kl="reverse") for flat in (False, True)]
-    assert_same(*results, rtol=FLOAT32)
+    assert_same(*padded_and_flat(tmp_path, model, ref_model=ref, kl="reverse"), rtol=FLOAT32)
     windows = {"Gemma3Text": {(3, 0), (-1, 0)}, "Mistral": {(3, 0)}}.get(family, {(-1, 0)})
     assert set(kernel) == (windows if implementation == VARLEN else set())
 
 
 def test_recomputed_layers_keep_the_boundaries(tmp_path, kernel):
-    model = llama(attention=VARLEN)
-    plain = result(tmp_path, model, uneven(), True)
+    t = trainer(tmp_path, uneven(), llama(attention=VARLEN))
+    kernel.clear()
+    plain = result(t)
     forwards = len(kernel)
-    model.gradient_checkpointing_enable()
-    assert_same(plain, result(tmp_path, model, uneven(), True), rtol=FLOAT32)
-    assert len(kernel) - forwards > forwards  # the layers ran again
+    t.model.gradient_checkpointing_enable()
+    assert_same(plain, result(t), rtol=FLOAT32)
+    assert len(kernel) == 3 * forwards  # the layers ran again
 
 
 @pytest.mark.parametrize("options", [dict(), dict(kl="reverse")], ids=["precomputed", "kl"])
@@ -135,7 +142,7 @@ def test_lora_flat_equals_padded(tmp_path, options):
     torch.manual_seed(0)
     model = peft.get_peft_model(llama(), config)
     options = dict(options, sanity_check=False)
-    assert_same(*(result(tmp_path, model, uneven(), flat, **options) for flat in (False, True)), rtol=FLOAT32)
+    assert_same(*padded_and_flat(tmp_path, model, **options), rtol=FLOAT32)
 
 
 def test_training_and_evaluation_are_those_of_padded_batches(tmp_path):
@@ -280,6 +287,24 @@ def test_varlen_takes_the_place_of_sdpa_and_gives_it_back(monkeypatch, kernel):
     assert "tisdpo_varlen" not in str(llama(attention=VARLEN).config.to_dict())  # a saved model does not ask for it
 
 
+def test_varlen_builds_no_mask_for_flat_batches(kernel, monkeypatch):
+    masks = []
+    monkeypatch.setattr("transformers.masking_utils.sdpa_mask", lambda *args, **kwargs: masks.append(kwargs))
+    model = families.model("Gemma3Text", attention=VARLEN)
+    inputs = attention.flat_inputs([3, 6])
+    model(input_ids=torch.arange(9)[None], **inputs, head=lambda hidden, head: hidden)
+    assert not masks and kernel
+    model(input_ids=torch.arange(9)[None], head=lambda hidden, head: hidden)
+    assert masks
+
+
+def test_a_model_that_waits_for_its_gpu_is_verified_by_another_attention(monkeypatch):
+    model = llama()
+    model.config._attn_implementation = "flash_attention_2"  # it would refuse the CPU
+    verify_head(model)
+    assert model.config._attn_implementation == "flash_attention_2"
+
+
 def test_padded_and_generating_calls_of_varlen_are_sdpa(kernel):
     model, sdpa = llama(attention=VARLEN), llama()
     ids = torch.randint(3, 40, (2, 9))
@@ -341,14 +366,13 @@ def test_the_real_kernels_on_a_gpu(tmp_path, family, implementation):
     there = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
     if not there.get(implementation, attention.kernel)():
         pytest.skip(f"{implementation} is not installed")
-    sizes = dict(hidden_size=64, head_dim=16, use_cpu=False)
-    use_cpu = sizes.pop("use_cpu")
+    sizes = dict(hidden_size=64, head_dim=16)
 
     def run(attn, dtype, flat):
         policy, ref = (
             families.model(family, len(tiny.tokenizer()), s, attention=attn, **sizes).to(device="cuda", dtype=dtype) for s in (0, 1)
         )
-        t = trainer(tmp_path, uneven(), policy, padding_free=flat, ref_model=ref, kl="reverse", use_cpu=use_cpu)
+        t = trainer(tmp_path, uneven(), policy, padding_free=flat, ref_model=ref, kl="reverse", use_cpu=False)
         assert t.data_collator.flat is flat
         batch = t._prepare_inputs(t.data_collator([t.train_dataset[i] for i in range(len(t.train_dataset))]))
         t.model.train()

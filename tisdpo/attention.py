@@ -55,6 +55,20 @@ def flat_masks(flat: bool) -> Iterator[None]:
         _flat.reset(token)
 
 
+@contextmanager
+def runs_anywhere(model) -> Iterator[None]:
+    """Within it a model that waits on the CPU for the GPU that its flash-attn needs has the attention `eager`."""
+    config, own = _base(model).config, _implementation(model)
+    wait = "flash" in own and next(model.parameters()).device.type == "cpu"
+    try:
+        if wait:
+            config._attn_implementation = "eager"
+        yield
+    finally:
+        if wait:
+            config._attn_implementation = own
+
+
 def kernel():
     """torch's `varlen_attn`, or None where this torch has none that can do scales, windows and grouped heads (before torch 2.12)."""
     try:

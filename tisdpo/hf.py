@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tisdpo.attention import flat_masks, register_varlen
+from tisdpo.attention import flat_masks, register_varlen, runs_anywhere
 from tisdpo.errors import InputError
 
 INPUTS = ("input_ids", "attention_mask", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -118,10 +118,11 @@ def verify_head(model) -> None:
     ids = torch.arange(8, device=head.weight.device)[None] % len(head.weight)
     training = model.training
     model.eval()
-    own = model(input_ids=ids, use_cache=False).logits.float()
-    raw = model(
-        input_ids=ids, head=lambda hidden, head: torch.nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias)
-    ).float()
+    with runs_anywhere(model):
+        own = model(input_ids=ids, use_cache=False).logits.float()
+        raw = model(
+            input_ids=ids, head=lambda hidden, head: torch.nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias)
+        ).float()
     model.train(training)
     found = raw * head.logit_scale
     if head.softcap is not None:
