@@ -4,7 +4,7 @@ TIS-DPO (arXiv 2410.04350) and its relatives, exact and without the [tokens, voc
 (an import goes from right to left, never against the arrows; tests/test_arrows.py holds them):
 
     errors -> fingerprints, intervals, kernels, losses, prompts, weighting
-    -> ops -> checks -> arguments -> functional
+    -> ops -> checks -> arguments -> functional -> attention
     -> batches, doctor, heatmap, hf, plots, readers, settings, synthetic
     -> config, rendering, report, scoring -> data
     -> contrastive, evaluate, scored, sources, trainer

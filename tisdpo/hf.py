@@ -14,7 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tisdpo.attention import flat_masks, register_varlen, runs_anywhere
 from tisdpo.errors import InputError
+
+INPUTS = ("input_ids", "attention_mask", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,8 @@ def attach_head(model):
             own = self._tisdpo_own_forward
             return own(*args, **kwargs) if own is not None else type(self).forward(self, *args, **kwargs)
         # looked up at each call: wrappers replace the backbone and the head after this
-        hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
+        with flat_masks("cu_seq_lens_q" in kwargs):
+            hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
         found = head_of(self)
         return head(hidden.to(found.weight.device), found)
 
@@ -114,10 +118,11 @@ def verify_head(model) -> None:
     ids = torch.arange(8, device=head.weight.device)[None] % len(head.weight)
     training = model.training
     model.eval()
-    own = model(input_ids=ids, use_cache=False).logits.float()
-    raw = model(
-        input_ids=ids, head=lambda hidden, head: torch.nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias)
-    ).float()
+    with runs_anywhere(model):
+        own = model(input_ids=ids, use_cache=False).logits.float()
+        raw = model(
+            input_ids=ids, head=lambda hidden, head: torch.nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias)
+        ).float()
     model.train(training)
     found = raw * head.logit_scale
     if head.softcap is not None:
@@ -131,8 +136,8 @@ def verify_head(model) -> None:
 
 
 def model_inputs(batch: dict) -> dict:
-    """What the backbone needs of a batch."""
-    return {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+    """What the backbone needs of a batch, padded or padding-free."""
+    return {name: batch[name] for name in INPUTS if name in batch}
 
 
 def load_tokenizer(path: str):
@@ -158,6 +163,7 @@ def load_model(path: str, **kwargs):
     """Causal language model of a directory or hub id (safetensors), in float32 unless `dtype` says otherwise, with its head attached."""
     from transformers import AutoModelForCausalLM
 
+    register_varlen()  # attn_implementation="tisdpo_varlen" is among the kwargs that may come
     if Path(path).is_dir() and not (Path(path) / "config.json").exists():
         raise InputError(f"{path!r} holds no model: config.json is missing; give a directory written by save_pretrained or a hub id")
     try:

@@ -19,9 +19,11 @@ from dataclasses import dataclass, field
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
-from tisdpo.batches import flatten_batch
+from tisdpo.attention import choose, register_varlen
+from tisdpo.batches import check_tokens_per_batch, flatten_batch, token_loader
 from tisdpo.data import PairCollator, tokenize_pairs
 from tisdpo.errors import InputError
 from tisdpo.functional import linear_tis_dpo_loss, linear_token_logps
@@ -33,6 +35,7 @@ from tisdpo.weighting import Weighting, contrast_weights
 log = logging.getLogger("tisdpo")
 
 METHODS = ("tis-dpo", "dpo", "sft")
+register_varlen()  # models may be loaded with attn_implementation="tisdpo_varlen" from here on
 
 
 @dataclass
@@ -47,6 +50,11 @@ class TISDPOConfig(TrainingArguments):
     sft_prompt_loss      method="sft" learns the prompt's tokens as well (pretraining a base model)
     max_length           tokens of prompt + completion; longer pairs are truncated at the end
     precompute_ref       reference log-probs are computed once, before training; None: whenever the KL term does not need the reference
+    padding_free         batches are one row without padding. None: where the attention is flash-attn, or torch's varlen kernel, which takes
+                         the place of `sdpa` on a GPU with 16-bit numbers; padded elsewhere. True: with any attention of transformers, and
+                         an error, by name, where a flat batch would be wrong (convolutions, linear attention, ...). False: padded
+    tokens_per_batch     a training batch, per device and accumulation step, is as many whole pairs as have at most so many tokens, with the
+                         prompts of both sides and with padding if there is any; takes the place of per_device_train_batch_size
     disable_dropout      set every dropout probability to 0
     sanity_check         stop at the first step unless the loss there is what it must be when policy == reference (ln 2)
     """
@@ -64,6 +72,8 @@ class TISDPOConfig(TrainingArguments):
     sft_prompt_loss: bool = False
     max_length: int = 1024
     precompute_ref: bool | None = None
+    padding_free: bool | None = None
+    tokens_per_batch: int | None = None
     disable_dropout: bool = True
     sanity_check: bool = True
     learning_rate: float = 1e-6
@@ -86,6 +96,10 @@ class TISDPOConfig(TrainingArguments):
                 f"precompute_ref=True stores log-probs only, but kl={self.kl!r} needs the reference's distribution at every step"
             )
         super().__post_init__()
+        if self.accelerator_config.dispatch_batches:
+            raise InputError("dispatch_batches=True would cut collated batches apart between the ranks; leave it out")
+        if self.tokens_per_batch is not None:
+            check_tokens_per_batch(self, self.max_length * (1 if self.method == "sft" else 2))
 
     def objective(self) -> Objective:
         """The loss on sequence sums that these fields describe."""
@@ -169,8 +183,19 @@ class TISDPOTrainer(Trainer):
             )
         self.loss_is_scaled_for_ga = True  # divided by the pairs (tokens for SFT) of the whole accumulated, global batch
         self.label_names = []
+        with self.compute_loss_context_manager():
+            self.data_collator.flat = choose([m for m in (model, self.ref_model) if m is not None], args.padding_free)
         if self.ref_model is not None:
             self.ref_model.to(self.args.device)
+
+    # Batches
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The Trainer's, or with `tokens_per_batch` one whose batches are formed by tokens."""
+        if self.args.tokens_per_batch is None:
+            return super().get_train_dataloader()
+        sides = ("chosen", "rejected") if self.preference else (self.args.sft_side,)
+        return token_loader(self.train_dataset, sides, self.data_collator, self.args, self.accelerator, lambda: int(self.state.epoch or 0))
 
     # The loss
 
@@ -181,7 +206,11 @@ class TISDPOTrainer(Trainer):
         return batches, self.accelerator.gather(count).sum()
 
     def _items(self, batch: dict) -> int:
-        return len(batch["input_ids"]) // 2 if self.preference else int(batch["completion_mask"][:, 1:].sum())
+        return (
+            len(batch["lengths" if "lengths" in batch else "input_ids"]) // 2
+            if self.preference
+            else int(batch["completion_mask"][:, 1:].sum())
+        )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean loss of the global batch's pairs (SFT: tokens), this batch's part of it."""
