@@ -1,7 +1,7 @@
 """What a run asks of a world with known truth: text, a tokenizer, and the reward of every token that anybody may write in it.
 
-A world is a subclass of `KnownTruth` with a configuration (a frozen dataclass with a `seed`). It speaks of words; tokens are words here, and
-all that has to do with ids stands in this module.
+A world is a subclass of `KnownTruth` with a configuration (a frozen dataclass with a `seed`). It speaks of words; tokens are words
+here, and all that has to do with ids stands in this module.
 """
 
 import random
