@@ -9,6 +9,7 @@ from tisdpo import pipeline
 from tisdpo.arithmetic import NEGATIVE_PROMPT, POSITIVE_PROMPT, Arithmetic, ArithmeticConfig
 from tisdpo.config import load_config
 from tisdpo.errors import InputError
+from tisdpo.scored import load_provenance
 from tisdpo.world import words
 
 RIGHT = "7 + 5 + 0 = 2 carry 1. 2 + 4 + 1 = 7 carry 0. so the answer is 72."
@@ -173,3 +174,22 @@ def test_right_answers_are_counted(tmp_path, monkeypatch):
 def test_settings_of_the_other_world_are_unknown(tmp_path):
     with pytest.raises(InputError, match=r"unknown key data.world.sentences"):
         pipeline.run(config(tmp_path, "data.world={sentences: [2, 3]}"))
+
+
+def test_weights_from_the_models_of_another_run(tmp_path):
+    contrast = ("contrast.constructions=[S,P]", "contrast.sft={steps: 2, batch_size: 4, learning_rate: 1e-3}", "methods=[dpo]")
+    pipeline.run(config(tmp_path, *contrast), until="weights")
+    first = tmp_path / "run" / "seed-0"
+    transfer = (f"output_dir={tmp_path / 'other'}", f"contrast.models_from={tmp_path / 'run'}", "data.world={digits: 3}")
+    run = config(tmp_path, *transfer, "contrast.constructions=[S,P]")
+    pipeline.run(run, until="weights")
+    other = tmp_path / "other" / "seed-0"
+    assert not (other / "contrastive").exists()
+    made = {c: [load_provenance(seed / "scored" / c) for seed in (first, other)] for c in ("S", "P")}
+    for a, b in made.values():
+        assert a["positive"] == b["positive"] and a["negative"] == b["negative"]
+    with pytest.raises(InputError, match=r"has no model 'dpo' for seed 0 .*; run the constructions that need it there first"):
+        pipeline.run(config(tmp_path, f"output_dir={tmp_path / 'third'}", *transfer[1:], "contrast.constructions=[R]"), until="weights")
+    words_of_another_world = ("data={source: synthetic, world: {}}", "contrast.constructions=[S]")
+    with pytest.raises(InputError, match="have another tokenizer than this run"):
+        pipeline.run(config(tmp_path, f"output_dir={tmp_path / 'fourth'}", transfer[1], *words_of_another_world), until="weights")

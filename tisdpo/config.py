@@ -159,6 +159,10 @@ class ContrastConfig:
     )
     sft: StageConfig | None = option("training of the SFT models of S", default=None)
     dpo: DPOStageConfig | None = option("training of the DPO models of D and R", default=None)
+    models_from: str | None = option(
+        "directory of another run with the same tokenizer, whose models of the same seed give the weights; sft and dpo are then not used",
+        default=None,
+    )
     task: Literal["harmless", "helpful", "summary"] = option(
         "picks the system prompts of P: harmless, helpful or summary", default="harmless"
     )
@@ -171,7 +175,7 @@ class ContrastConfig:
         _unique(self, "constructions")
         for stage, users in (("sft", "S"), ("dpo", "DR")):
             needed = [c for c in self.constructions if c in users]
-            if needed and getattr(self, stage) is None:
+            if needed and getattr(self, stage) is None and self.models_from is None:
                 raise InputError(
                     f"{stage} is missing: construction {needed[0]} needs its steps and learning_rate; give them, "
                     f"or leave {needed[0]} out of constructions"

@@ -209,7 +209,9 @@ class SeedRun:
     # Contrastive models and weights
 
     def contrastive_model(self, name: str):
-        """`base`, `sft-chosen`, `sft-rejected`, `dpo` or `dpo-swapped`."""
+        """`base`, `sft-chosen`, `sft-rejected`, `dpo` or `dpo-swapped`; of another run with contrast.models_from."""
+        if self.config.contrast.models_from is not None:
+            return ready(contrastive.model_of_run(self.config.contrast.models_from, self.seed, name, self.tokenizer))
         if name == "base":
             return self.reference
         path = self.directory / "contrastive" / name
