@@ -132,7 +132,7 @@ def test_worlds_that_cannot_be_are_refused(fields, message):
 SMALL = """
 name: small
 threads: 1
-data: {source: arithmetic, limit: 24, heldout: 8, max_length: 96, world: {remarks: 0.0}}
+data: {source: arithmetic, limit: 24, heldout: 8, max_length: 96}
 model: {hidden_size: 16, heads: 2, pretrain: {steps: 2, batch_size: 4, learning_rate: 1e-3}}
 contrast: {constructions: [P], positive_prompt: you are a careful clerk., negative_prompt: you are a careless clerk.}
 train: {steps: 2, batch_size: 4, learning_rate: 1e-3}
@@ -190,6 +190,6 @@ def test_weights_from_the_models_of_another_run(tmp_path):
         assert a["positive"] == b["positive"] and a["negative"] == b["negative"]
     with pytest.raises(InputError, match=r"has no model 'dpo' for seed 0 .*; run the constructions that need it there first"):
         pipeline.run(config(tmp_path, f"output_dir={tmp_path / 'third'}", *transfer[1:], "contrast.constructions=[R]"), until="weights")
-    words_of_another_world = ("data={source: synthetic, world: {}}", "contrast.constructions=[S]")
+    words_of_another_world = ("data.source=synthetic", "contrast.constructions=[S]")
     with pytest.raises(InputError, match="have another tokenizer than this run"):
         pipeline.run(config(tmp_path, f"output_dir={tmp_path / 'fourth'}", transfer[1], *words_of_another_world), until="weights")
