@@ -187,7 +187,7 @@ def test_weights_from_the_models_of_another_run(tmp_path):
     assert not (other / "contrastive").exists()
     made = {c: [load_provenance(seed / "scored" / c) for seed in (first, other)] for c in ("S", "P")}
     for a, b in made.values():
-        assert a["positive"] == b["positive"] and a["negative"] == b["negative"]
+        assert all(a[side] == b[side] for side in ("positive_model", "negative_model"))
     with pytest.raises(InputError, match=r"has no model 'dpo' for seed 0 .*; run the constructions that need it there first"):
         pipeline.run(config(tmp_path, f"output_dir={tmp_path / 'third'}", *transfer[1:], "contrast.constructions=[R]"), until="weights")
     words_of_another_world = ("data.source=synthetic", "contrast.constructions=[S]")
