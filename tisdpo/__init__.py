@@ -3,9 +3,9 @@
 TIS-DPO (arXiv 2410.04350) and its relatives, exact and without the [tokens, vocabulary] logits. The parts, and who may import whom
 (an import goes from right to left, never against the arrows; tests/test_arrows.py holds them):
 
-    errors -> fingerprints, intervals, kernels, losses, prompts, weighting
+    errors -> fingerprints, intervals, kernels, losses, prompts, weighting, world
     -> ops -> checks -> arguments -> functional -> attention
-    -> batches, doctor, heatmap, hf, plots, readers, settings, synthetic
+    -> arithmetic, batches, doctor, heatmap, hf, plots, readers, settings, synthetic
     -> config, rendering, report, scoring -> data
     -> contrastive, evaluate, scored, sources, trainer
     -> integrations, stages, summary -> pipeline -> cli -> __main__

@@ -163,14 +163,14 @@ class _Help(argparse.Action):
 
 
 def _settings_help(kind: str) -> str:
-    from tisdpo.config import describe
+    from tisdpo.config import WORLDS, describe
     from tisdpo.settings import settings_text
-    from tisdpo.synthetic import WorldConfig
     from tisdpo.weighting import Weighting
 
     if kind == "weighting":
         return "settings\n" + settings_text(Weighting)
-    return f"settings, in the file or as key=value\n\n{describe()}\n\n" + settings_text(WorldConfig, "data.world")
+    worlds = [f"with data.source={source}, {settings_text(kind, 'data.world')}" for source, (_, kind) in WORLDS.items()]
+    return "\n\n".join(["settings, in the file or as key=value", describe(), *worlds])
 
 
 # Commands

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from tisdpo.data import tokenize_pairs
 from tisdpo.errors import InputError
-from tisdpo.fingerprints import model_fingerprint
+from tisdpo.fingerprints import model_fingerprint, tokenizer_fingerprint
+from tisdpo.hf import load_model, load_tokenizer
 from tisdpo.scoring import iterate_logps, plan_batches
 from tisdpo.weighting import Weighting, average_ranks, contrast_weights, positions
 
@@ -35,6 +36,22 @@ class Scorer:
 
     model: torch.nn.Module
     prompts: Sequence[Sequence[int]] | None = None
+
+
+def model_of_run(directory: str | Path, seed: int, name: str, tokenizer):
+    """A contrastive model (or `base`) that a run made for this seed, to weigh the tokens of another run with it.
+
+    Raises InputError where the run has no such model, and where its tokenizer has other ids than `tokenizer`.
+    """
+    path = Path(directory) / f"seed-{seed}" / ("base" if name == "base" else f"contrastive/{name}") / "model"
+    if not path.is_dir():
+        raise InputError(
+            f"{directory} has no model {name!r} for seed {seed} ({path} is missing); run the constructions that need it there first, "
+            "with this seed and a base model trained from scratch"
+        )
+    if tokenizer_fingerprint(load_tokenizer(str(path))) != tokenizer_fingerprint(tokenizer):
+        raise InputError(f"the models in {directory} have another tokenizer than this run, so they cannot score its tokens")
+    return load_model(str(path))
 
 
 def system_prompts(pairs, rows, tokenizer, system_prompt: str) -> list[list[int]]:

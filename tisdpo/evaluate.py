@@ -227,12 +227,15 @@ def _plain_generation(model):
         model.generation_config = own
 
 
-def response_metrics(generations: Sequence[Generation], reward: Reward | None = None) -> dict[str, float | None]:
+def response_metrics(
+    generations: Sequence[Generation], reward: Reward | None = None, right: Callable[[Generation], bool] | None = None
+) -> dict[str, float | None]:
     """Of generated responses::
 
         length             mean length in tokens, EOS included
         finished           share that ended with EOS before max_new_tokens
         reward, reward_se  mean of reward(generation) and its standard error (None for a single response); only if `reward` is given
+        right              share of responses for which right(generation) holds; only if `right` is given
 
     Raises InputError for no responses and for a reward that is not finite.
     """
@@ -247,6 +250,8 @@ def response_metrics(generations: Sequence[Generation], reward: Reward | None = 
             if not math.isfinite(value):
                 raise InputError(f"the reward of response {n} ({generations[n].text[:60]!r}) is {value}; the reward model cannot be used")
         metrics["reward"], metrics["reward_se"] = _mean_and_error(rewards)
+    if right is not None:
+        metrics["right"] = sum(map(right, generations)) / len(generations)
     return metrics
 
 

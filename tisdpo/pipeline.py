@@ -209,7 +209,9 @@ class SeedRun:
     # Contrastive models and weights
 
     def contrastive_model(self, name: str):
-        """`base`, `sft-chosen`, `sft-rejected`, `dpo` or `dpo-swapped`."""
+        """`base`, `sft-chosen`, `sft-rejected`, `dpo` or `dpo-swapped`; of another run with contrast.models_from."""
+        if self.config.contrast.models_from is not None:
+            return ready(contrastive.model_of_run(self.config.contrast.models_from, self.seed, name, self.tokenizer))
         if name == "base":
             return self.reference
         path = self.directory / "contrastive" / name
@@ -356,23 +358,33 @@ class SeedRun:
         samples = generations if self.config.evaluation.temperature == 1.0 else self.generations(model, temperature=1.0)
         return evaluate.kl_to_reference(model, self.reference, samples, pad_token_id=self.tokenizer.pad_token_id)
 
+    def response_metrics(self, generations) -> dict:
+        return evaluate.response_metrics(generations, self.reward, self.source.right)
+
     def preference(self, model) -> dict:
         return evaluate.preference_metrics(
             model, None, self.heldout_reference, pad_token_id=self.tokenizer.pad_token_id, beta=self.config.objective.beta
         )
 
+    @property
+    def quality(self) -> str:
+        """The metric that methods are compared by: right answers where there are such, else the reward, else the held-out accuracy."""
+        if self.source.right is not None and self.config.evaluation.reward_model is None:
+            return "right"
+        return "accuracy" if self.reward is None else "reward"
+
     def measure_checkpoint(self, model) -> dict:
-        """A point of the frontier: KL to the reference, and the true reward (where nobody knows it, the held-out accuracy)."""
+        """A point of the frontier: KL to the reference, and the quality."""
         model.eval()
         generations = self.generations(model)
         kl = self.kl(model, generations)["kl"]
-        y = evaluate.response_metrics(generations, self.reward)["reward"] if self.reward else self.preference(model)["accuracy"]
-        return {"kl": kl, "y": y}
+        metrics = self.preference(model) if self.quality == "accuracy" else self.response_metrics(generations)
+        return {"kl": kl, "y": metrics[self.quality]}
 
     def evaluated(self, model, is_base: bool = False) -> dict:
         """{"metrics": {...}, "samples": [...]} of a policy; of the base only what does not compare it with itself."""
         generations = self.generations(model)
-        metrics = evaluate.response_metrics(generations, self.reward)
+        metrics = self.response_metrics(generations)
         if not is_base:
             metrics |= self.preference(model)
             metrics |= self.kl(model, generations)
