@@ -23,6 +23,7 @@ from datasets import Dataset
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tisdpo.cached import ReferenceCache
 from tisdpo.errors import InputError
 from tisdpo.fingerprints import chat_template_fingerprint, model_fingerprint, tokenizer_fingerprint
 from tisdpo.readers import ID_COLUMNS, load_pairs
@@ -276,6 +277,7 @@ class PairCollator:
     weights        True: every row must carry *_weights. False: they are left out. None: as the rows are, but raw *_contrast without
                    weights is refused, for it would be trained on as if all weights were 1
     swap           exchange chosen and rejected, with all their values
+    reference      a `tisdpo.cached.ReferenceCache`: the batch gets ref_hidden [N, H], of all completion tokens, sequence after sequence
 
     Returns input_ids, attention_mask [2B, T] int64, completion_mask [2B, T] bool, and where the rows carry them token_weights and ref_logps
     [2B, T] float32: the value of a token stands at its own position, 0 elsewhere. Raises InputError for a row that cannot be used so.
@@ -290,6 +292,7 @@ class PairCollator:
     prompt_loss: bool = False
     weights: bool | None = None
     swap: bool = False
+    reference: ReferenceCache | None = None
 
     def __post_init__(self):
         if self.side not in (None, *SIDES):
@@ -319,6 +322,8 @@ class PairCollator:
             present = [row.get(f"{side}_{column}") is not None for row, side in sequences]
             if wanted is True or (wanted is None and any(present)):
                 batch[name] = self._values(sequences, column, length)
+        if self.reference is not None:
+            batch["ref_hidden"] = torch.cat([self.reference.hidden(row["prompt_ids"], row[f"{side}_ids"]) for row, side in sequences])
         return batch
 
     def _weights_wanted(self, sequences) -> bool | None:
