@@ -1,10 +1,11 @@
-"""The command line: `tisdpo run`, `weights`, `train`, `eval`, `show` and `doctor`.
+"""The command line: `tisdpo run`, `weights`, `train`, `eval`, `score`, `show` and `doctor`.
 
 A mistake of the user ends in one sentence on stderr and exit code 2 (with --debug in a traceback), Ctrl-C in one line and 130. Results go
 to stdout, progress to stderr. What a command needs is imported when it runs, so that --help is quick.
 """
 
 import argparse
+import errno
 import importlib.util
 import logging
 import os
@@ -22,6 +23,7 @@ Preference training with a weight for every token (TIS-DPO, arXiv 2410.04350), s
     tisdpo run examples/demo.yaml       pairs -> contrastive models -> token weights -> policies -> report.html
 
 weights, train and eval do the same up to that stage, in the same directory, and whatever is there already is not done again.
+score makes the weights (and a cache of the reference) from models of your own.
 """
 
 EXAMPLES = {
@@ -44,6 +46,17 @@ EXAMPLES = {
     "eval": """
         tisdpo eval examples/demo.yaml
         tisdpo eval runs/demo                     after a run was interrupted in its evaluation
+    """,
+    "score": """
+        tisdpo score pairs.jsonl scored/S --positive sft-chosen --negative sft-rejected
+        tisdpo score pairs.jsonl scored/P --positive my-model --negative my-model --task harmless --reference my-model
+        tisdpo score pairs.jsonl scored/R --positive dpo --negative base --reference base --reference-hidden
+        torchrun --nproc-per-node 4 -m tisdpo score pairs.jsonl scored/S ...          four processes share the work
+        tisdpo score pairs.jsonl scored/S ... --shard 0/4                             as one of four jobs of a cluster; then once without
+
+    scored/S then holds the token weights, for `tisdpo train CONFIG --scored scored/S`, or in Python
+    TISDPOTrainer(model, args, train_dataset=tisdpo.scored.load_scored("scored/S"), ...), which finds the cached reference there.
+    The hidden states cost 2 H bytes for every completion token in bfloat16, 4 H in float32 (H the width of the model).
     """,
     "show": """
         tisdpo show runs/demo/seed-0/scored/S
@@ -75,11 +88,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             print(f"tisdpo: {_sentence(error)}", file=sys.stderr)
         return 2
+    except Exception as error:  # libraries have errors of their own for a disk that is full
+        from tisdpo.files import disk_trouble
+
+        reason = disk_trouble(error)
+        if reason is None or arguments.debug:
+            raise
+        print(f"tisdpo: a file could not be written: {reason}", file=sys.stderr)
+        return 2
     print(f"\n{arguments.interrupted}", file=sys.stderr)
     return 130
 
 
 def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        from tisdpo.files import FULL
+
+        return f"{error.filename or 'a file'} could not be written: {FULL}"
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror.lower()}"
     return str(error) or type(error).__name__
@@ -123,6 +148,25 @@ def _parser() -> argparse.ArgumentParser:
         if name == "train":
             sub.add_argument("--scored", metavar="DIR", help="train one policy on the scores in DIR instead of those of this run")
 
+    score = _command(commands, "score", _score, "token weights and a cache of the reference from models of your own, resumable")
+    score.add_argument("pairs", help="file (.json, .jsonl, .parquet, also .gz), directory or hub id of preference pairs")
+    score.add_argument("out", help="directory of the scored set, made when all is done")
+    score.add_argument("--positive", metavar="MODEL", required=True, help="pi+, a directory or hub id")
+    score.add_argument("--negative", metavar="MODEL", required=True, help="pi-, a directory or hub id; may be the same under a --task")
+    score.add_argument("--task", choices=("harmless", "helpful", "summary"), help="put the task's system prompts in front (construction P)")
+    score.add_argument("--positive-prompt", metavar="TEXT", help="system prompt of pi+, instead of the task's")
+    score.add_argument("--negative-prompt", metavar="TEXT", help="system prompt of pi-, instead of the task's")
+    score.add_argument("--reference", metavar="MODEL", help="store the log-probs of this reference, too, for training without it")
+    score.add_argument("--reference-hidden", action="store_true", help="store its hidden states and its head, for training with a KL term")
+    score.add_argument("--hidden-dtype", choices=("bfloat16", "float16", "float32"), help="of these hidden states (default: bfloat16)")
+    score.add_argument("--tokenizer", metavar="PATH", help="tokenizer (default: that of pi+, and all models must have the same)")
+    score.add_argument("--max-length", type=_count, default=1024, metavar="N", help="tokens of prompt and completion (default: 1024)")
+    score.add_argument("--batch-tokens", type=_count, default=8192, metavar="N", help="tokens scored at a time (default: 8192)")
+    score.add_argument("--split", default="train", metavar="NAME", help="split of a hub data set (default: train)")
+    score.add_argument("--limit", type=_count, metavar="N", help="use the first so many pairs only")
+    score.add_argument("--shard", type=_shard, metavar="I/N", help="score the I-th of N shares only, I from 0; default: RANK/WORLD_SIZE")
+    score.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the models (default: refuse it)")
+
     show = _command(commands, "show", _show, "a pair with its token weights as a heat map", settings="weighting")
     show.add_argument("scored", help="directory of a scored set, such as runs/demo/seed-0/scored/S")
     show.add_argument("settings", nargs="*", metavar="key=value", help="fields of the weighting, or preset=NAME, see below")
@@ -143,9 +187,22 @@ def _command(commands, name: str, command, summary: str, settings: str | None = 
     )  # fmt: skip
     sub.add_argument("-h", "--help", action=_Help, settings=settings, help="show this text")
     sub.add_argument("--debug", action="store_true", help="show tracebacks and all messages")
-    again = "the same command goes on from here" if settings == "config" else "nothing was changed"
+    again = "the same command goes on from here" if settings == "config" or name == "score" else "nothing was changed"
     sub.set_defaults(command=command, name=name, interrupted=f"interrupted; {again}")
     return sub
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    pieces = text.split("/")
+    if len(pieces) != 2 or not all(piece.isascii() and piece.isdigit() for piece in pieces) or int(pieces[0]) >= int(pieces[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no shard; write I/N with I from 0 to N-1, such as 0/4")
+    return int(pieces[0]), int(pieces[1])
 
 
 class _Help(argparse.Action):
@@ -218,6 +275,30 @@ def _check_backend() -> None:
         backend.resolve("auto", default_device())
     except (ValueError, RuntimeError) as error:
         raise InputError(f"{error}; unset TISDPO_BACKEND or see `tisdpo doctor`") from error
+
+
+def _score(arguments) -> None:
+    if arguments.reference_hidden and arguments.reference is None:
+        raise InputError("--reference-hidden needs the model whose hidden states are meant; add --reference MODEL")
+    if arguments.hidden_dtype is not None and not arguments.reference_hidden:
+        raise InputError("--hidden-dtype has no effect without --reference-hidden; add it or leave both out")
+    _quiet(arguments.debug)
+    _check_backend()
+    from tisdpo import score
+    from tisdpo.cached import DTYPES
+
+    done = score.score(
+        arguments.pairs, arguments.out, positive=arguments.positive, negative=arguments.negative,
+        prompts=score.task_prompts(arguments.task, arguments.positive_prompt, arguments.negative_prompt),
+        reference=arguments.reference,
+        hidden_dtype=DTYPES[arguments.hidden_dtype or "bfloat16"] if arguments.reference_hidden else None,
+        tokenizer=arguments.tokenizer, max_length=arguments.max_length, batch_tokens=arguments.batch_tokens,
+        split=arguments.split, limit=arguments.limit, shard=arguments.shard, trust_remote_code=arguments.trust_remote_code,
+    )  # fmt: skip
+    if done is not None:
+        print(done)
+    elif arguments.shard is not None:
+        print(f"share {arguments.shard[0]} of {arguments.shard[1]} is scored; when all are, the same command without --shard joins them")
 
 
 def _show(arguments) -> None:

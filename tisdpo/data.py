@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tisdpo.attention import flat_inputs
+from tisdpo.cached import ReferenceCache
 from tisdpo.errors import InputError
 from tisdpo.fingerprints import chat_template_fingerprint, model_fingerprint, tokenizer_fingerprint
 from tisdpo.readers import ID_COLUMNS, load_pairs
@@ -278,6 +279,7 @@ class PairCollator:
                    weights is refused, for it would be trained on as if all weights were 1
     swap           exchange chosen and rejected, with all their values
     flat           no padding: all sequences in one row, for models that keep them apart (`tisdpo.attention.choose`)
+    reference      a `tisdpo.cached.ReferenceCache`: the batch gets ref_hidden [N, H], of all completion tokens, sequence after sequence
 
     Returns input_ids, attention_mask [2B, T] int64, completion_mask [2B, T] bool, and where the rows carry them token_weights and ref_logps
     [2B, T] float32: the value of a token stands at its own position, 0 elsewhere. With flat all are [1, T], T the tokens of all sequences,
@@ -295,6 +297,7 @@ class PairCollator:
     weights: bool | None = None
     swap: bool = False
     flat: bool = False
+    reference: ReferenceCache | None = None
 
     def __post_init__(self):
         if self.side not in (None, *SIDES):
@@ -327,6 +330,8 @@ class PairCollator:
             if wanted is True or (wanted is None and any(present)):
                 values = batch[name] = torch.zeros(ids.shape)
                 self._fill(self._split(values, lengths), sequences, column)
+        if self.reference is not None:
+            batch["ref_hidden"] = torch.cat([self.reference.hidden(row["prompt_ids"], row[f"{side}_ids"]) for row, side in sequences])
         return batch
 
     def _split(self, batch: Tensor, lengths: list[int]) -> list[Tensor]:

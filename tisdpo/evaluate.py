@@ -381,7 +381,9 @@ def load_reward_model(path: str, *, device: str | torch.device | None = None) ->
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            path, dtype=torch.float32, output_loading_info=True, use_safetensors=True, trust_remote_code=False
+        )
     except _LOADING_ERRORS as error:
         raise InputError(
             f"no reward model could be loaded from {path!r} ({_reason(error)}); give a sequence-classification model, directory or hub id"
@@ -394,7 +396,7 @@ def load_reward_model(path: str, *, device: str | torch.device | None = None) ->
     if model.config.num_labels not in (1, 2):
         raise InputError(f"the classifier in {path!r} has {model.config.num_labels} labels, a reward model has 1 or 2; give another one")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except _LOADING_ERRORS as error:
         raise InputError(
             f"no tokenizer could be loaded from the reward model {path!r} ({_reason(error)}); save its tokenizer in that directory"

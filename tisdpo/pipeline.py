@@ -23,12 +23,13 @@ from tisdpo import contrastive, evaluate
 from tisdpo.config import RunConfig, dump, load_config, to_dict
 from tisdpo.doctor import default_device
 from tisdpo.errors import InputError
+from tisdpo.files import remove, write_json
 from tisdpo.fingerprints import tokenizer_fingerprint
 from tisdpo.hf import load_model, tiny_llama
 from tisdpo.prompts import PROMPTS
 from tisdpo.scored import load_provenance, load_scored, make_provenance, save_scored
 from tisdpo.sources import Source, load_source
-from tisdpo.stages import read_points, train_stage, write_json
+from tisdpo.stages import read_points, train_stage
 from tisdpo.summary import collect
 from tisdpo.trainer import add_reference_logps, apply_weighting
 
@@ -238,14 +239,15 @@ class SeedRun:
         how = {"construction": construction}
         if construction == "P":
             how |= dict(zip(("positive_prompt", "negative_prompt"), self.prompts_of_contrast()))
+        parts = path.with_name(path.name + ".parts")
         if path.is_dir():
+            remove(parts)  # of a run that was killed before it could
             return load_scored(path, dataset=self.source.train, expect={"tokenizer": tokenizer_fingerprint(self.tokenizer), "how": how})
         positive, negative = (contrastive.Scorer(self.contrastive_model(name)) for name in CONTRASTIVE_MODELS[construction])
         rows = self.source.train
         if construction == "P":
             for scorer, text in zip((positive, negative), self.prompts_of_contrast()):
                 scorer.prompts = contrastive.system_prompts(self.source.pairs, rows, self.tokenizer, text)
-        parts = path.with_name(path.name + ".parts")
         label = f"scoring {construction}"
         with (
             self.timed(label),
@@ -264,7 +266,6 @@ class SeedRun:
             self.tokenizer, max_length=self.config.data.max_length, positive=positive.model, negative=negative.model, how=how
         )
         save_scored(rows, path, provenance)
-        shutil.rmtree(parts)
         return self.scored(construction)
 
     def prompts_of_contrast(self) -> tuple[str, str]:
@@ -285,6 +286,8 @@ class SeedRun:
         }  # fmt: skip
         if method == "dpo":
             return self.rows, options | {"method": "dpo"}
+        if method == "scored":  # its rows bring their reference along
+            return self.scored(method), options | {"weighting": asdict(weighting)}
         if method in ("random", "equal", "swapped"):
             weighting = replace(weighting, transform=method, **({"seed": self.seed} if method == "random" else {}))
         if method == "equal":  # the rule does not look at the contrast
