@@ -319,11 +319,13 @@ def _show(arguments) -> None:
     if arguments.html is None:
         print(heatmap_terminal(prompt, **sides, color=not arguments.no_color))
         return
+    from tisdpo.files import beside
     from tisdpo.report import heatmap_html
 
     name = str(provenance["how"].get("construction", Path(arguments.scored).name))
     entry = {"construction": name, "seed": None, "prompt": prompt, **sides}
-    Path(arguments.html).write_text(heatmap_html([entry], title=f"Token weights ({name}), row {arguments.index}"), encoding="utf-8")
+    with beside(arguments.html) as page:
+        page.write_text(heatmap_html([entry], title=f"Token weights ({name}), row {arguments.index}"), encoding="utf-8")
     print(arguments.html)
 
 
