@@ -189,7 +189,10 @@ def test_weights_from_the_models_of_another_run(tmp_path):
     for a, b in made.values():
         assert all(a[side] == b[side] for side in ("positive_model", "negative_model"))
     with pytest.raises(InputError, match=r"has no model 'dpo' for seed 0 .*; run the constructions that need it there first"):
-        pipeline.run(config(tmp_path, f"output_dir={tmp_path / 'third'}", *transfer[1:], "contrast.constructions=[R]"), until="weights")
-    words_of_another_world = ("data.source=synthetic", "contrast.constructions=[S]")
+        pipeline.run(
+            config(tmp_path, f"output_dir={tmp_path / 'third'}", *transfer[1:], "contrast.constructions=[R]", "methods=[R]"),
+            until="weights",
+        )
+    words_of_another_world = ("data.source=synthetic", "contrast.constructions=[S]", "methods=[S]")
     with pytest.raises(InputError, match="have another tokenizer than this run"):
         pipeline.run(config(tmp_path, f"output_dir={tmp_path / 'fourth'}", transfer[1], *words_of_another_world), until="weights")

@@ -247,7 +247,7 @@ def test_another_truncation_is_refused_where_it_cuts(sets, tmp_path):
 
 def test_rows_that_are_not_cached_are_refused(sets, tmp_path):
     train, other = load_scored(sets["bfloat16"]), tiny.contrast(tiny.rows(24).select(range(20, 24)))
-    with pytest.raises(InputError, match="the chosen response of row 0 is not among the cached hidden states of the reference in .*set;"):
+    with pytest.raises(InputError, match=r"the chosen response of row 0 is not among the cached hidden states of the reference in .*set;"):
         trainer(tmp_path, train, kl="reverse", eval_dataset=other)
     path = scored(tmp_path / "other" / "set", other.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]), tiny.model(0))
     t = trainer(tmp_path, train, kl="reverse", eval_dataset=load_scored(path))  # two sets of one reference

@@ -3,8 +3,8 @@
 TIS-DPO (arXiv 2410.04350) and its relatives, exact and without the [tokens, vocabulary] logits. The parts, and who may import whom
 (an import goes from right to left, never against the arrows; tests/test_arrows.py holds them):
 
-    errors -> files, fingerprints, intervals, kernels, losses, prompts, weighting, world
-    -> ops -> checks -> arguments -> functional -> attention
+    errors -> files, fingerprints, intervals, kernels, losses, prompts, weighting
+    -> ops -> checks -> arguments -> functional -> attention, world
     -> arithmetic, batches, doctor, heatmap, hf, plots, provenance, readers, settings, synthetic
     -> cached, config, rendering, report, scoring -> data, parts
     -> contrastive, evaluate, scored, sources, trainer

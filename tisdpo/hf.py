@@ -203,6 +203,8 @@ def load_model(path: str, *, trust_remote_code: bool = False, **kwargs):
 
 
 def _first_line(error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return "it brings Python code of its own, which runs with trust_remote_code=True only, where you trust it"
     return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
 
 

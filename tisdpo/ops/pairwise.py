@@ -6,7 +6,7 @@ respect to the scores -> dHidden = c * (D @ W), dWeight += D^T @ (c * hidden), c
 for a pair that is longer than a chunk may be.
 
 Cost in head-sized products (u = 2 N H V FLOP): policy logits 1, reference logits 1 (KL or online reference), dHidden 1, dWeight 1
-(none with a frozen head). Memory: the chunk's logits + one [V, H] accumulator in float32.
+(none with a frozen head). Memory: the chunk's logits (with KL of both models) + one [V, H] accumulator in float32.
 """
 
 from typing import NamedTuple
@@ -128,12 +128,13 @@ class _Walk:
     """What stays the same from chunk to chunk."""
 
     def __init__(self, policy, reference, target, token_weights, ref_logps, rows, objective, folds, with_gradient):
-        self.policy, self.reference = policy, reference
+        # Without KL only the log-probs of the reference are needed: its logits are there and gone before those of the policy, in one buffer
+        self.policy, self.reference, self.before = policy, *((None, reference) if objective.kl is None else (reference, None))
         self.target, self.token_weights, self.ref_logps = target, token_weights, ref_logps
         self.cu_seqlens, self.lengths = rows.cu_seqlens, rows.lengths
         self.objective, self.folds, self.with_gradient = objective, folds, with_gradient
         self.dtype = accumulation_dtype(policy.hidden.dtype)
-        self.rows = policy.chunk_rows(1 if reference is None else 2)
+        self.rows = policy.chunk_rows(1 if self.reference is None else 2)
         self.longest = backends.longest_held(self.rows, policy.hidden.device.type)
 
     def allocate(self, lengths: list[int]) -> None:
@@ -152,8 +153,10 @@ class _Walk:
 
         held, stats = None, []
         for a, b in ranges:
+            ref_logp = None if self.before is None else self._reference_logp(a, b)
             z, ref_z = self.tiles.logits(a, b)
-            stats.append(self.folds.statistics(z, self.target[a:b], ref_z))
+            found = self.folds.statistics(z, self.target[a:b], ref_z)
+            stats.append(found if ref_logp is None else found._replace(ref_logp=ref_logp))
             if self.with_gradient and len(ranges) == 1:
                 held = self._unscaled_gradient(a, b, z, ref_z, stats[0], kl_sign)
 
@@ -172,6 +175,10 @@ class _Walk:
                 )
                 grads.add(a, b, d, coefficient[place])
         return loss, sums
+
+    def _reference_logp(self, a: int, b: int) -> Tensor:
+        z = self.before.logits(a, b, self.tiles.buffer[: b - a])
+        return self.folds._replace(bias=self.folds.ref_bias, ref_bias=None).statistics(z, self.target[a:b], None).logp
 
     def _token_kl_sign(self, sequence: Tensor) -> Tensor | None:
         """Factor of KL_t in the gradient of the token's score: -/+ alpha, 0 where the chosen KL is detached."""
