@@ -1,4 +1,4 @@
-"""The command line: `tisdpo run`, `weights`, `train`, `eval`, `score`, `show` and `doctor`.
+"""The command line: `tisdpo run`, `weights`, `train`, `eval`, `score`, `show`, `plan` and `doctor`.
 
 A mistake of the user ends in one sentence on stderr and exit code 2 (with --debug in a traceback), Ctrl-C in one line and 130. Results go
 to stdout, progress to stderr. What a command needs is imported when it runs, so that --help is quick.
@@ -63,6 +63,11 @@ EXAMPLES = {
         tisdpo show runs/demo/seed-0/scored/S --index 7 --html pair-7.html
         tisdpo show runs/demo/seed-0/scored/S transform=rank       other weights from the same scores
         tisdpo show my-scores --tokenizer my-model
+    """,
+    "plan": """
+        tisdpo plan --model Llama-3-8B --gpus 8 --sharding fsdp2
+        tisdpo plan --model my-model --gpu-memory 24 --lora 16 --seq-len 2048
+        tisdpo plan --model my-model/config.json --kl --reference resident --no-gradient-checkpointing
     """,
     "doctor": """
         tisdpo doctor
@@ -174,6 +179,21 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--html", metavar="FILE", help="write a page instead of printing to the terminal")
     show.add_argument("--tokenizer", metavar="PATH", help="tokenizer the set was scored with (default: found in the run of the set)")
     show.add_argument("--no-color", action="store_true", help="weights as numbers in the text")
+
+    plan = _command(commands, "plan", _plan, "what a training run would need of a GPU's memory, and whether it fits")
+    plan.add_argument("--model", required=True, metavar="MODEL", help="directory, config.json, hub id, or a name such as Llama-3-8B")
+    plan.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs that train together (default: 1)")
+    plan.add_argument("--gpu-memory", type=float, default=80, metavar="GIB", help="memory of each (default: 80)")
+    plan.add_argument("--seq-len", type=int, default=4096, metavar="N", help="tokens of every sequence (default: 4096)")
+    plan.add_argument("--pairs-per-gpu", type=int, default=1, metavar="N", help="pairs of a micro-batch (default: 1)")
+    plan.add_argument("--lora", type=int, metavar="RANK", help="adapters on every linear layer but the head (default: train everything)")
+    plan.add_argument("--kl", action="store_true", help="with the sequence KL term, which needs the reference at every step")
+    plan.add_argument("--dtype", default="bfloat16", help="of the weights: bfloat16 (default), float16 or float32")
+    plan.add_argument("--optimizer", default="adamw", help="adamw (default), adamw_8bit, adafactor or sgd")
+    plan.add_argument("--sharding", default="ddp", help="between GPUs: ddp (default), zero2, zero3 or fsdp2")
+    plan.add_argument("--attention", default="sdpa", help="sdpa (default, padded batches) or flash (without padding)")
+    plan.add_argument("--no-gradient-checkpointing", action="store_true", help="keep the activations of all layers")
+    plan.add_argument("--reference", help="precomputed (default), resident (default with --kl) or cached-hidden")
 
     _command(commands, "doctor", _doctor, "versions, devices, and which backend would run and why")
     return parser
@@ -375,6 +395,16 @@ def _tokenizers_around(scored: Path):
 
         model = load_config(seed.parent).model
         yield from (path for path in (model.tokenizer, model.path) if path is not None)
+
+
+def _plan(arguments) -> None:
+    from dataclasses import fields
+
+    from tisdpo import memory
+
+    options = {f.name: getattr(arguments, f.name) for f in fields(memory.Plan) if hasattr(arguments, f.name)}
+    plan = memory.Plan(**options, gradient_checkpointing=not arguments.no_gradient_checkpointing)
+    print(memory.report(arguments.model, memory.shape_of(memory.load_config(arguments.model)), plan, arguments.gpu_memory))
 
 
 def _doctor(arguments) -> None:

@@ -52,7 +52,7 @@ def linear_pairwise(
     grads = GradientSums(policy, tuple(needs))
     total, sums = hidden.new_zeros((), dtype=walk.dtype), []
     chunks = _whole_pairs(rows.bounds, walk.rows)
-    walk.allocate([rows.bounds[last] - rows.bounds[first] for first, last in chunks])
+    walk.allocate(rows.bounds)
     for first, last in chunks:
         part, part_sums = walk.chunk(first, rows.bounds[first : last + 1], normalizer, grads)
         total += part
@@ -124,6 +124,12 @@ def _whole_pairs(bounds: list[int], rows: int) -> list[tuple[int, int]]:
     return chunks
 
 
+def buffer_rows(bounds: list[int], rows: int, longest: int) -> int:
+    """Rows of logits that live at a time: the longest chunk; `rows` of it where a pair has more than `longest` and is computed twice."""
+    lengths = (bounds[last] - bounds[first] for first, last in _whole_pairs(bounds, rows))
+    return max((n if n <= longest else rows for n in lengths), default=0)
+
+
 class _Walk:
     """What stays the same from chunk to chunk."""
 
@@ -137,10 +143,9 @@ class _Walk:
         self.rows = policy.chunk_rows(1 if self.reference is None else 2)
         self.longest = backends.longest_held(self.rows, policy.hidden.device.type)
 
-    def allocate(self, lengths: list[int]) -> None:
-        """The memory for the logits of chunks of these lengths, once: buffers that grew from chunk to chunk would leave holes behind."""
-        rows = max((n if n <= self.longest else self.rows for n in lengths), default=0)
-        self.tiles = Tiles(self.policy, self.reference, rows)
+    def allocate(self, bounds: list[int]) -> None:
+        """The memory for the logits, once: buffers that grew from chunk to chunk would leave holes behind."""
+        self.tiles = Tiles(self.policy, self.reference, buffer_rows(bounds, self.rows, self.longest))
 
     def chunk(self, first: int, bounds: list[int], normalizer: Tensor, grads: GradientSums) -> tuple[Tensor, Tensor]:
         """Loss [] and sums [4, s] of the sequences from number `first` on, with these boundaries; adds their gradients."""
