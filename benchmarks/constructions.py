@@ -18,9 +18,10 @@ import torch
 from tisdpo import contrastive, pipeline
 from tisdpo.config import load_config
 from tisdpo.evaluate import truth_agreement
+from tisdpo.files import write_json
 from tisdpo.hf import load_model
 from tisdpo.intervals import estimate
-from tisdpo.stages import train_stage, write_json
+from tisdpo.stages import train_stage
 from tisdpo.synthetic import BAD, GOOD
 
 # setting: (construction, learning rate, beta of the contrastive DPO)

@@ -3,23 +3,28 @@
     python -m benchmarks.plot              # writes benchmarks/RESULTS.md, benchmarks/plots/*.svg and README's block of figures
     python -m benchmarks.plot --check      # says whether they are what the JSON files give (exit code 1 if not); writes nothing
 
-Of every kind of file the newest is taken. Nothing is typed by hand but the reasons for losing rows, and a row that is lost without a reason
-stands in the table as such.
+Of every kind of file and size the newest is taken (with `steps` in it). Nothing is typed by hand but the reasons for losing rows, and a
+row that is lost without a reason stands in the table as such.
 """
 
 import argparse
 import json
 import sys
+from dataclasses import asdict
 
 from benchmarks.measure import MIB, RESULTS, ROOT
-from benchmarks.registry import OURS
+from benchmarks.registry import OURS, Size
 
 PAGE, README, PLOTS = ROOT / "benchmarks/RESULTS.md", ROOT / "README.md", ROOT / "benchmarks/plots"
+DTYPES = ("float32", "bfloat16", "float16")
 MARKS = ("<!-- figures: begin (python -m benchmarks.plot) -->", "<!-- figures: end -->")
 COLORS = {OURS: "#c2410c", "tisdpo two passes": "#f59e0b", "plain torch": "#334155", "TRL chunked": "#0e7490"}
 
 # Why a provider is faster than one pass somewhere: (its name, what must hold of the size, the reason)
 REASONS = [
+    ("torch.compile", lambda size: size["tokens"] * size["vocabulary"] > 1 << 23,
+     "it forms all logits at once, which takes the memory that stands beside it, and reads and writes dWeight once instead of once a "
+     "chunk; one pass in one chunk is as fast (the row of that name), and the budget is the user's to raise, TISDPO_CHUNK_MIB"),
     ("", lambda size: size["tokens"] * size["vocabulary"] <= 1 << 23,
      "few logits: they fit into the cache, nothing is saved by chunks, and the fixed cost of the operators counts"),
 ]  # fmt: skip
@@ -29,6 +34,21 @@ def newest(kind: str) -> dict | None:
     """The content of the newest results/<kind>-*.json, with its name as `file`."""
     found = sorted(RESULTS.glob(f"{kind}-*.json"), key=lambda path: (path.stem[-10:], path.name))
     return json.loads(found[-1].read_text()) | {"file": found[-1].name} if found else None
+
+
+def newest_of_each_size() -> list[dict]:
+    """The newest cpu-<dtype>-*.json for every dtype and size of `steps`; the default size first."""
+    found = {}
+    for path in sorted(RESULTS.glob("cpu-*.json"), key=lambda path: (path.stem[-10:], path.name)):
+        report = json.loads(path.read_text()) | {"file": path.name}
+        if report.get("steps"):
+            found[report["dtype"], tuple(report["steps"][0]["size"].values())] = report
+    return sorted(found.values(), key=lambda report: (DTYPES.index(report["dtype"]), not plotted(report), report["file"]))
+
+
+def plotted(report: dict) -> bool:
+    """Whether a report is of the default size, the one that has plots and README's figures."""
+    return report["steps"][0]["size"] == asdict(Size())
 
 
 # Tables
@@ -159,11 +179,12 @@ def page(cpu: list[dict], end_to_end: dict | None, gpu: dict | None) -> str:
         "[docs/benchmarks.md](../docs/benchmarks.md).", "",
     ]  # fmt: skip
     for report in cpu:
-        lines += [f"## The loss step on a CPU, {report['dtype']}", "", machine(report), ""]
-        if report.get("steps"):
+        where = "" if plotted(report) else f", {size_text(report['steps'][0]['size'])}"
+        lines += [f"## The loss step on a CPU, {report['dtype']}{where}", "", machine(report), ""]
+        if plotted(report):
             name = f"steps-{report['dtype']}.svg"
             lines += [f"![time, memory and error of every kind of step](plots/{name})", ""]
-        for result in report.get("steps", []):
+        for result in report["steps"]:
             lines += step_table(result)
         if "roofline" in report:
             lines += [f"### Ceilings, {report['dtype']}", "", f"![roofline](plots/roofline-{report['dtype']}.svg)", ""]
@@ -312,9 +333,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where the pages are not what the files give")
     args = parser.parse_args(argv)
-    cpu = [report for dtype in ("float32", "bfloat16", "float16") if (report := newest(f"cpu-{dtype}"))]
-    if not cpu:
-        print(f"no cpu-*.json in {RESULTS}; run python -m benchmarks.run", file=sys.stderr)
+    cpu = newest_of_each_size()
+    if not (cpu and plotted(cpu[0]) and cpu[0]["dtype"] == "float32"):
+        print(f"no cpu-float32-*.json of the default size in {RESULTS}; run python -m benchmarks.run", file=sys.stderr)
         return 2
     text = page(cpu, newest("end-to-end"), newest("device"))
     readme = with_figures(README.read_text(), figures(cpu[0]))
@@ -324,7 +345,7 @@ def main(argv: list[str] | None = None) -> int:
         return int(bool(stale))
     PAGE.write_text(text)
     README.write_text(readme)
-    for report in cpu:
+    for report in filter(plotted, cpu):
         for part, plot in (("steps", plot_steps), ("scaling", plot_scaling), ("roofline", plot_roofline)):
             if report.get(part):
                 plot(report)

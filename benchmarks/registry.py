@@ -5,6 +5,7 @@ most providers is TIS-DPO's loss with arbitrary token weights. A provider that c
 """
 
 import importlib.util
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -135,6 +136,16 @@ def fused(p: Problem, step: Step, plan: str = "one_pass", backend: str = "auto")
         p.hidden, p.weight, p.target, p.cu_seqlens, token_weights=p.token_weights, objective=objective(step), plan=plan, backend=backend,
         **reference,
     ).loss  # fmt: skip
+
+
+def fused_in_one_chunk(p: Problem, step: Step) -> Tensor:
+    """This library with room for all logits at once: what its chunks cost in time."""
+    before = os.environ.get("TISDPO_CHUNK_MIB")
+    os.environ["TISDPO_CHUNK_MIB"] = str(1 << 30)
+    try:
+        return fused(p, step)
+    finally:
+        os.environ.pop("TISDPO_CHUNK_MIB") if before is None else os.environ.update(TISDPO_CHUNK_MIB=before)
 
 
 def plain(p: Problem, step: Step, upcast: bool = False, weighted: bool = True) -> Tensor:
@@ -301,6 +312,7 @@ GPU = ("cuda",)
 OURS = "tisdpo one pass"
 PROVIDERS = [
     Provider(OURS, fused, "tisdpo", masked=True),
+    Provider("tisdpo one pass, one chunk", fused_in_one_chunk, "tisdpo", masked=True, note="TISDPO_CHUNK_MIB without limit"),
     Provider("tisdpo two passes", partial(fused, plan="two_pass"), "tisdpo", masked=True),
     Provider("tisdpo one pass, torch folds", partial(fused, backend="torch"), "tisdpo", masked=True),
     Provider("plain torch", plain, masked=True, note="log-softmax in the dtype of the model"),

@@ -232,7 +232,7 @@ RANGES = {
     "data.streaming=true": "data.streaming has no effect with source: synthetic; remove it",
     "data.world.seed=3": "data.world.seed is the seed of the run; set seeds instead",
     "data={source: x.jsonl, world: {flip: 0.1}}": "data.world has no effect with source='x.jsonl'",
-    "data.source=''": "data.source must name a file, a directory, a hub id or 'synthetic', got ''",
+    "data.source=''": "data.source must name a file, a directory, a hub id or a world (synthetic or arithmetic), got ''",
     "model.heads=3": "model.hidden_size=64 must be a multiple of 2 * heads=6",
     "model.vocab_size=100": "model.vocab_size must be at least 300, got 100",
     "model.pretrain=null": "model.pretrain is missing: without model.path the base model is trained from scratch",
@@ -271,7 +271,7 @@ def test_a_mistake_on_the_command_line(file, override, message):
         ("steps: 6", "steps: 0", "train.steps must be at least 1, got 0"),
         ("steps: 6, ", "", "train.steps is missing; it is: optimiser steps"),
         ("train: {steps: 6, learning_rate: 1.0e-4}", "", "train.steps is missing; it is: optimiser steps"),
-        ("{source: synthetic}", "", "data.source is missing; it is: 'synthetic'"),
+        ("{source: synthetic}", "", "data.source is missing; it is: 'synthetic' or 'arithmetic'"),
         ("{source: synthetic}", "{source: }", "data.source must be text, got null"),
         ("name: small", "methods: [truth]\ndata: {source: x.jsonl}", None),
     ],
@@ -326,7 +326,9 @@ def test_an_override_that_is_not_yaml(file):
 
 @pytest.mark.parametrize("method", ["truth", "oracle"])
 def test_truth_needs_a_known_truth(file, method):
-    with pytest.raises(InputError, match=rf"methods has {method}, but the true rewards are known with data.source=synthetic only"):
+    with pytest.raises(
+        InputError, match=rf"methods has {method}, but the true rewards are known with data.source=synthetic or arithmetic only"
+    ):
         load(file, "data.source=x.jsonl", f"methods=[dpo, {method}]")
 
 

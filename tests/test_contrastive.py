@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from tisdpo import contrastive
+from tisdpo import parts
 from tisdpo.contrastive import Scorer, rank_correlation, score_contrast, system_prompts, weight_diagnostics
 from tisdpo.errors import InputError
 from tisdpo.scoring import completion_logps, plan_batches
@@ -34,10 +34,10 @@ def test_contrast_is_the_difference_of_full_log_probs(tmp_path):
 
 
 def test_killed_scoring_goes_on_and_gives_the_same_bits(tmp_path, monkeypatch):
-    monkeypatch.setattr(contrastive, "PART_TOKENS", 150)
+    monkeypatch.setattr(parts, "PART_TOKENS", 150)
     rows = tiny.rows(12)
     whole = score(tmp_path / "whole", rows, batch_tokens=200)
-    done, real = [], contrastive._score
+    done, real = [], parts.Scoring._score
 
     def dies_at_the_third(*args):
         if len(done) == 2:
@@ -45,14 +45,14 @@ def test_killed_scoring_goes_on_and_gives_the_same_bits(tmp_path, monkeypatch):
         done.append(1)
         return real(*args)
 
-    monkeypatch.setattr(contrastive, "_score", dies_at_the_third)
+    monkeypatch.setattr(parts.Scoring, "_score", dies_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         score(tmp_path, rows, batch_tokens=200)
     done.clear()
-    monkeypatch.setattr(contrastive, "_score", lambda *args: (done.append(1), real(*args))[1])
+    monkeypatch.setattr(parts.Scoring, "_score", lambda *args: (done.append(1), real(*args))[1])
     resumed = score(tmp_path, rows, batch_tokens=200)
-    parts = len(list((tmp_path / "parts").rglob("*.safetensors")))
-    assert parts > 3 and len(done) == parts - 2  # the first two were not computed again
+    files = len(list((tmp_path / "parts").rglob("*.safetensors")))
+    assert files > 3 and len(done) == files - 2  # the first two were not computed again
     assert resumed["chosen_contrast"] == whole["chosen_contrast"] and resumed["rejected_contrast"] == whole["rejected_contrast"]
 
 

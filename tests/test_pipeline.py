@@ -152,10 +152,12 @@ def test_pieces_join_to_the_text():
 
 
 def test_a_checkpoint_written_half_is_passed_over(tmp_path):
-    for step, files in ((2, ["model.safetensors", "trainer_state.json"]), (4, ["model.safetensors"]), (10, [])):
+    whole, cut = '{"global_step": 2}', '{"global_st'
+    for step, state in ((2, whole), (4, None), (6, cut), (8, ""), (10, None)):
         (tmp_path / f"checkpoint-{step}").mkdir()
-        for name in files:
-            (tmp_path / f"checkpoint-{step}" / name).write_text("x")
+        (tmp_path / f"checkpoint-{step}" / "model.safetensors").write_text("x")
+        if state is not None:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-2"]
     assert last_complete_checkpoint(tmp_path / "nowhere") is None

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -74,7 +75,7 @@ def test_reference_and_truth_are_stored_too(tmp_path):
     save_scored(rows, tmp_path / "set", provenance(reference="cc"))
     loaded = load_scored(tmp_path / "set", expect={"reference_model": "cc"})
     assert loaded["rejected_ref_logps"][:] == rows["rejected_ref_logps"][:] and loaded["chosen_truth"][:] == rows["chosen_truth"][:]
-    with pytest.raises(InputError, match=r"reference_model is 'cc' there and 'dd' here; score the pairs again"):
+    with pytest.raises(InputError, match=r"reference_model is 'cc' there and 'dd' here; train from the model that was the reference"):
         load_scored(tmp_path / "set", expect={"reference_model": "dd"})
     with pytest.raises(InputError, match="lacks reference_model"):
         save_scored(rows, tmp_path / "other", provenance())
@@ -138,7 +139,7 @@ def test_a_killed_save_leaves_nothing_and_is_repeated(tmp_path, monkeypatch):
     rows, path = scored_rows(), tmp_path / "scored"
 
     def killed(self, directory):
-        (path.with_name("scored.writing") / "half").write_text("")
+        (Path(directory) / "half").write_text("")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
@@ -148,7 +149,7 @@ def test_a_killed_save_leaves_nothing_and_is_repeated(tmp_path, monkeypatch):
     assert not path.exists()
     save_scored(rows, path, provenance())
     assert list(load_scored(path, dataset=rows)) == list(rows)
-    assert not (path / "half").exists() and not path.with_name("scored.writing").exists()
+    assert not (path / "half").exists() and [p.name for p in tmp_path.iterdir()] == ["scored"]
 
 
 def test_rows_that_are_no_scored_rows_are_refused(tmp_path):

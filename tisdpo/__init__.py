@@ -3,12 +3,12 @@
 TIS-DPO (arXiv 2410.04350) and its relatives, exact and without the [tokens, vocabulary] logits. The parts, and who may import whom
 (an import goes from right to left, never against the arrows; tests/test_arrows.py holds them):
 
-    errors -> fingerprints, intervals, kernels, losses, prompts, weighting
-    -> ops -> checks -> arguments -> functional
-    -> batches, doctor, heatmap, hf, plots, readers, settings, synthetic
-    -> config, rendering, report, scoring -> data
+    errors -> files, fingerprints, intervals, kernels, losses, prompts, weighting
+    -> ops -> checks -> arguments -> functional -> attention, world
+    -> arithmetic, batches, doctor, heatmap, hf, memory, plots, provenance, readers, settings, synthetic
+    -> cached, config, rendering, report, scoring -> data, parts
     -> contrastive, evaluate, scored, sources, trainer
-    -> integrations, stages, summary -> estimation -> pipeline -> study -> cli -> __main__
+    -> integrations, score, stages, summary -> estimation -> pipeline -> study -> cli -> __main__
 
 Names between two arrows are one level and do not import each other. `reference` is the mathematics in plain PyTorch, the oracle of the
 tests: it imports nothing of the package, nothing imports it.

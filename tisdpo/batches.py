@@ -1,18 +1,24 @@
-"""Padded batches of trainers to the flat sequences of the loss functions, and back.
+"""Batches of trainers to the completion tokens that the loss functions take, and back; batches formed by tokens.
 
-Sizes: S = 2B rows of a batch (chosen_0, rejected_0, chosen_1, ...), T padded length, N completion tokens of all rows.
+Sizes: S = 2B sequences of a batch (chosen_0, rejected_0, chosen_1, ...), T padded length, N completion tokens of all sequences. A
+padding-free batch has one row: [1, T] with T the tokens of all sequences, and their boundaries in `cu_seq_lens_q` [S+1].
 """
 
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
+
+from tisdpo.errors import InputError
 
 
 class FlatBatch(NamedTuple):
-    """The completion tokens of a padded batch, row after row.
+    """The completion tokens of a batch, sequence after sequence.
 
-    where [S, T-1] bool: positions whose next token is a completion token; target [N]: that token; cu_seqlens [S+1];
+    where [S, T-1] ([1, T-1] of a padding-free batch) bool: positions whose next token is a completion token; target [N]: that token;
+    cu_seqlens [S+1] counts completion tokens;
     token_weights [N] and ref_logps [N], or None where the batch has none.
     """
 
@@ -29,14 +35,17 @@ class FlatBatch(NamedTuple):
 
 def flatten_batch(batch: dict) -> FlatBatch:
     """The flat form of a batch with `input_ids` [S, T] and `completion_mask` [S, T] (bool), optionally `token_weights` and `ref_logps`
-    [S, T] in the coordinates of `input_ids`.
+    [S, T] in the coordinates of `input_ids`; of a padding-free batch all are [1, T].
 
-    The first position of a row is never a target: nothing predicts it.
+    The first position of a sequence is never a target: nothing predicts it.
     """
     mask = batch["completion_mask"].bool()
     where = mask[:, 1:]
-    lengths = where.sum(1)
-    cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    bounds = batch.get("cu_seq_lens_q")
+    counts = where.sum(1) if bounds is None else mask[0]
+    cu_seqlens = torch.cat([counts.new_zeros(1, dtype=torch.long), counts.cumsum(0)])
+    if bounds is not None:
+        cu_seqlens = cu_seqlens[bounds.long()]
 
     def take(name: str) -> Tensor | None:
         return batch[name][:, 1:][where] if batch.get(name) is not None else None
@@ -44,8 +53,101 @@ def flatten_batch(batch: dict) -> FlatBatch:
     return FlatBatch(where, batch["input_ids"][:, 1:][where], cu_seqlens, take("token_weights"), take("ref_logps"))
 
 
+def sequences(batch: dict) -> int:
+    """How many sequences a batch holds, padded or padding-free."""
+    return len(batch["lengths" if "lengths" in batch else "input_ids"])
+
+
 def unflatten(values: Tensor, completion_mask: Tensor) -> Tensor:
     """Values [N] of flat completion tokens back in [S, T], 0 elsewhere."""
     mask = completion_mask.bool().clone()
     mask[:, 0] = False
     return values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+
+class TokenBatches:
+    """A batch sampler: batches of whole rows with at most `tokens` tokens each, for a `DataLoader` of one of several ranks.
+
+    lengths    tokens of every row's sequences, e.g. (chosen, rejected), both with their prompt
+    tokens     the most that a batch may hold; a row with more than that stands alone
+    padded     the batches will be padded, so every sequence counts as long as the longest of its batch
+    seed       None: rows stay in their order. Otherwise rows are shuffled into batches once, and the batches anew for every epoch, so that
+               all epochs have the same number of them (the Trainer counts its steps only once)
+    epoch      called where an iteration starts; a resumed run sees the batches of its epoch again
+    rank, world   every rank gets as many batches as the others, for which the first ones may come twice
+    """
+
+    batch_size = None  # what accelerate asks: the batches have no common size
+    drop_last = False
+
+    def __init__(
+        self, lengths: Sequence[Sequence[int]], tokens: int, *, padded: bool = False, seed: int | None = None,
+        epoch: Callable[[], int] = lambda: 0, rank: int = 0, world: int = 1,
+    ):  # fmt: skip
+        self.seed, self.epoch, self.rank, self.world = seed, epoch, rank, world
+        self.batches: list[list[int]] = []
+        count = total = longest = 0  # of the last batch: sequences, tokens, tokens of the longest
+        for row in range(len(lengths)) if seed is None else self._shuffled(len(lengths), seed):
+            count, total, longest = count + len(lengths[row]), total + sum(lengths[row]), max(longest, *lengths[row])
+            if not self.batches or (count * longest if padded else total) > tokens:
+                self.batches.append([])
+                count, total, longest = len(lengths[row]), sum(lengths[row]), max(lengths[row])
+            self.batches[-1].append(row)
+
+    @staticmethod
+    def _shuffled(count: int, seed: int) -> list[int]:
+        return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+
+    def __len__(self) -> int:
+        return -(-len(self.batches) // self.world)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = range(len(self.batches)) if self.seed is None else self._shuffled(len(self.batches), self.seed + 1 + self.epoch())
+        for i in range(self.rank, len(self) * self.world, self.world):
+            yield self.batches[order[i % len(self.batches)]]
+
+
+def check_tokens_per_batch(args, least: int) -> None:
+    """InputError unless a batch of `args.tokens_per_batch` tokens holds a row of `least` tokens, and no other option forms batches."""
+    if args.tokens_per_batch < least:
+        raise InputError(
+            f"tokens_per_batch={args.tokens_per_batch} cannot hold every row of max_length={args.max_length}; "
+            f"give at least {least}, or lower max_length"
+        )
+    usual = type(args).__dataclass_fields__["per_device_train_batch_size"].default
+    for name, allowed in (
+        ("per_device_train_batch_size", (usual,)),
+        ("auto_find_batch_size", (False,)),
+        ("train_sampling_strategy", ("random", "sequential")),
+    ):
+        if getattr(args, name, allowed[0]) not in allowed:
+            raise InputError(f"{name}={getattr(args, name)!r} has no effect with tokens_per_batch; leave one of the two out")
+
+
+def token_loader(rows, sides: Sequence[str], collator, args, accelerator, epoch: Callable[[], int]) -> DataLoader:
+    """The training batches of `args.tokens_per_batch` tokens for this rank, moved to its device; shuffled unless args say "sequential"."""
+    from accelerate.data_loader import prepare_data_loader
+
+    columns = [rows["prompt_ids"], *(rows[f"{side}_ids"] for side in sides)]
+    lengths = [[len(prompt) + len(ids) for ids in completions] for prompt, *completions in zip(*columns)]
+    seed = args.seed if args.data_seed is None else args.data_seed
+    batches = TokenBatches(
+        lengths,
+        args.tokens_per_batch,
+        padded=not collator.flat,
+        seed=None if args.train_sampling_strategy == "sequential" else seed,
+        epoch=epoch,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+    )
+    loader = DataLoader(
+        rows,
+        batch_sampler=batches,
+        collate_fn=collator,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.dataloader_pin_memory,
+        persistent_workers=args.dataloader_persistent_workers,
+        prefetch_factor=args.dataloader_prefetch_factor,
+    )
+    # every rank has its share already, so accelerate is only to move the tensors
+    return prepare_data_loader(loader, accelerator.device, num_processes=1, process_index=0, put_on_device=True)

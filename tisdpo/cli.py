@@ -1,10 +1,11 @@
-"""The command line: `tisdpo run`, `weights`, `train`, `eval`, `study`, `show` and `doctor`.
+"""The command line: `tisdpo run`, `weights`, `train`, `eval`, `study`, `score`, `show`, `plan` and `doctor`.
 
 A mistake of the user ends in one sentence on stderr and exit code 2 (with --debug in a traceback), Ctrl-C in one line and 130. Results go
 to stdout, progress to stderr. What a command needs is imported when it runs, so that --help is quick.
 """
 
 import argparse
+import errno
 import importlib.util
 import logging
 import os
@@ -22,6 +23,7 @@ Preference training with a weight for every token (TIS-DPO, arXiv 2410.04350), s
     tisdpo run examples/demo.yaml       pairs -> contrastive models -> token weights -> policies -> report.html
 
 weights, train and eval do the same up to that stage, in the same directory, and whatever is there already is not done again.
+score makes the weights (and a cache of the reference) from models of your own.
 """
 
 EXAMPLES = {
@@ -52,11 +54,27 @@ EXAMPLES = {
         tisdpo study claims base.train.steps=200 "search.objective.beta=[0.1, 1.0]" output_dir=runs/longer
         tisdpo study my-own-study.yaml --full
     """,
+    "score": """
+        tisdpo score pairs.jsonl scored/S --positive sft-chosen --negative sft-rejected
+        tisdpo score pairs.jsonl scored/P --positive my-model --negative my-model --task harmless --reference my-model
+        tisdpo score pairs.jsonl scored/R --positive dpo --negative base --reference base --reference-hidden
+        torchrun --nproc-per-node 4 -m tisdpo score pairs.jsonl scored/S ...          four processes share the work
+        tisdpo score pairs.jsonl scored/S ... --shard 0/4                             as one of four jobs of a cluster; then once without
+
+    scored/S then holds the token weights, for `tisdpo train CONFIG --scored scored/S`, or in Python
+    TISDPOTrainer(model, args, train_dataset=tisdpo.scored.load_scored("scored/S"), ...), which finds the cached reference there.
+    The hidden states cost 2 H bytes for every completion token in bfloat16, 4 H in float32 (H the width of the model).
+    """,
     "show": """
         tisdpo show runs/demo/seed-0/scored/S
         tisdpo show runs/demo/seed-0/scored/S --index 7 --html pair-7.html
         tisdpo show runs/demo/seed-0/scored/S transform=rank       other weights from the same scores
         tisdpo show my-scores --tokenizer my-model
+    """,
+    "plan": """
+        tisdpo plan --model Llama-3-8B --gpus 8 --sharding fsdp2
+        tisdpo plan --model my-model --gpu-memory 24 --lora 16 --seq-len 2048
+        tisdpo plan --model my-model/config.json --kl --reference resident --no-gradient-checkpointing
     """,
     "doctor": """
         tisdpo doctor
@@ -82,11 +100,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             print(f"tisdpo: {_sentence(error)}", file=sys.stderr)
         return 2
+    except Exception as error:  # libraries have errors of their own for a disk that is full
+        from tisdpo.files import disk_trouble
+
+        reason = disk_trouble(error)
+        if reason is None or arguments.debug:
+            raise
+        print(f"tisdpo: a file could not be written: {reason}", file=sys.stderr)
+        return 2
     print(f"\n{arguments.interrupted}", file=sys.stderr)
     return 130
 
 
 def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        from tisdpo.files import FULL
+
+        return f"{error.filename or 'a file'} could not be written: {FULL}"
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror.lower()}"
     return str(error) or type(error).__name__
@@ -141,6 +171,25 @@ def _parser() -> argparse.ArgumentParser:
 
     study.add_argument("--smoke", action="store_true", help="as small as it can be, to see that everything runs")
 
+    score = _command(commands, "score", _score, "token weights and a cache of the reference from models of your own, resumable")
+    score.add_argument("pairs", help="file (.json, .jsonl, .parquet, also .gz), directory or hub id of preference pairs")
+    score.add_argument("out", help="directory of the scored set, made when all is done")
+    score.add_argument("--positive", metavar="MODEL", required=True, help="pi+, a directory or hub id")
+    score.add_argument("--negative", metavar="MODEL", required=True, help="pi-, a directory or hub id; may be the same under a --task")
+    score.add_argument("--task", choices=("harmless", "helpful", "summary"), help="put the task's system prompts in front (construction P)")
+    score.add_argument("--positive-prompt", metavar="TEXT", help="system prompt of pi+, instead of the task's")
+    score.add_argument("--negative-prompt", metavar="TEXT", help="system prompt of pi-, instead of the task's")
+    score.add_argument("--reference", metavar="MODEL", help="store the log-probs of this reference, too, for training without it")
+    score.add_argument("--reference-hidden", action="store_true", help="store its hidden states and its head, for training with a KL term")
+    score.add_argument("--hidden-dtype", choices=("bfloat16", "float16", "float32"), help="of these hidden states (default: bfloat16)")
+    score.add_argument("--tokenizer", metavar="PATH", help="tokenizer (default: that of pi+, and all models must have the same)")
+    score.add_argument("--max-length", type=_count, default=1024, metavar="N", help="tokens of prompt and completion (default: 1024)")
+    score.add_argument("--batch-tokens", type=_count, default=8192, metavar="N", help="tokens scored at a time (default: 8192)")
+    score.add_argument("--split", default="train", metavar="NAME", help="split of a hub data set (default: train)")
+    score.add_argument("--limit", type=_count, metavar="N", help="use the first so many pairs only")
+    score.add_argument("--shard", type=_shard, metavar="I/N", help="score the I-th of N shares only, I from 0; default: RANK/WORLD_SIZE")
+    score.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the models (default: refuse it)")
+
     show = _command(commands, "show", _show, "a pair with its token weights as a heat map", settings="weighting")
     show.add_argument("scored", help="directory of a scored set, such as runs/demo/seed-0/scored/S")
     show.add_argument("settings", nargs="*", metavar="key=value", help="fields of the weighting, or preset=NAME, see below")
@@ -148,6 +197,21 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--html", metavar="FILE", help="write a page instead of printing to the terminal")
     show.add_argument("--tokenizer", metavar="PATH", help="tokenizer the set was scored with (default: found in the run of the set)")
     show.add_argument("--no-color", action="store_true", help="weights as numbers in the text")
+
+    plan = _command(commands, "plan", _plan, "what a training run would need of a GPU's memory, and whether it fits")
+    plan.add_argument("--model", required=True, metavar="MODEL", help="directory, config.json, hub id, or a name such as Llama-3-8B")
+    plan.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs that train together (default: 1)")
+    plan.add_argument("--gpu-memory", type=float, default=80, metavar="GIB", help="memory of each (default: 80)")
+    plan.add_argument("--seq-len", type=int, default=4096, metavar="N", help="tokens of every sequence (default: 4096)")
+    plan.add_argument("--pairs-per-gpu", type=int, default=1, metavar="N", help="pairs of a micro-batch (default: 1)")
+    plan.add_argument("--lora", type=int, metavar="RANK", help="adapters on every linear layer but the head (default: train everything)")
+    plan.add_argument("--kl", action="store_true", help="with the sequence KL term, which needs the reference at every step")
+    plan.add_argument("--dtype", default="bfloat16", help="of the weights: bfloat16 (default), float16 or float32")
+    plan.add_argument("--optimizer", default="adamw", help="adamw (default), adamw_8bit, adafactor or sgd")
+    plan.add_argument("--sharding", default="ddp", help="between GPUs: ddp (default), zero2, zero3 or fsdp2")
+    plan.add_argument("--attention", default="sdpa", help="sdpa (default, padded batches) or flash (without padding)")
+    plan.add_argument("--no-gradient-checkpointing", action="store_true", help="keep the activations of all layers")
+    plan.add_argument("--reference", help="precomputed (default), resident (default with --kl) or cached-hidden")
 
     _command(commands, "doctor", _doctor, "versions, devices, and which backend would run and why")
     return parser
@@ -161,9 +225,23 @@ def _command(commands, name: str, command, summary: str, settings: str | None = 
     )  # fmt: skip
     sub.add_argument("-h", "--help", action=_Help, settings=settings, help="show this text")
     sub.add_argument("--debug", action="store_true", help="show tracebacks and all messages")
-    again = "the same command goes on from here" if settings in ("config", "study") else "nothing was changed"
+    resumable = settings in ("config", "study") or name == "score"
+    again = "the same command goes on from here" if resumable else "nothing was changed"
     sub.set_defaults(command=command, name=name, interrupted=f"interrupted; {again}")
     return sub
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    pieces = text.split("/")
+    if len(pieces) != 2 or not all(piece.isascii() and piece.isdigit() for piece in pieces) or int(pieces[0]) >= int(pieces[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no shard; write I/N with I from 0 to N-1, such as 0/4")
+    return int(pieces[0]), int(pieces[1])
 
 
 class _Help(argparse.Action):
@@ -181,9 +259,8 @@ class _Help(argparse.Action):
 
 
 def _settings_help(kind: str) -> str:
-    from tisdpo.config import describe
+    from tisdpo.config import WORLDS, describe
     from tisdpo.settings import settings_text
-    from tisdpo.synthetic import WorldConfig
     from tisdpo.weighting import Weighting
 
     if kind == "weighting":
@@ -192,7 +269,8 @@ def _settings_help(kind: str) -> str:
         from tisdpo.study.config import describe_study
 
         return f"keys, in the file or as key=value\n\n{describe_study()}"
-    return f"settings, in the file or as key=value\n\n{describe()}\n\n" + settings_text(WorldConfig, "data.world")
+    worlds = [f"with data.source={source}, {settings_text(kind, 'data.world')}" for source, (_, kind) in WORLDS.items()]
+    return "\n\n".join(["settings, in the file or as key=value", describe(), *worlds])
 
 
 # Commands
@@ -259,6 +337,30 @@ def _check_backend() -> None:
         raise InputError(f"{error}; unset TISDPO_BACKEND or see `tisdpo doctor`") from error
 
 
+def _score(arguments) -> None:
+    if arguments.reference_hidden and arguments.reference is None:
+        raise InputError("--reference-hidden needs the model whose hidden states are meant; add --reference MODEL")
+    if arguments.hidden_dtype is not None and not arguments.reference_hidden:
+        raise InputError("--hidden-dtype has no effect without --reference-hidden; add it or leave both out")
+    _quiet(arguments.debug)
+    _check_backend()
+    from tisdpo import score
+    from tisdpo.cached import DTYPES
+
+    done = score.score(
+        arguments.pairs, arguments.out, positive=arguments.positive, negative=arguments.negative,
+        prompts=score.task_prompts(arguments.task, arguments.positive_prompt, arguments.negative_prompt),
+        reference=arguments.reference,
+        hidden_dtype=DTYPES[arguments.hidden_dtype or "bfloat16"] if arguments.reference_hidden else None,
+        tokenizer=arguments.tokenizer, max_length=arguments.max_length, batch_tokens=arguments.batch_tokens,
+        split=arguments.split, limit=arguments.limit, shard=arguments.shard, trust_remote_code=arguments.trust_remote_code,
+    )  # fmt: skip
+    if done is not None:
+        print(done)
+    elif arguments.shard is not None:
+        print(f"share {arguments.shard[0]} of {arguments.shard[1]} is scored; when all are, the same command without --shard joins them")
+
+
 def _show(arguments) -> None:
     _quiet(arguments.debug)
     from tisdpo.heatmap import heatmap_terminal
@@ -277,11 +379,13 @@ def _show(arguments) -> None:
     if arguments.html is None:
         print(heatmap_terminal(prompt, **sides, color=not arguments.no_color))
         return
+    from tisdpo.files import beside
     from tisdpo.report import heatmap_html
 
     name = str(provenance["how"].get("construction", Path(arguments.scored).name))
     entry = {"construction": name, "seed": None, "prompt": prompt, **sides}
-    Path(arguments.html).write_text(heatmap_html([entry], title=f"Token weights ({name}), row {arguments.index}"), encoding="utf-8")
+    with beside(arguments.html) as page:
+        page.write_text(heatmap_html([entry], title=f"Token weights ({name}), row {arguments.index}"), encoding="utf-8")
     print(arguments.html)
 
 
@@ -331,6 +435,16 @@ def _tokenizers_around(scored: Path):
 
         model = load_config(seed.parent).model
         yield from (path for path in (model.tokenizer, model.path) if path is not None)
+
+
+def _plan(arguments) -> None:
+    from dataclasses import fields
+
+    from tisdpo import memory
+
+    options = {f.name: getattr(arguments, f.name) for f in fields(memory.Plan) if hasattr(arguments, f.name)}
+    plan = memory.Plan(**options, gradient_checkpointing=not arguments.no_gradient_checkpointing)
+    print(memory.report(arguments.model, memory.shape_of(memory.load_config(arguments.model)), plan, arguments.gpu_memory))
 
 
 def _doctor(arguments) -> None:

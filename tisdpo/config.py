@@ -12,11 +12,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from tisdpo.arithmetic import Arithmetic, ArithmeticConfig
 from tisdpo.errors import InputError
 from tisdpo.losses import Objective
 from tisdpo.settings import COMMAND_LINE, build, nearest, read_yaml, settings_text, with_overrides, write_yaml
+from tisdpo.synthetic import World, WorldConfig
 from tisdpo.weighting import Weighting
 
+# data.source: the world of that name, where every token's reward is known, and its settings
+WORLDS = {"synthetic": (World, WorldConfig), "arithmetic": (Arithmetic, ArithmeticConfig)}
 CONSTRUCTIONS = ("P", "S", "D", "R")
 METHODS = ("dpo", "random", "equal", "swapped", "truth", "oracle", *CONSTRUCTIONS)
 
@@ -95,27 +99,27 @@ class DPOStageConfig(StageConfig):
 class DataConfig:
     """Where the preference pairs come from."""
 
-    source: str = option("'synthetic' (the world with known truth), a file or directory of pairs, or a hub id")
+    source: str = option("'synthetic' or 'arithmetic' (worlds with known truth), a file or directory of pairs, or a hub id")
     split: str = option("split of a hub data set", default="train")
     limit: int | None = option("use the first so many pairs only", default=None)
     heldout: int | float = option("pairs kept for evaluation: a number, or a share below 1", default=0.1)
     max_length: int = option("tokens of prompt and completion; longer pairs are truncated at the end", default=512)
     streaming: bool = option("read a hub data set without downloading all of it", default=False)
     world: dict = option(
-        "settings of the world with known truth (its seed is the run's); only with source: synthetic", default_factory=dict
+        "settings of the world with known truth (its seed is the run's); only with source: synthetic or arithmetic", default_factory=dict
     )
 
     def __post_init__(self):
         if not self.source:
-            raise InputError("source must name a file, a directory, a hub id or 'synthetic', got ''")
+            raise InputError(f"source must name a file, a directory, a hub id or a world ({_or(WORLDS)}), got ''")
         _at_least(self, 1, "limit")
         _at_least(self, 2, "max_length")
         if not (0 < self.heldout < 1 if isinstance(self.heldout, float) else self.heldout >= 1):
             raise InputError(f"heldout must be a whole number of pairs or a share between 0 and 1, got {self.heldout}")
-        if self.source != "synthetic" and self.world:
-            raise InputError(f"world has no effect with source={self.source!r}; it belongs to source: synthetic")
-        if self.source == "synthetic" and self.streaming:
-            raise InputError("streaming has no effect with source: synthetic; remove it")
+        if self.source not in WORLDS and self.world:
+            raise InputError(f"world has no effect with source={self.source!r}; it belongs to source: {_or(WORLDS)}")
+        if self.source in WORLDS and self.streaming:
+            raise InputError(f"streaming has no effect with source: {self.source}; remove it")
         if "seed" in self.world:
             raise InputError("world.seed is the seed of the run; set seeds instead, e.g. seeds: [3]")
 
@@ -156,6 +160,10 @@ class ContrastConfig:
     )
     sft: StageConfig | None = option("training of the SFT models of S", default=None)
     dpo: DPOStageConfig | None = option("training of the DPO models of D and R", default=None)
+    models_from: str | None = option(
+        "directory of another run with the same tokenizer, whose models of the same seed give the weights; sft and dpo are then not used",
+        default=None,
+    )
     task: Literal["harmless", "helpful", "summary"] = option(
         "picks the system prompts of P: harmless, helpful or summary", default="harmless"
     )
@@ -191,12 +199,14 @@ class ContrastConfig:
             raise InputError("crossfit has no effect with contrast.data: no row that is scored was trained on; leave one of them out")
         if self.rounds > 1 and self.model is not None:
             raise InputError("with rounds the contrastive models start from the policy, not from contrast.model; leave one of them out")
+        if self.models_from is not None and (self.pairs > 1 or self.checkpoints > 1 or self.rounds > 1 or self.data or self.model):
+            raise InputError("pairs, checkpoints, rounds, data and model say how contrastive models are trained; with models_from none are")
         idle = [n for n, on in (("pairs", self.pairs > 1), ("checkpoints", self.checkpoints > 1), ("data", self.data is not None)) if on]
         if idle and self.constructions == ["P"]:
             raise InputError(f"{idle[0]} has no effect on construction P, for which nothing is trained; leave it out")
         for stage, users in (("sft", "S"), ("dpo", "DR")):
             needed = [c for c in self.constructions if c in users]
-            if needed and getattr(self, stage) is None:
+            if needed and getattr(self, stage) is None and self.models_from is None:
                 raise InputError(
                     f"{stage} is missing: construction {needed[0]} needs its steps and learning_rate; give them, "
                     f"or leave {needed[0]} out of constructions"
@@ -252,7 +262,7 @@ class RunConfig:
     train: StageConfig = option("training of the policies, the same for every method")
     methods: list[str] = option(
         "policies to train: dpo, TIS-DPO with the weights of P, S, D or R, and controls: random, equal, swapped (signs exchanged), "
-        "truth (the known rewards), oracle (truth, 0 on tokens without reward); both synthetic only",
+        "truth (the known rewards), oracle (truth, 0 on tokens without reward); both with the worlds of known truth only",
         default_factory=lambda: ["dpo", "random", "P", "S", "D"],
     )
     evaluation: EvaluationConfig = option("measurements", default_factory=EvaluationConfig)
@@ -278,8 +288,10 @@ class RunConfig:
             )
         if self.contrast.rounds > self.train.steps:
             raise InputError(f"contrast.rounds={self.contrast.rounds} is more than train.steps={self.train.steps}; lower it")
-        if self.data.source == "synthetic" and (self.model.path or self.model.tokenizer):
-            raise InputError("data.source=synthetic brings its own tokenizer and corpus; leave model.path and model.tokenizer out")
+        if self.data.source in WORLDS and (self.model.path or self.model.tokenizer):
+            raise InputError(
+                f"data.source={self.data.source} brings its own tokenizer and corpus; leave model.path and model.tokenizer out"
+            )
 
     def _check_methods(self):
         if not self.methods:
@@ -303,8 +315,8 @@ class RunConfig:
                     f"methods has {control}, which {what} of the first construction, but contrast.constructions is empty; add one"
                 )
         for known in ("truth", "oracle"):
-            if known in self.methods and self.data.source != "synthetic":
-                raise InputError(f"methods has {known}, but the true rewards are known with data.source=synthetic only; leave it out")
+            if known in self.methods and self.data.source not in WORLDS:
+                raise InputError(f"methods has {known}, but the true rewards are known with data.source={_or(WORLDS)} only; leave it out")
 
     def construction(self, method: str) -> str | None:
         """The construction whose contrast a method's weights are made of, if any."""
@@ -319,6 +331,10 @@ class RunConfig:
     def seed_list(self) -> list[int]:
         """The seeds themselves."""
         return list(range(self.seeds)) if isinstance(self.seeds, int) else self.seeds
+
+
+def _or(names) -> str:
+    return " or ".join(names)
 
 
 def _unique(config, name: str) -> None:

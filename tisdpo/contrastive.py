@@ -10,31 +10,36 @@ The constructions of the paper (arXiv 2410.04350, section 4.3), as pairs (pi+, p
 Which models they are makes no difference here: `score_contrast` takes two models and, where they differ, their prompts.
 """
 
-import hashlib
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tisdpo.data import tokenize_pairs
 from tisdpo.errors import InputError
-from tisdpo.fingerprints import model_fingerprint
-from tisdpo.scoring import iterate_logps, plan_batches
+from tisdpo.fingerprints import tokenizer_fingerprint
+from tisdpo.hf import load_model, load_tokenizer
+from tisdpo.parts import Scorer, Scoring, tokens_to_score
 from tisdpo.weighting import Weighting, average_ranks, contrast_weights, positions
 
-PART_TOKENS = 200_000  # tokens scored between two files of a resumable run
+__all__ = ["Scorer", "rank_correlation", "score_contrast", "system_prompts", "tokens_to_score", "weight_diagnostics"]
 
 
-@dataclass
-class Scorer:
-    """A model, and the prompts it sees if they are not those of the rows."""
+def model_of_run(directory: str | Path, seed: int, name: str, tokenizer):
+    """A contrastive model (or `base`) that a run made for this seed, to weigh the tokens of another run with it.
 
-    model: torch.nn.Module
-    prompts: Sequence[Sequence[int]] | None = None
+    Raises InputError where the run has no such model, and where its tokenizer has other ids than `tokenizer`.
+    """
+    path = Path(directory) / f"seed-{seed}" / ("base" if name == "base" else f"contrastive/{name}") / "model"
+    if not path.is_dir():
+        raise InputError(
+            f"{directory} has no model {name!r} for seed {seed} ({path} is missing); run the constructions that need it there first, "
+            "with this seed and a base model trained from scratch"
+        )
+    if tokenizer_fingerprint(load_tokenizer(str(path))) != tokenizer_fingerprint(tokenizer):
+        raise InputError(f"the models in {directory} have another tokenizer than this run, so they cannot score its tokens")
+    return load_model(str(path))
 
 
 def system_prompts(pairs, rows, tokenizer, system_prompt: str) -> list[list[int]]:
@@ -60,21 +65,6 @@ def system_prompts(pairs, rows, tokenizer, system_prompt: str) -> list[list[int]
     return prompts
 
 
-def tokens_to_score(rows, positive: Scorer, negative: Scorer) -> int:
-    """How many tokens `score_contrast` will report as progress."""
-    return sum(
-        _lengths(
-            [list(scorer.prompts or rows["prompt_ids"]) * 2 for scorer in (positive, negative)],
-            [*rows["chosen_ids"], *rows["rejected_ids"]],
-        )
-    )
-
-
-def _lengths(prompts, completions) -> list[int]:
-    """Tokens of prompt and completion, with the longer of the two prompts."""
-    return [max(len(p[i]) for p in prompts) + len(c) for i, c in enumerate(completions)]
-
-
 def score_contrast(
     rows,
     positive: Scorer,
@@ -87,34 +77,12 @@ def score_contrast(
 ):
     """The rows with chosen_contrast and rejected_contrast: raw r_t of every completion token (EOS included), float32, nats.
 
-    Scored in batches by length. After every PART_TOKENS tokens a file in `parts` is written beside and renamed, so that a run killed at
-    any moment goes on where it was, with the same result bit for bit; the files stand in a folder named after the ids, the models and
-    the batch size, so that those of another scoring are never used. `progress` is called with tokens as they are done. The directory
-    `parts` is the caller's to remove once the result is stored.
+    Scored in parts by `tisdpo.parts.Scoring`: a run killed at any moment goes on where it was, with the same result bit for bit. The
+    directory `parts` is the caller's to remove once the result is stored. `progress` is called with tokens as they are done.
     """
-    prompts = list(rows["prompt_ids"])
-    completions = [*rows["chosen_ids"], *rows["rejected_ids"]]
-    contexts = [(scorer.model.eval(), list(scorer.prompts or prompts) * 2) for scorer in (positive, negative)]
-    lengths = _lengths([p for _, p in contexts], completions)
-    directory = Path(parts) / _fingerprint(contexts, completions, batch_tokens)
-    directory.mkdir(parents=True, exist_ok=True)
-    contrast: list[Tensor | None] = [None] * len(completions)
-    for number, batches in enumerate(_grouped(plan_batches(lengths, batch_tokens), lengths)):
-        path = directory / f"part-{number:05d}.safetensors"
-        if not path.exists():
-            values = _score(contexts, completions, batches, pad_token_id)
-            beside = path.with_suffix(".writing")
-            save_file({"contrast": values}, beside)
-            beside.rename(path)
-        members = [i for batch in batches for i in batch]
-        for i, values in zip(members, load_file(path)["contrast"].split([len(completions[i]) for i in members])):
-            contrast[i] = values
-        if progress is not None:
-            progress(sum(lengths[i] for i in members))
-    half = len(prompts)
-    for side, values in (("chosen", contrast[:half]), ("rejected", contrast[half:])):
-        rows = rows.add_column(f"{side}_contrast", [x.tolist() for x in values])
-    return rows
+    scoring = Scoring(rows, positive, negative, pad_token_id=pad_token_id, parts=parts, batch_tokens=batch_tokens)
+    scoring.score(progress=progress)
+    return scoring.joined()
 
 
 def combined(rows, parts: list[tuple], *, smooth: int = 1, std: float | None = None):
@@ -146,32 +114,6 @@ def _smoothed(contrast: Tensor, window: int) -> Tensor:
         return contrast
     padded = torch.nn.functional.avg_pool1d(contrast[None], window, stride=1, padding=window // 2, count_include_pad=False)
     return padded[0]
-
-
-def _score(contexts, completions, batches, pad_token_id) -> Tensor:
-    """Contrasts of the completions of these batches, one after the other."""
-    values = []
-    for _, (positive, negative) in iterate_logps(contexts, completions, batches, pad_token_id):
-        values += [p - n for p, n in zip(positive, negative)]
-    return torch.cat(values)
-
-
-def _grouped(batches: list[list[int]], lengths: list[int]) -> list[list[list[int]]]:
-    """Batches in groups of about PART_TOKENS tokens."""
-    groups, tokens = [], PART_TOKENS
-    for batch in batches:
-        if tokens >= PART_TOKENS:
-            groups.append([])
-            tokens = 0
-        groups[-1].append(batch)
-        tokens += sum(lengths[i] for i in batch)
-    return groups
-
-
-def _fingerprint(contexts, completions, batch_tokens: int) -> str:
-    parts = [model_fingerprint(model) for model, _ in contexts] + [[list(p) for p in prompts] for _, prompts in contexts]
-    parts += [[list(c) for c in completions], batch_tokens, PART_TOKENS]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def weight_diagnostics(rows, weighting: Weighting | None = None) -> dict:

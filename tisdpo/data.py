@@ -23,6 +23,8 @@ from datasets import Dataset
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tisdpo.attention import flat_inputs
+from tisdpo.cached import ReferenceCache
 from tisdpo.errors import InputError
 from tisdpo.fingerprints import chat_template_fingerprint, model_fingerprint, tokenizer_fingerprint
 from tisdpo.readers import ID_COLUMNS, load_pairs
@@ -268,7 +270,7 @@ def holdout(rows: Dataset, size: int | float, *, seed: int = 0) -> tuple[Dataset
 
 @dataclass
 class PairCollator:
-    """Tokenised rows to a padded batch of tensors.
+    """Tokenised rows to a batch of tensors, padded or padding-free.
 
     pad_token_id   fills up on the right
     side           None: B pairs as 2B sequences chosen_0, rejected_0, chosen_1, ...; "chosen", "rejected": that side's B, for SFT
@@ -276,9 +278,13 @@ class PairCollator:
     weights        True: every row must carry *_weights. False: they are left out. None: as the rows are, but raw *_contrast without
                    weights is refused, for it would be trained on as if all weights were 1
     swap           exchange chosen and rejected, with all their values
+    flat           no padding: all sequences in one row, for models that keep them apart (`tisdpo.attention.choose`)
+    reference      a `tisdpo.cached.ReferenceCache`: the batch gets ref_hidden [N, H], of all completion tokens, sequence after sequence
 
     Returns input_ids, attention_mask [2B, T] int64, completion_mask [2B, T] bool, and where the rows carry them token_weights and ref_logps
-    [2B, T] float32: the value of a token stands at its own position, 0 elsewhere. Raises InputError for a row that cannot be used so.
+    [2B, T] float32: the value of a token stands at its own position, 0 elsewhere. With flat all are [1, T], T the tokens of all sequences,
+    and in place of the attention_mask come lengths [2B] and what `tisdpo.attention.flat_inputs` makes of them. Raises InputError for a row
+    that cannot be used so.
 
     >>> batch = PairCollator(tokenizer.pad_token_id)([rows[0], rows[1]])
     >>> batch["input_ids"].shape[0]
@@ -290,6 +296,8 @@ class PairCollator:
     prompt_loss: bool = False
     weights: bool | None = None
     swap: bool = False
+    flat: bool = False
+    reference: ReferenceCache | None = None
 
     def __post_init__(self):
         if self.side not in (None, *SIDES):
@@ -304,22 +312,31 @@ class PairCollator:
     def __call__(self, rows: Sequence[dict]) -> dict[str, Tensor]:
         sides = (self.side,) if self.side else SIDES[::-1] if self.swap else SIDES
         sequences = [(row, side) for row in rows for side in sides]
-        length = max(len(row["prompt_ids"]) + len(row[f"{side}_ids"]) for row, side in sequences)
-        ids = torch.full((len(sequences), length), self.pad_token_id)
-        attention = torch.zeros_like(ids)
+        lengths = [len(row["prompt_ids"]) + len(row[f"{side}_ids"]) for row, side in sequences]
+        ids = torch.full((1, sum(lengths)) if self.flat else (len(sequences), max(lengths)), self.pad_token_id)
         completion = torch.zeros(ids.shape, dtype=torch.bool)
-        for i, (row, side) in enumerate(sequences):
-            prompt, tokens = row["prompt_ids"], row[f"{side}_ids"]
-            end = len(prompt) + len(tokens)
-            ids[i, :end] = torch.tensor([*prompt, *tokens])
-            attention[i, :end] = 1
-            completion[i, 0 if self.prompt_loss else len(prompt) : end] = True
-        batch = {"input_ids": ids, "attention_mask": attention, "completion_mask": completion}
+        for (row, side), own, counts in zip(sequences, self._split(ids, lengths), self._split(completion, lengths)):
+            own[:] = torch.tensor([*row["prompt_ids"], *row[f"{side}_ids"]])
+            counts[0 if self.prompt_loss else len(row["prompt_ids"]) :] = True
+            if self.flat:
+                counts[:1] = False  # what stands before it in the row does not predict it
+        batch = {"input_ids": ids, "completion_mask": completion}
+        if self.flat:  # `lengths` comes first: the Trainer takes the first tensor's rows for the batch size, by which it weights eval_loss
+            batch = {"lengths": torch.tensor(lengths), **batch, **flat_inputs(lengths)}
+        else:
+            batch["attention_mask"] = (torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None]).long()
         for column, name, wanted in (("weights", "token_weights", self._weights_wanted(sequences)), ("ref_logps", "ref_logps", None)):
             present = [row.get(f"{side}_{column}") is not None for row, side in sequences]
             if wanted is True or (wanted is None and any(present)):
-                batch[name] = self._values(sequences, column, length)
+                values = batch[name] = torch.zeros(ids.shape)
+                self._fill(self._split(values, lengths), sequences, column)
+        if self.reference is not None:
+            batch["ref_hidden"] = torch.cat([self.reference.hidden(row["prompt_ids"], row[f"{side}_ids"]) for row, side in sequences])
         return batch
+
+    def _split(self, batch: Tensor, lengths: list[int]) -> list[Tensor]:
+        """Each sequence's own part of a batch."""
+        return list(batch[0].split(lengths)) if self.flat else [row[:n] for row, n in zip(batch, lengths)]
 
     def _weights_wanted(self, sequences) -> bool | None:
         if self.weights is None:
@@ -332,16 +349,14 @@ class PairCollator:
                     )
         return self.weights
 
-    def _values(self, sequences, column: str, length: int) -> Tensor:
-        """[sequences, length] float32: the values of a column at their tokens. With prompt_loss, weights of the prompt's tokens are 1."""
-        values = torch.zeros(len(sequences), length)
-        for i, (row, side) in enumerate(sequences):
+    def _fill(self, parts: list[Tensor], sequences, column: str) -> None:
+        """Write the values of a column to their tokens. With prompt_loss, weights of the prompt's tokens are 1."""
+        for part, (row, side) in zip(parts, sequences):
             found, start, tokens = row.get(f"{side}_{column}"), len(row["prompt_ids"]), len(row[f"{side}_ids"])
             where = f"pair {row.get('index', '?')}: {side}_{column}"
             if found is None:
                 raise InputError(f"{where} is missing; every row of a batch needs it")
             check_token_values(as_list(found), tokens, column, where)
-            values[i, start : start + tokens] = torch.tensor(as_list(found), dtype=torch.float32)
+            part[start:] = torch.tensor(as_list(found), dtype=torch.float32)
             if self.prompt_loss and column == "weights":
-                values[i, :start] = 1.0
-        return values
+                part[:start] = 1.0

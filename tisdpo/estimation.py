@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import shutil
 import time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,12 +14,13 @@ from tisdpo import contrastive
 from tisdpo.config import DataConfig, ModelConfig, RunConfig
 from tisdpo.doctor import default_device
 from tisdpo.errors import InputError
+from tisdpo.files import remove, write_json
 from tisdpo.fingerprints import tokenizer_fingerprint
 from tisdpo.hf import load_model, load_tokenizer, tiny_llama
 from tisdpo.prompts import PROMPTS
 from tisdpo.scored import load_scored, make_provenance, save_scored
 from tisdpo.sources import Source, load_source
-from tisdpo.stages import kept_model, train_stage, write_json
+from tisdpo.stages import kept_model, train_stage
 from tisdpo.trainer import add_reference_logps
 
 # construction: its positive and negative model (of `Estimation.contrastive_model`)
@@ -167,7 +167,12 @@ class Estimation:
         return list(range(pair, len(self.source.train), contrast.pairs) if contrast.crossfit else range(len(self.source.train)))
 
     def contrastive_model(self, name: str, pair: int = 0, checkpoint: int = 0):
-        """`base`, `sft-chosen`, `sft-rejected`, `dpo` or `dpo-swapped`; of the pair of this number, as many checkpoints before its end."""
+        """`base`, `sft-chosen`, `sft-rejected`, `dpo` or `dpo-swapped`; of the pair of this number, as many checkpoints before its end.
+
+        With contrast.models_from, that of another run.
+        """
+        if self.config.contrast.models_from is not None:
+            return ready(contrastive.model_of_run(self.config.contrast.models_from, self.seed, name, self.tokenizer))
         if name == "base":
             return self.contrast_reference
         numbered = numbered_stage(name, pair)
@@ -215,7 +220,9 @@ class Estimation:
             how |= {"fold": [pair, self.config.contrast.pairs]}
         if construction == "P":
             how |= dict(zip(("positive_prompt", "negative_prompt"), self.prompts_of_contrast()))
+        parts = path.with_name(path.name + ".parts")
         if path.is_dir():
+            remove(parts)  # of a run that was killed before it could
             return load_scored(path, dataset=rows, expect={"tokenizer": tokenizer_fingerprint(self.tokenizer), "how": how})
         positive, negative = (
             contrastive.Scorer(self.contrastive_model(model, pair, checkpoint)) for model in CONTRASTIVE_MODELS[construction]
@@ -223,7 +230,6 @@ class Estimation:
         if construction == "P":
             for scorer, text in zip((positive, negative), self.prompts_of_contrast()):
                 scorer.prompts = contrastive.system_prompts(self.source.pairs, rows, self.tokenizer, text)
-        parts = path.with_name(path.name + ".parts")
         stage = f"scoring {name}"
         label, tokens = self.label(stage), contrastive.tokens_to_score(rows, positive, negative)
         with self.timed(stage), tqdm(total=tokens, desc=label, disable=label is None, unit="tok", unit_scale=True) as bar:
@@ -235,7 +241,6 @@ class Estimation:
             self.tokenizer, max_length=self.config.data.max_length, positive=positive.model, negative=negative.model, how=how
         )
         save_scored(rows, path, provenance)
-        shutil.rmtree(parts)
         return self.scored_by(construction, pair, checkpoint)
 
     def prompts_of_contrast(self) -> tuple[str, str]:

@@ -227,12 +227,15 @@ def _plain_generation(model):
         model.generation_config = own
 
 
-def response_metrics(generations: Sequence[Generation], reward: Reward | None = None) -> dict[str, float | None]:
+def response_metrics(
+    generations: Sequence[Generation], reward: Reward | None = None, right: Callable[[Generation], bool] | None = None
+) -> dict[str, float | None]:
     """Of generated responses::
 
         length             mean length in tokens, EOS included
         finished           share that ended with EOS before max_new_tokens
         reward, reward_se  mean of reward(generation) and its standard error (None for a single response); only if `reward` is given
+        right              share of responses for which right(generation) holds; only if `right` is given
 
     Raises InputError for no responses and for a reward that is not finite.
     """
@@ -247,6 +250,8 @@ def response_metrics(generations: Sequence[Generation], reward: Reward | None = 
             if not math.isfinite(value):
                 raise InputError(f"the reward of response {n} ({generations[n].text[:60]!r}) is {value}; the reward model cannot be used")
         metrics["reward"], metrics["reward_se"] = _mean_and_error(rewards)
+    if right is not None:
+        metrics["right"] = sum(map(right, generations)) / len(generations)
     return metrics
 
 
@@ -376,7 +381,9 @@ def load_reward_model(path: str, *, device: str | torch.device | None = None) ->
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            path, dtype=torch.float32, output_loading_info=True, use_safetensors=True, trust_remote_code=False
+        )
     except _LOADING_ERRORS as error:
         raise InputError(
             f"no reward model could be loaded from {path!r} ({_reason(error)}); give a sequence-classification model, directory or hub id"
@@ -389,7 +396,7 @@ def load_reward_model(path: str, *, device: str | torch.device | None = None) ->
     if model.config.num_labels not in (1, 2):
         raise InputError(f"the classifier in {path!r} has {model.config.num_labels} labels, a reward model has 1 or 2; give another one")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except _LOADING_ERRORS as error:
         raise InputError(
             f"no tokenizer could be loaded from the reward model {path!r} ({_reason(error)}); save its tokenizer in that directory"

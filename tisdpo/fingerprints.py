@@ -17,8 +17,8 @@ _VOLATILE = {
 def model_fingerprint(model: torch.nn.Module) -> str:
     """16 hexadecimal digits that tell whether two models compute the same: configuration, and shape, type and a sample of every parameter.
 
-    Deterministic, independent of the device, the same after saving and loading. Costs one read of SAMPLED values per parameter, so a
-    change of a few single values may go unseen; a step of training does not.
+    Deterministic, independent of the device, the same after saving and loading. Of a PEFT model it is that of its base, adapters off.
+    Costs one read of SAMPLED values per parameter, so a change of a few single values may go unseen; a step of training does not.
 
     >>> model_fingerprint(model) == model_fingerprint(copy.deepcopy(model))
     True
@@ -27,12 +27,24 @@ def model_fingerprint(model: torch.nn.Module) -> str:
     config = getattr(model, "config", None)
     if config is not None:
         digest.update(_canonical(_without_volatile(config.to_dict())))
-    for name, parameter in sorted(model.named_parameters()):
+    for name, parameter in sorted(_base_parameters(model)):
         flat = parameter.detach().reshape(-1)
         where = torch.linspace(0, max(flat.numel() - 1, 0), min(SAMPLED, flat.numel()), dtype=torch.float64).long()
         digest.update(_canonical([name, list(parameter.shape), str(parameter.dtype)]))
         digest.update(flat[where.to(flat.device)].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _base_parameters(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    """Names and parameters; of a PEFT model those of its base under the names they have without PEFT."""
+    if not hasattr(model, "get_base_model"):
+        return list(model.named_parameters())
+    adapter = getattr(model.base_model, "prefix", None) or "lora_"  # of the adapters' own parameters
+    return [
+        (name.replace(".base_layer.", ".").replace(".original_module.", "."), parameter)
+        for name, parameter in model.get_base_model().named_parameters()
+        if adapter not in name and ".modules_to_save." not in name
+    ]
 
 
 def _without_volatile(config: dict) -> dict:

@@ -15,7 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tisdpo.attention import flat_masks, register_varlen, runs_anywhere
 from tisdpo.errors import InputError
+from tisdpo.files import beside
+
+INPUTS = ("input_ids", "attention_mask", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,8 @@ def attach_head(model):
             own = self._tisdpo_own_forward
             return own(*args, **kwargs) if own is not None else type(self).forward(self, *args, **kwargs)
         # looked up at each call: wrappers replace the backbone and the head after this
-        hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
+        with flat_masks("cu_seq_lens_q" in kwargs):
+            hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
         found = head_of(self)
         return head(hidden.to(found.weight.device), found)
 
@@ -115,10 +120,11 @@ def verify_head(model) -> None:
     ids = torch.arange(8, device=head.weight.device)[None] % len(head.weight)
     training = model.training
     model.eval()
-    own = model(input_ids=ids, use_cache=False).logits.float()
-    raw = model(
-        input_ids=ids, head=lambda hidden, head: torch.nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias)
-    ).float()
+    with runs_anywhere(model):
+        own = model(input_ids=ids, use_cache=False).logits.float()
+        raw = model(
+            input_ids=ids, head=lambda hidden, head: torch.nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias)
+        ).float()
     model.train(training)
     found = raw * head.logit_scale
     if head.softcap is not None:
@@ -132,16 +138,19 @@ def verify_head(model) -> None:
 
 
 def model_inputs(batch: dict) -> dict:
-    """What the backbone needs of a batch."""
-    return {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+    """What the backbone needs of a batch, padded or padding-free."""
+    return {name: batch[name] for name in INPUTS if name in batch}
 
 
-def load_tokenizer(path: str):
-    """Tokenizer of a directory or hub id; InputError with the reason if there is none, or if it has no EOS token."""
+def load_tokenizer(path: str, *, trust_remote_code: bool = False):
+    """Tokenizer of a directory or hub id; InputError with the reason if there is none, or if it has no EOS token.
+
+    trust_remote_code   run Python code that comes with it; off: a tokenizer that needs it is refused
+    """
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
             f"no tokenizer could be loaded from {path!r} ({_first_line(error)}); give a directory with tokenizer files or a hub id"
@@ -155,15 +164,30 @@ def load_tokenizer(path: str):
     return tokenizer
 
 
-def load_model(path: str, **kwargs):
-    """Causal language model of a directory or hub id (safetensors), in float32 unless `dtype` says otherwise, with its head attached."""
+def load_model(path: str, *, trust_remote_code: bool = False, **kwargs):
+    """Causal language model of a directory or hub id, in float32 unless `dtype` says otherwise, with its head attached.
+
+    Only safetensors are read: pickles (pytorch_model.bin) can run any code and are refused.
+    trust_remote_code   run Python code that comes with the model; off: a model that needs it is refused
+    """
     from transformers import AutoModelForCausalLM
 
+    register_varlen()  # attn_implementation="tisdpo_varlen" is among the kwargs that may come
     if Path(path).is_dir() and not (Path(path) / "config.json").exists():
         raise InputError(f"{path!r} holds no model: config.json is missing; give a directory written by save_pretrained or a hub id")
+    pickles = sorted(file.name for file in Path(path).glob("*.bin")) if Path(path).is_dir() else []
+    if pickles and not any(Path(path).glob("*.safetensors")):
+        raise InputError(
+            f"{path!r} holds its weights as {pickles[0]}, a pickle, which can run any code when it is read; convert it to safetensors "
+            "where you trust it (load it with transformers there and call save_pretrained)"
+        )
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            path, use_safetensors=True, output_loading_info=True, **{"dtype": torch.float32, **kwargs}
+            path,
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,
+            **{"dtype": torch.float32, **kwargs},
         )
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
@@ -180,16 +204,16 @@ def load_model(path: str, **kwargs):
 
 
 def _first_line(error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return "it brings Python code of its own, which runs with trust_remote_code=True only, where you trust it"
     return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
 
 
 def save_model(model, tokenizer, path: str | Path) -> None:
     """Model and tokenizer as one directory; it appears complete or not at all."""
-    path = Path(path)
-    beside = path.with_name(path.name + ".part")
-    model.save_pretrained(beside)
-    tokenizer.save_pretrained(beside)
-    beside.replace(path)
+    with beside(path, directory=True) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def train_bpe(texts, vocab_size: int):

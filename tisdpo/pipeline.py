@@ -20,10 +20,11 @@ from tisdpo import evaluate
 from tisdpo.config import ModelConfig, RunConfig, dump, load_config, to_dict
 from tisdpo.errors import InputError
 from tisdpo.estimation import Estimation, ready
+from tisdpo.files import write_json
 from tisdpo.hf import load_model, save_model
 from tisdpo.scored import load_provenance
 from tisdpo.sources import Source
-from tisdpo.stages import read_points, train_stage, write_json
+from tisdpo.stages import read_points, train_stage
 from tisdpo.summary import collect
 from tisdpo.trainer import apply_weighting
 
@@ -120,6 +121,8 @@ class SeedRun(Estimation):
         }  # fmt: skip
         if method == "dpo":
             return self.rows, options | {"method": "dpo"}
+        if method == "scored":  # its rows bring their reference along
+            return self.scored(method), options | {"weighting": asdict(weighting)}
         if method in ("random", "equal", "swapped"):
             weighting = replace(weighting, transform=method, **({"seed": self.seed} if method == "random" else {}))
         if method == "equal":  # the rule does not look at the contrast
@@ -210,6 +213,9 @@ class SeedRun(Estimation):
         samples = generations if self.config.evaluation.temperature == 1.0 else self.generations(model, temperature=1.0)
         return evaluate.kl_to_reference(model, self.reference, samples, pad_token_id=self.tokenizer.pad_token_id)
 
+    def response_metrics(self, generations) -> dict:
+        return evaluate.response_metrics(generations, self.reward, self.evaluation_source.right)
+
     def preference(self, model) -> dict:
         return evaluate.preference_metrics(
             model, None, self.heldout_reference, pad_token_id=self.tokenizer.pad_token_id, beta=self.config.objective.beta
@@ -217,7 +223,9 @@ class SeedRun(Estimation):
 
     @property
     def quality(self) -> str:
-        """The metric that methods are compared by: the reward, or where nobody knows it the held-out accuracy."""
+        """The metric that methods are compared by: right answers where there are such, else the reward, else the held-out accuracy."""
+        if self.evaluation_source.right is not None and self.config.evaluation.reward_model is None:
+            return "right"
         return "accuracy" if self.reward is None else "reward"
 
     def measure_checkpoint(self, model) -> dict:
@@ -225,13 +233,13 @@ class SeedRun(Estimation):
         model.eval()
         generations = self.generations(model)
         kl = self.kl(model, generations)["kl"]
-        metrics = self.preference(model) if self.quality == "accuracy" else evaluate.response_metrics(generations, self.reward)
+        metrics = self.preference(model) if self.quality == "accuracy" else self.response_metrics(generations)
         return {"kl": kl, "y": metrics[self.quality]}
 
     def evaluated(self, model, is_base: bool = False) -> dict:
         """{"metrics": {...}, "samples": [...]} of a policy; of the base only what does not compare it with itself."""
         generations = self.generations(model)
-        metrics = evaluate.response_metrics(generations, self.reward)
+        metrics = self.response_metrics(generations)
         if not is_base:
             metrics |= self.preference(model)
             metrics |= self.kl(model, generations)

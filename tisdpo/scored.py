@@ -5,67 +5,26 @@ made, which tokenizer and template made the ids. Weights are made from the raw c
 serves every `tisdpo.Weighting`.
 """
 
-import json
-import shutil
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
-import torch
 from datasets import Dataset, Features, List, Value, load_from_disk
 
 from tisdpo.data import SIDES, TOKEN_COLUMNS, Counts, check_token_values, load_pairs, tokenize_pairs
 from tisdpo.errors import InputError
-from tisdpo.fingerprints import chat_template_fingerprint, model_fingerprint, tokenizer_fingerprint
+from tisdpo.files import beside, write_json
+from tisdpo.provenance import FORMAT, PROVENANCE, REQUIRED, check_provenance, load_provenance, make_provenance
 from tisdpo.readers import ID_COLUMNS
 
-FORMAT = 1
-PROVENANCE = "provenance.json"
-REQUIRED = ("tokenizer", "chat_template", "max_length", "positive_model", "negative_model", "how")
-
-_REMEDIES = {
-    "tokenizer": "use the tokenizer it was scored with, or score the pairs again",
-    "chat_template": "use the chat template it was scored with, or score the pairs again",
-    "max_length": "use the max_length it was scored with, or score the pairs again",
-    "format": "score the pairs again with this version of tisdpo",
-}
+__all__ = ["ids_fingerprint", "import_official_weights", "load_provenance", "load_scored", "make_provenance", "save_scored"]
 
 
-def make_provenance(
-    tokenizer,
-    *,
-    max_length: int | None,
-    positive: torch.nn.Module | str,
-    negative: torch.nn.Module | str,
-    how: dict,
-    reference: torch.nn.Module | str | None = None,
-) -> dict:
-    """Where the scores of a set come from, for `save_scored` and for what `load_scored` is to expect.
-
-    positive, negative   the models pi+ and pi-, or their fingerprints
-    how                  how these were made, plain JSON: the construction, its prompts, steps, ...
-    reference            the model of *_ref_logps; needed where the rows carry them
-
-    >>> make_provenance(tokenizer, max_length=512, positive=chosen_model, negative=rejected_model, how={"construction": "S"})["how"]
-    {'construction': 'S'}
-    """
-
-    def name(model) -> str | None:
-        return model if model is None or isinstance(model, str) else model_fingerprint(model)
-
-    provenance = {
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "chat_template": chat_template_fingerprint(tokenizer),
-        "max_length": max_length,
-        "positive_model": name(positive),
-        "negative_model": name(negative),
-        "how": how,
-    }
-    return provenance if reference is None else provenance | {"reference_model": name(reference)}
-
-
-def save_scored(rows: Dataset, path: str | Path, provenance: dict) -> None:
+def save_scored(rows: Dataset, path: str | Path, provenance: dict, *, more: Callable[[Path], None] | None = None) -> None:
     """Store tokenised rows with chosen_contrast and rejected_contrast (and *_ref_logps, *_truth, if they carry them) in a new directory.
+
+    more   writes further files into the directory before it appears (those of a `tisdpo.cached.ReferenceCache`)
 
     Written beside and renamed: after a crash there is either the whole set or none. The number of pairs, a fingerprint of all ids and the
     version of tisdpo are added to the provenance. Raises InputError where the directory exists, a column is missing or does not fit the
@@ -84,13 +43,12 @@ def save_scored(rows: Dataset, path: str | Path, provenance: dict) -> None:
     if missing:
         raise InputError(f"the provenance lacks {', '.join(missing)}; make it with tisdpo.scored.make_provenance")
     rows = _checked(rows)
-    beside = path.with_name(path.name + ".writing")
-    shutil.rmtree(beside, ignore_errors=True)  # of a run that was killed
-    beside.mkdir(parents=True)
-    rows.save_to_disk(str(beside))
     content = {"format": FORMAT, "tisdpo": __version__, "pairs": len(rows), "ids": ids_fingerprint(rows), **provenance}
-    (beside / PROVENANCE).write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-    beside.rename(path)
+    with beside(path, directory=True) as folder:
+        rows.save_to_disk(str(folder))
+        if more is not None:
+            more(folder)
+        write_json(folder / PROVENANCE, content, ensure_ascii=False)
 
 
 def _checked(rows: Dataset) -> Dataset:
@@ -120,11 +78,7 @@ def load_scored(path: str | Path, *, dataset: Dataset | None = None, expect: dic
     """
     path = Path(path)
     provenance = load_provenance(path)
-    differences = _differences(provenance, {"format": FORMAT, **(expect or {})})
-    if differences:
-        found = "; ".join(f"{name} is {stored!r} there and {wanted!r} here" for name, stored, wanted in differences)
-        remedy = _REMEDIES.get(differences[0][0], "score the pairs again, or load the set that belongs to this run")
-        raise InputError(f"{path} was scored under other conditions: {found}; {remedy}")
+    check_provenance(path, provenance, {"format": FORMAT, **(expect or {})})
     try:
         rows = load_from_disk(str(path))
         stored = ids_fingerprint(rows)
@@ -139,35 +93,6 @@ def load_scored(path: str | Path, *, dataset: Dataset | None = None, expect: dic
             f"{path} was scored for other rows: {_first_difference(rows, dataset)}; score these rows, or load the rows it was scored for"
         )
     return rows
-
-
-def load_provenance(path: str | Path) -> dict:
-    """The provenance of a scored set; InputError if there is none.
-
-    >>> load_provenance("runs/scored/S")["how"]["construction"]
-    'S'
-    """
-    file = Path(path) / PROVENANCE
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(
-            f"{path} is no scored set ({PROVENANCE} is missing); score the pairs with save_scored or give another path"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read ({error}); remove {path} and score the pairs again") from error
-
-
-def _differences(stored: dict, wanted: dict, prefix: str = "") -> list[tuple]:
-    """(field, stored, wanted) of every field that differs; fields of dicts as "how.construction"."""
-    found = []
-    for name, value in wanted.items():
-        here = stored.get(name)
-        if isinstance(value, dict) and isinstance(here, dict):
-            found += _differences(here, value, f"{prefix}{name}.")
-        elif here != json.loads(json.dumps(value)):  # tuples are stored as lists
-            found.append((prefix + name, here, value))
-    return found
 
 
 def ids_fingerprint(rows: Dataset) -> str:

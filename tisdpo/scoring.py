@@ -43,27 +43,31 @@ def pad_batch(prompts: Sequence[Ids], completions: Sequence[Ids], pad_token_id: 
 
 
 @torch.no_grad()
-def batch_logps(model, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Log-probs [N] (nats) of the completion tokens of a padded batch, and their sequence boundaries cu_seqlens."""
+def batch_logps(model, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs [N] (nats) of the completion tokens of a padded batch, the hidden states [N, H] that predict them, and the sequence
+    boundaries cu_seqlens."""
     flat = flatten_batch(batch)
 
-    def score(hidden: Tensor, head: Head) -> Tensor:
-        return linear_token_logps(flat.take(hidden), head.weight, flat.target, bias=head.bias, **head.transform).logps
+    def score(hidden: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+        taken = flat.take(hidden)
+        return linear_token_logps(taken, head.weight, flat.target, bias=head.bias, **head.transform).logps, taken
 
-    return attach_head(model)(**model_inputs(batch), head=score), flat.cu_seqlens
+    return *attach_head(model)(**model_inputs(batch), head=score), flat.cu_seqlens
 
 
 def iterate_logps(
-    models_and_prompts, completions: Sequence[Ids], batches: list[list[int]], pad_token_id: int
-) -> Iterator[tuple[list[int], list[list[Tensor]]]]:
-    """For each batch: its indices, and per (model, prompts) the log-probs of each completion of the batch (float32, on the CPU)."""
+    models_and_prompts, completions: Sequence[Ids], batches: list[list[int]], pad_token_id: int, hidden_of: int | None = None
+) -> Iterator[tuple[list[int], list[list[Tensor]], Tensor | None]]:
+    """For each batch: its indices, per (model, prompts) the log-probs of each completion of the batch (float32, on the CPU), and the
+    hidden states [N, H] of the model with number `hidden_of`, if there is one."""
     for batch in batches:
-        results = []
-        for model, prompts in models_and_prompts:
+        results, kept = [], None
+        for number, (model, prompts) in enumerate(models_and_prompts):
             padded = pad_batch([prompts[i] for i in batch], [completions[i] for i in batch], pad_token_id, next(model.parameters()).device)
-            logps, cu_seqlens = batch_logps(model, padded)
+            logps, hidden, cu_seqlens = batch_logps(model, padded)
             results.append(list(logps.float().cpu().split(cu_seqlens.diff().tolist())))
-        yield batch, results
+            kept = hidden if number == hidden_of else kept
+        yield batch, results, kept
 
 
 def completion_logps(
@@ -83,7 +87,7 @@ def completion_logps(
     out: list[Tensor | None] = [None] * len(lengths)
     training = model.training
     model.eval()
-    for batch, (logps,) in iterate_logps([(model, prompts)], completions, plan_batches(lengths, batch_tokens), pad_token_id):
+    for batch, (logps,), _ in iterate_logps([(model, prompts)], completions, plan_batches(lengths, batch_tokens), pad_token_id):
         for i, values in zip(batch, logps):
             out[i] = values
         if progress is not None:

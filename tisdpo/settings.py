@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from tisdpo.errors import InputError
+from tisdpo.files import beside
 
 COMMAND_LINE = "command line"
 T = TypeVar("T")
@@ -82,10 +83,9 @@ def read_yaml(path: Path) -> dict:
 
 def write_yaml(values: dict, path: Path) -> None:
     """Write beside, then rename: the file is complete or not there."""
-    beside = path.with_name(path.name + ".writing")
     text = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+    with beside(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def with_overrides(values: dict, overrides: Iterable[str]) -> tuple[dict, frozenset[str]]:

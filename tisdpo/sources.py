@@ -1,4 +1,4 @@
-"""Where the pairs of a run come from: the known-truth world or preference text, with the tokenizer, the base corpus and the truth."""
+"""Where the pairs of a run come from: a world with known truth or preference text, with the tokenizer, the base corpus and the truth."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -7,14 +7,14 @@ from typing import Any
 
 import datasets
 
-from tisdpo.config import RunConfig
+from tisdpo.config import WORLDS, RunConfig
 from tisdpo.data import holdout, load_pairs, tokenize_pairs
 from tisdpo.errors import InputError
 from tisdpo.hf import load_tokenizer, train_bpe
 from tisdpo.settings import build
-from tisdpo.synthetic import NEGATIVE_PROMPT, POSITIVE_PROMPT, World, WorldConfig
+from tisdpo.world import KnownTruth
 
-DEFAULT_PAIRS = 2000  # of the known-truth world, when data.limit is not set
+DEFAULT_PAIRS = 2000  # of a known-truth world, when data.limit is not set
 
 
 @dataclass
@@ -25,6 +25,7 @@ class Source:
     documents        makes the rows (prompt_ids, chosen_ids) a base model is pretrained on; None when there is a base model
     prompts          token ids of held-out prompts for generation, as many as the evaluation asks for where there are enough
     reward           true reward of an `evaluate.Generation`, or None where nobody knows it
+    right            whether an `evaluate.Generation` is a right answer, or None where there is no such thing
     tones            the positive and the negative system prompt that the base corpus knows, or None
     dropped          how many pairs were left out, by reason
     """
@@ -37,17 +38,19 @@ class Source:
     documents: Callable[[], datasets.Dataset] | None
     prompts: list[list[int]]
     reward: Callable | None = None
+    right: Callable | None = None
     tones: tuple[str, str] | None = None
     dropped: dict[str, int] = field(default_factory=dict)
 
 
 def load_source(config: RunConfig, seed: int) -> Source:
-    """The source of one seed. The known-truth world is drawn anew for every seed; text is split the same way for all of them."""
-    return _world(config, seed) if config.data.source == "synthetic" else _text(config)
+    """The source of one seed. A known-truth world is drawn anew for every seed; text is split the same way for all of them."""
+    return _world(config, seed) if config.data.source in WORLDS else _text(config)
 
 
 def _world(config: RunConfig, seed: int) -> Source:
-    world = World(build(WorldConfig, {**config.data.world, "seed": seed}, place="data.world"))
+    kind, settings = WORLDS[config.data.source]
+    world = kind(build(settings, {**config.data.world, "seed": seed}, place="data.world"))
     tokenizer = world.tokenizer()
     count = config.data.limit or DEFAULT_PAIRS
     sets = {"train": world.pairs(count), "heldout": world.pairs(_heldout_count(config.data.heldout, count), "heldout")}
@@ -55,26 +58,28 @@ def _world(config: RunConfig, seed: int) -> Source:
     for split, pairs in sets.items():
         rows[split], counts = tokenize_pairs(pairs, tokenizer, max_length=config.data.max_length)
         for side in ("chosen", "rejected"):
-            rows[split] = rows[split].add_column(f"{side}_truth", [world.token_rewards(ids) for ids in rows[split][f"{side}_ids"]])
+            truth = [world.token_rewards(ids, prompt) for ids, prompt in zip(rows[split][f"{side}_ids"], rows[split]["prompt_ids"])]
+            rows[split] = rows[split].add_column(f"{side}_truth", truth)
         dropped = counts if split == "train" else dropped
     questions = world.prompts()
     prompts = [tokenizer(questions[i % len(questions)])["input_ids"] for i in range(config.evaluation.prompts)]
     pretrain = config.model.pretrain
     return Source(
-        kind="synthetic",
+        kind=config.data.source,
         tokenizer=tokenizer,
         train=rows["train"],
         heldout=rows["heldout"],
         pairs=sets["train"],
         documents=lambda: _world_documents(world, tokenizer, pretrain.steps * pretrain.batch_size),
         prompts=prompts,
-        reward=lambda generation: sum(world.token_rewards(generation.ids)),
-        tones=(POSITIVE_PROMPT, NEGATIVE_PROMPT),
+        reward=lambda generation: sum(world.token_rewards(generation.ids, generation.prompt_ids)),
+        right=(lambda generation: world.is_right(generation.ids, generation.prompt_ids)) if world.verifiable else None,
+        tones=world.tones,
         dropped=_dropped(dropped),
     )
 
 
-def _world_documents(world: World, tokenizer, count: int) -> datasets.Dataset:
+def _world_documents(world: KnownTruth, tokenizer, count: int) -> datasets.Dataset:
     """Every document once: the base model sees no text twice."""
     documents = world.documents(count)
     prompts = tokenizer([f"{d['system']} {d['prompt']}".strip() for d in documents])["input_ids"]

@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from tisdpo.config import StageConfig
+from tisdpo.files import write_json
 from tisdpo.hf import save_model
 from tisdpo.trainer import TISDPOConfig, TISDPOTrainer
 
@@ -36,6 +37,17 @@ class Progress(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
+
+
+class LogAtCheckpoints(TrainerCallback):
+    """Logs before every checkpoint: a mean that is open there would be lost, and a resumed run would log another one."""
+
+    def __init__(self, every: int):
+        self.every = every
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % self.every == 0:
+            control.should_log = True
 
 
 class AtCheckpoints(TrainerCallback):
@@ -84,20 +96,15 @@ def read_points(path: Path) -> list[dict]:
     return json.loads(path.read_text()) if path.exists() else []
 
 
-def write_json(path: Path, content) -> None:
-    """Write beside, then rename: the file is complete or not there."""
-    beside = path.with_name(path.name + ".writing")
-    beside.write_text(json.dumps(content, indent=1))
-    beside.replace(path)
-
-
 def last_complete_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint that was written to its end (trainer_state.json comes last); newer, half-written ones are removed."""
     numbered = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
     for path in numbered:
-        if (path / "trainer_state.json").exists():
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
             return str(path)
-        shutil.rmtree(path)
+        except (FileNotFoundError, ValueError):  # killed before the file, or within it
+            shutil.rmtree(path)
     return None
 
 
@@ -144,7 +151,7 @@ def train_stage(
         **stage.arguments,
     }
     args = TISDPOConfig(output_dir=str(saved), seed=seed, data_seed=seed, **settings)
-    callbacks = [Progress(label)]
+    callbacks = [Progress(label), *([LogAtCheckpoints(every)] if checkpoints else [])]
     if measure is not None:
         callbacks.append(AtCheckpoints(measure, every, directory / "points.json"))
     if kept > 1:
@@ -155,7 +162,8 @@ def train_stage(
     trainer = TISDPOTrainer(model, args, train_dataset=rows, processing_class=tokenizer, callbacks=callbacks)
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(saved))
-    history = trainer.state.log_history
+    # without the Trainer's summary, whose train_loss counts from the last resume on
+    history = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
     write_json(directory / "log.json", history)
     if not unfinished:
         save_model(model, tokenizer, directory / "model")  # last: the stage is done when its model is there

@@ -31,6 +31,12 @@ LABELS = {
     "oracle": ("TIS-DPO, true weights", "ceiling: the same, and 0 on tokens without reward"),
 }
 METRIC_INFO = {
+    "right": {
+        "label": "right answers",
+        "unit": "",
+        "better": "higher",
+        "help": "Share of sampled answers to held-out prompts that are right.",
+    },
     "reward": {"label": "reward", "unit": "", "better": "higher", "help": "Mean reward of sampled responses to held-out prompts."},
     "kl": {
         "label": "KL to base",
@@ -74,7 +80,6 @@ def collect(config, seeds) -> dict:
     methods = ["base", *config.methods]
     results = {(m, s.seed): s.base_results() if m == "base" else s.policy(m) for s in seeds for m in methods}
     first = seeds[0]
-    has_reward = first.reward is not None
     names = [n for n in METRIC_INFO if any(n in r["metrics"] for r in results.values())]
     metrics = {
         "name": config.name,
@@ -94,7 +99,7 @@ def collect(config, seeds) -> dict:
             {"method": m, "seed": s, "metrics": {n: r["metrics"][n] for n in names if n in r["metrics"]}} for (m, s), r in results.items()
         ],
         "metric_info": {n: METRIC_INFO[n] for n in names},
-        "frontier_y": "reward" if has_reward else "accuracy",
+        "frontier_y": first.quality,
         "frontier": [{"method": m, "seed": s, "points": r["points"]} for (m, s), r in results.items() if r["points"]],
         "curves": [curve(s, m) for s in seeds for m in config.methods],
         "weights": [w for c in config.contrast.constructions for w in weights(seeds, c)],

@@ -17,9 +17,9 @@ import random
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cache
 
 from tisdpo.errors import InputError
+from tisdpo.world import SPECIAL, KnownTruth, check_split, words
 
 # place: its people, its things
 PLACES = {
@@ -69,13 +69,6 @@ _WORDS = {
     "monday": ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"),
     "open": ("open", "closed", "full", "empty"),
 }
-
-SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
-_CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{% if message['role'] not in ['system', 'user', 'assistant'] %}"
-    "{{ raise_exception('roles are system, user and assistant') }}{% endif %}"
-    "{{ message['content'] }}{{ eos_token if message['role'] == 'assistant' else ' ' }}{% endfor %}"
-)
 
 
 @dataclass(frozen=True)
@@ -132,15 +125,15 @@ class WorldConfig:
 
 
 @dataclass(frozen=True)
-class World:
-    """Documents, pairs, prompts, a tokenizer and the truth about every token, all from a `WorldConfig`."""
+class World(KnownTruth):
+    """The world of people, places and kind words; see the module."""
 
     config: WorldConfig = field(default_factory=WorldConfig)
+    tones = (POSITIVE_PROMPT, NEGATIVE_PROMPT)
 
     # Text
 
     def documents(self, count: int) -> list[dict[str, str]]:
-        """Unlabelled rows {"system", "prompt", "completion"} for pretraining a base model; "system" is "" without a system prompt."""
         rng, c = self._rng("documents"), self.config
         rows = []
         for _ in range(count):
@@ -151,7 +144,6 @@ class World:
         return rows
 
     def pairs(self, count: int, split: str = "train") -> list[dict[str, str]]:
-        """Rows {"prompt", "chosen", "rejected"} as text; split "heldout" has questions that "train" and the documents never ask."""
         rng, c = self._rng(f"pairs {split}"), self.config
         questions = self._questions(split)
         rows = []
@@ -167,16 +159,11 @@ class World:
         return rows
 
     def prompts(self, split: str = "heldout") -> list[str]:
-        """All questions of a split."""
         return [prompt for _, prompt in self._questions(split)]
-
-    def _rng(self, purpose: str) -> random.Random:
-        return random.Random(f"{self.config.seed} {purpose}")
 
     def _questions(self, split: str) -> list[tuple[str, str]]:
         """(place, question) of a split: of every place one form of question is held out."""
-        if split not in ("train", "heldout"):
-            raise InputError(f"split must be 'train' or 'heldout', got {split!r}")
+        check_split(split)
         return [
             (place, question.format(place=place))
             for p, place in enumerate(PLACES)
@@ -210,13 +197,8 @@ class World:
         """True reward of a response: the sum over its tokens."""
         return math.fsum(self.word_rewards(words(text)))
 
-    def token_rewards(self, ids: Iterable[int]) -> list[float]:
-        """The truth about every token of a completion, given as ids of this world's tokenizer; of any completion, also a generated one."""
-        table = vocabulary()
-        return self.word_rewards(table[i] if 0 <= i < len(table) else "<unk>" for i in ids)
-
-    def word_rewards(self, response: Iterable[str]) -> list[float]:
-        """The reward of every word of a response.
+    def word_rewards(self, response: Iterable[str], prompt: Iterable[str] = ()) -> list[float]:
+        """The reward of every word of a response, whatever the prompt.
 
         A quality counts if it is the first one in its sentence and the sentence is about a person, which its first noun decides. So
         nothing is gained by "gentle gentle gentle", nor by naming a person somewhere. Nothing counts after EOS.
@@ -238,45 +220,17 @@ class World:
 
     # Tokens
 
-    def tokenizer(self):
-        """A word-level `PreTrainedTokenizerFast` for this world, with a chat template that takes an optional system message.
-
-        Words and punctuation marks are tokens. The template only joins the messages, so that a prompt as text and the same prompt
-        as messages are the same ids, and a system prompt is text in front.
-        """
-        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-        from transformers import PreTrainedTokenizerFast
-
-        table = vocabulary()
-        core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(table)}, unk_token="<unk>"))
-        core.pre_tokenizer = pre_tokenizers.Whitespace()
-        core.decoder = decoders.WordPiece(prefix="##", cleanup=True)  # words apart, punctuation marks attached
-        core.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", table.index("<bos>"))])
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=core,
-            pad_token="<pad>",
-            bos_token="<bos>",
-            eos_token="<eos>",
-            unk_token="<unk>",
-            clean_up_tokenization_spaces=False,
-        )
-        tokenizer.chat_template = _CHAT_TEMPLATE
-        return tokenizer
+    def vocabulary(self) -> list[str]:
+        return vocabulary()
 
 
 _SUBJECTS = {word: kind for people, things in PLACES.values() for kind, group in (("person", people), ("thing", things)) for word in group}
 _QUALITIES = {**dict.fromkeys(GOOD, 1.0), **dict.fromkeys(NEUTRAL, 0.0), **dict.fromkeys(BAD, -1.0)}
 
 
-def words(text: str) -> list[str]:
-    """Words and punctuation marks of a text: the tokens of this world."""
-    return re.findall(r"<\w+>|\w+|[^\w\s]", text)
-
-
-@cache
-def vocabulary() -> tuple[str, ...]:
+def vocabulary() -> list[str]:
     """All tokens by id: the special ones, then every word of the tables above in alphabetical order."""
     texts = [*PLACES, *_SUBJECTS, *_QUALITIES, *QUESTIONS, POSITIVE_PROMPT, NEGATIVE_PROMPT, _ABOUT_PERSON, _ABOUT_THING, *_FILLERS]
     texts += [option for options in _WORDS.values() for option in options]
     found = {word for text in texts for word in words(re.sub(r"{\w+}", " ", text))}
-    return (*SPECIAL, *sorted(found))
+    return [*SPECIAL, *sorted(found)]

@@ -19,20 +19,26 @@ from dataclasses import dataclass, field
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
-from tisdpo.batches import flatten_batch
+from tisdpo.attention import choose, register_varlen
+from tisdpo.batches import check_tokens_per_batch, flatten_batch, token_loader
+from tisdpo.cached import FOLDER, ReferenceCache
 from tisdpo.data import PairCollator, tokenize_pairs
 from tisdpo.errors import InputError
+from tisdpo.fingerprints import model_fingerprint
 from tisdpo.functional import linear_tis_dpo_loss, linear_token_logps
 from tisdpo.hf import Head, attach_head, disable_dropout, head_of, model_inputs, verify_head
 from tisdpo.losses import Objective, pairwise_losses
+from tisdpo.provenance import check_rows, home_of
 from tisdpo.scoring import completion_logps
 from tisdpo.weighting import Weighting, contrast_weights
 
 log = logging.getLogger("tisdpo")
 
 METHODS = ("tis-dpo", "dpo", "sft")
+register_varlen()  # models may be loaded with attn_implementation="tisdpo_varlen" from here on
 
 
 @dataclass
@@ -47,6 +53,11 @@ class TISDPOConfig(TrainingArguments):
     sft_prompt_loss      method="sft" learns the prompt's tokens as well (pretraining a base model)
     max_length           tokens of prompt + completion; longer pairs are truncated at the end
     precompute_ref       reference log-probs are computed once, before training; None: whenever the KL term does not need the reference
+    padding_free         batches are one row without padding. None: where the attention is flash-attn, or torch's varlen kernel, which takes
+                         the place of `sdpa` on a GPU with 16-bit numbers; padded elsewhere. True: with any attention of transformers, and
+                         an error, by name, where a flat batch would be wrong (convolutions, linear attention, ...). False: padded
+    tokens_per_batch     a training batch, per device and accumulation step, is as many whole pairs as have at most so many tokens, with the
+                         prompts of both sides and with padding if there is any; takes the place of per_device_train_batch_size
     disable_dropout      set every dropout probability to 0
     sanity_check         stop at the first step unless the loss there is what it must be when policy == reference (ln 2)
     """
@@ -64,6 +75,8 @@ class TISDPOConfig(TrainingArguments):
     sft_prompt_loss: bool = False
     max_length: int = 1024
     precompute_ref: bool | None = None
+    padding_free: bool | None = None
+    tokens_per_batch: int | None = None
     disable_dropout: bool = True
     sanity_check: bool = True
     learning_rate: float = 1e-6
@@ -86,6 +99,10 @@ class TISDPOConfig(TrainingArguments):
                 f"precompute_ref=True stores log-probs only, but kl={self.kl!r} needs the reference's distribution at every step"
             )
         super().__post_init__()
+        if self.accelerator_config.dispatch_batches:
+            raise InputError("dispatch_batches=True would cut collated batches apart between the ranks; leave it out")
+        if self.tokens_per_batch is not None:
+            check_tokens_per_batch(self, self.max_length * (1 if self.method == "sft" else 2))
 
     def objective(self) -> Objective:
         """The loss on sequence sums that these fields describe."""
@@ -100,6 +117,11 @@ class TISDPOTrainer(Trainer):
     train_dataset, eval_dataset   rows of `tisdpo.data` (prompt_ids, chosen_ids, rejected_ids, ...) or pairs as text, which are tokenised
     processing_class   the tokenizer
     ref_model          the reference policy; None: the model as it is when training starts, of a PEFT model its base (adapters off)
+
+    Rows that come from a scored set (`tisdpo.scored.load_scored`, also selected, shuffled or split afterwards) bring their reference
+    along: log-probs where they carry them, and with a KL term the hidden states, if the set was scored with them. Of the reference only
+    the head [V, H] then stays in memory; 2 H bytes are read from the disk for every completion token (float32: 4 H). A set that belongs
+    to another tokenizer, chat template, truncation or reference is refused by name (InputError).
 
     Metrics carry TRL's names (`rewards/chosen`, `rewards/margins`, `logps/chosen`, ...) plus `kl/*` and `weights/*`.
     """
@@ -122,26 +144,32 @@ class TISDPOTrainer(Trainer):
         if args.disable_dropout:
             disable_dropout(model)
         self.objective = args.objective()
-        self.preference = args.method != "sft"
+        self.preference, self._max_length = args.method != "sft", args.max_length
         self.pad_token_id = processing_class.pad_token_id if processing_class.pad_token_id is not None else processing_class.eos_token_id
         # with dropout in the policy the first loss is not ln 2
         self._starts_at_reference = ref_model is None and args.sanity_check and self.preference and args.disable_dropout
         precompute = args.precompute_ref if args.precompute_ref is not None else args.kl is None
+        self.cache = self._open_cache(train_dataset, eval_dataset) if self.preference and args.kl is not None else None
+        self._reference_name = _fingerprint_if_here(ref_model if ref_model is not None else model)
         scorer = None
         if self.preference:
             scorer = (ref_model or model) if precompute else None
             if scorer is not None and getattr(scorer, "hf_device_map", None) is None and not getattr(scorer, "is_quantized", False):
                 scorer.to(args.device)
-            if scorer is None and ref_model is None and not is_peft_model(model):
+            if scorer is None and ref_model is None and not is_peft_model(model) and self.cache is None:
                 ref_model = copy.deepcopy(model)
-        self.ref_model = attach_head(ref_model).eval().requires_grad_(False) if ref_model is not None and not precompute else None
+        resident = ref_model is not None and not precompute and self.cache is None
+        self.ref_model = attach_head(ref_model).eval().requires_grad_(False) if resident else None
 
         def rows(dataset):
-            return (
-                None
-                if dataset is None
-                else prepare_rows(dataset, processing_class, args, scorer, self.pad_token_id, len(head_of(model).weight))
-            )
+            if dataset is None:
+                return None
+            if self.preference:
+                self._check_home(dataset, processing_class)
+            dataset = prepare_rows(dataset, processing_class, args, scorer, self.pad_token_id, len(head_of(model).weight))
+            if self.cache is not None:
+                self.cache.check(dataset)
+            return dataset
 
         self._prepare_rows, self._scores_itself, self._eval_prefix = rows, scorer is not None and ref_model is None, None
         eval_dataset = {k: rows(v) for k, v in eval_dataset.items()} if isinstance(eval_dataset, dict) else rows(eval_dataset)
@@ -151,6 +179,7 @@ class TISDPOTrainer(Trainer):
             prompt_loss=args.sft_prompt_loss,
             weights=args.method == "tis-dpo",
             swap=args.swap_pairs,
+            reference=self.cache,
         )
         self._metrics = {"train": defaultdict(lambda: [0.0, 0.0]), "eval": defaultdict(lambda: [0.0, 0.0])}
         super().__init__(
@@ -169,8 +198,39 @@ class TISDPOTrainer(Trainer):
             )
         self.loss_is_scaled_for_ga = True  # divided by the pairs (tokens for SFT) of the whole accumulated, global batch
         self.label_names = []
+        with self.compute_loss_context_manager():
+            self.data_collator.flat = choose([m for m in (model, self.ref_model) if m is not None], args.padding_free)
         if self.ref_model is not None:
             self.ref_model.to(self.args.device)
+        if self.cache is not None:
+            self.ref_head = {name: None if x is None else x.to(self.args.device) for name, x in self.cache.tensors.items()}
+
+    # The reference of scored sets
+
+    def _open_cache(self, *given) -> ReferenceCache | None:
+        """The cached reference of the first rows there are, if their scored set has one."""
+        datasets = [d for some in given for d in (some.values() if isinstance(some, dict) else [some]) if d is not None]
+        home = home_of(datasets[0]) if datasets else None
+        return ReferenceCache(home) if home is not None and (home / FOLDER).is_dir() else None
+
+    def _check_home(self, dataset, tokenizer) -> None:
+        """Refuse rows of a scored set that was made for something else; take over its cached reference."""
+        home = home_of(dataset)
+        if home is None:
+            return
+        used = self.cache is not None or (self.objective.kl is None and "chosen_ref_logps" in dataset.column_names)
+        check_rows(dataset, home, tokenizer, max_length=self._max_length, reference=self._reference_name if used else None)
+        if self.cache is not None and (home / FOLDER).is_dir():
+            self.cache.add(home)
+
+    # Batches
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The Trainer's, or with `tokens_per_batch` one whose batches are formed by tokens."""
+        if self.args.tokens_per_batch is None:
+            return super().get_train_dataloader()
+        sides = ("chosen", "rejected") if self.preference else (self.args.sft_side,)
+        return token_loader(self.train_dataset, sides, self.data_collator, self.args, self.accelerator, lambda: int(self.state.epoch or 0))
 
     # The loss
 
@@ -181,7 +241,11 @@ class TISDPOTrainer(Trainer):
         return batches, self.accelerator.gather(count).sum()
 
     def _items(self, batch: dict) -> int:
-        return len(batch["input_ids"]) // 2 if self.preference else int(batch["completion_mask"][:, 1:].sum())
+        return (
+            len(batch["lengths" if "lengths" in batch else "input_ids"]) // 2
+            if self.preference
+            else int(batch["completion_mask"][:, 1:].sum())
+        )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean loss of the global batch's pairs (SFT: tokens), this batch's part of it."""
@@ -219,9 +283,11 @@ class TISDPOTrainer(Trainer):
         return output.loss, self._preference_metrics(output, flat)
 
     def _reference(self, inputs, flat) -> dict:
-        """The reference for this batch: precomputed log-probs, or its hidden states and head."""
+        """The reference for this batch: precomputed log-probs, or its hidden states (cached or computed here) and head."""
         if flat.ref_logps is not None and self.objective.kl is None:
             return {"ref_logps": flat.ref_logps}
+        if self.cache is not None:
+            return {"ref_hidden": inputs["ref_hidden"].to(self.ref_head["ref_weight"]), **self.ref_head}
         adapters_off = nullcontext() if self.ref_model is not None else self.accelerator.unwrap_model(self.model).disable_adapter()
         with torch.no_grad(), adapters_off:
             return (self.ref_model if self.ref_model is not None else self.model)(
@@ -242,6 +308,7 @@ class TISDPOTrainer(Trainer):
         expected = pairwise_losses(zeros, zeros, self.objective).item()
         found = output.losses.mean().item()
         exact = next(self.model.parameters()).dtype == torch.float32 and not (self.args.bf16 or self.args.fp16)
+        exact = exact and (self.cache is None or self.cache.dtype == torch.float32)
         tolerance = 1e-3 if exact else 5e-2  # 16-bit hidden states depend on the padding of their batch
         if not math.isclose(found, expected, abs_tol=tolerance):
             raise RuntimeError(
@@ -298,6 +365,11 @@ class TISDPOTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, inputs).detach(), None, None
+
+
+def _fingerprint_if_here(model) -> str | None:
+    """Fingerprint of a model, or None where its weights are not here yet (meta device, sharded at construction)."""
+    return None if any(p.is_meta or not p.numel() for p in model.parameters()) else model_fingerprint(model)
 
 
 # Rows

@@ -68,7 +68,13 @@ class TISDPOConfig(DPOConfig):
         if len(losses) != 1 or losses[0] not in LOSSES:
             raise ValueError(f"loss_type must be one of {', '.join(LOSSES)}, got {', '.join(losses)}; for others use trl.DPOTrainer")
         self._loss = losses[0]
-        for name, usual in (("f_divergence_type", "reverse_kl"), ("ld_alpha", None), ("use_weighting", False), ("loss_weights", None)):
+        for name, usual in (
+            ("f_divergence_type", "reverse_kl"),
+            ("ld_alpha", None),
+            ("use_weighting", False),
+            ("loss_weights", None),
+            ("padding_free", False),  # TRL itself warns and pads
+        ):
             value = getattr(self, name, usual)
             if getattr(value, "value", value) != usual:
                 raise ValueError(f"{name}={value!r} has no effect with token weights and is not supported; leave it at {usual!r}")

@@ -6,7 +6,7 @@ respect to the scores -> dHidden = c * (D @ W), dWeight += D^T @ (c * hidden), c
 for a pair that is longer than a chunk may be.
 
 Cost in head-sized products (u = 2 N H V FLOP): policy logits 1, reference logits 1 (KL or online reference), dHidden 1, dWeight 1
-(none with a frozen head). Memory: the chunk's logits + one [V, H] accumulator in float32.
+(none with a frozen head). Memory: the chunk's logits (with KL of both models) + one [V, H] accumulator in float32.
 """
 
 from typing import NamedTuple
@@ -52,7 +52,7 @@ def linear_pairwise(
     grads = GradientSums(policy, tuple(needs))
     total, sums = hidden.new_zeros((), dtype=walk.dtype), []
     chunks = _whole_pairs(rows.bounds, walk.rows)
-    walk.allocate([rows.bounds[last] - rows.bounds[first] for first, last in chunks])
+    walk.allocate(rows.bounds)
     for first, last in chunks:
         part, part_sums = walk.chunk(first, rows.bounds[first : last + 1], normalizer, grads)
         total += part
@@ -124,22 +124,28 @@ def _whole_pairs(bounds: list[int], rows: int) -> list[tuple[int, int]]:
     return chunks
 
 
+def buffer_rows(bounds: list[int], rows: int, longest: int) -> int:
+    """Rows of logits that live at a time: the longest chunk; `rows` of it where a pair has more than `longest` and is computed twice."""
+    lengths = (bounds[last] - bounds[first] for first, last in _whole_pairs(bounds, rows))
+    return max((n if n <= longest else rows for n in lengths), default=0)
+
+
 class _Walk:
     """What stays the same from chunk to chunk."""
 
     def __init__(self, policy, reference, target, token_weights, ref_logps, rows, objective, folds, with_gradient):
-        self.policy, self.reference = policy, reference
+        # Without KL only the log-probs of the reference are needed: its logits are there and gone before those of the policy, in one buffer
+        self.policy, self.reference, self.before = policy, *((None, reference) if objective.kl is None else (reference, None))
         self.target, self.token_weights, self.ref_logps = target, token_weights, ref_logps
         self.cu_seqlens, self.lengths = rows.cu_seqlens, rows.lengths
         self.objective, self.folds, self.with_gradient = objective, folds, with_gradient
         self.dtype = accumulation_dtype(policy.hidden.dtype)
-        self.rows = policy.chunk_rows(1 if reference is None else 2)
+        self.rows = policy.chunk_rows(1 if self.reference is None else 2)
         self.longest = backends.longest_held(self.rows, policy.hidden.device.type)
 
-    def allocate(self, lengths: list[int]) -> None:
-        """The memory for the logits of chunks of these lengths, once: buffers that grew from chunk to chunk would leave holes behind."""
-        rows = max((n if n <= self.longest else self.rows for n in lengths), default=0)
-        self.tiles = Tiles(self.policy, self.reference, rows)
+    def allocate(self, bounds: list[int]) -> None:
+        """The memory for the logits, once: buffers that grew from chunk to chunk would leave holes behind."""
+        self.tiles = Tiles(self.policy, self.reference, buffer_rows(bounds, self.rows, self.longest))
 
     def chunk(self, first: int, bounds: list[int], normalizer: Tensor, grads: GradientSums) -> tuple[Tensor, Tensor]:
         """Loss [] and sums [4, s] of the sequences from number `first` on, with these boundaries; adds their gradients."""
@@ -152,8 +158,10 @@ class _Walk:
 
         held, stats = None, []
         for a, b in ranges:
+            ref_logp = None if self.before is None else self._reference_logp(a, b)
             z, ref_z = self.tiles.logits(a, b)
-            stats.append(self.folds.statistics(z, self.target[a:b], ref_z))
+            found = self.folds.statistics(z, self.target[a:b], ref_z)
+            stats.append(found if ref_logp is None else found._replace(ref_logp=ref_logp))
             if self.with_gradient and len(ranges) == 1:
                 held = self._unscaled_gradient(a, b, z, ref_z, stats[0], kl_sign)
 
@@ -172,6 +180,10 @@ class _Walk:
                 )
                 grads.add(a, b, d, coefficient[place])
         return loss, sums
+
+    def _reference_logp(self, a: int, b: int) -> Tensor:
+        z = self.before.logits(a, b, self.tiles.buffer[: b - a])
+        return self.folds._replace(bias=self.folds.ref_bias, ref_bias=None).statistics(z, self.target[a:b], None).logp
 
     def _token_kl_sign(self, sequence: Tensor) -> Tensor | None:
         """Factor of KL_t in the gradient of the token's score: -/+ alpha, 0 where the chosen KL is detached."""

@@ -18,6 +18,7 @@ OF_TWO = {
 }
 OF_ONE = {
     "reward": "true reward of the sampled responses, at the arm's best search point",
+    "right": "share of right answers, at the best search point",
     "accuracy": "held-out accuracy, at the best search point",
     "kl": "KL to the base model, at the best search point",
     "length": "response length, at the best search point",

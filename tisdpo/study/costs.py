@@ -53,7 +53,7 @@ def costs(config, tokens: Tokens, learned: Tokens, parameters: int, contrast_par
         for number, (pair, checkpoint) in itertools.product(range(contrast.rounds), itertools.product(range(pairs), range(checkpoints))):
             before = f"policy/round-{number}/" if number else ""  # a round of one policy is shared with no other
             for name in dict.fromkeys(names):
-                if name != "base" and not checkpoint:
+                if name != "base" and not checkpoint and contrast.models_from is None:  # another run's models cost nothing here
                     side = {"sft-chosen": learned.chosen, "sft-rejected": learned.rejected}.get(name, learned.both)
                     seen = _seen(contrast.sft if name.startswith("sft") else contrast.dpo) * side
                     stage = f"{before}contrastive/{numbered_stage(name, pair)}"
@@ -61,7 +61,7 @@ def costs(config, tokens: Tokens, learned: Tokens, parameters: int, contrast_par
             share = 1 / pairs if contrast.crossfit else 1
             stage = f"{before}scored/{numbered_stage(construction, pair, checkpoint)}"
             add(stage, "scoring", share * tokens.pairs * scored * FORWARD * contrast_parameters)
-        if construction in "DR":  # contrastive DPO has no KL term: its reference is asked once
+        if construction in "DR" and contrast.models_from is None:  # contrastive DPO has no KL term: its reference is asked once
             for number in range(contrast.rounds):
                 stage = f"policy/round-{number}/reference" if number else "contrast-reference"
                 add(stage, "contrastive", learned.pairs * learned.both * FORWARD * contrast_parameters)

@@ -22,7 +22,7 @@ LABELS = {
     "rejected_reward": "implicit reward of rejected",
     "flop": "FLOP",
 }
-TABLE = ("reward", "accuracy", "kl", "lead", "lead_at_kl", "auc", "spearman", "signal_to_noise", "effective_size", "length")
+TABLE = ("right", "reward", "accuracy", "kl", "lead", "lead_at_kl", "auc", "spearman", "signal_to_noise", "effective_size", "length")
 CURVES = {"rewards/chosen": "Implicit reward of chosen", "rewards/rejected": "Implicit reward of rejected"}
 PREFIXES = ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"))
 
@@ -67,7 +67,7 @@ def _note(arm: dict) -> str:
 
 
 def _label(metric: str, quality: str) -> str:
-    return LABELS.get(metric) or (quality if metric in ("reward", "accuracy") else METRIC_INFO[metric]["label"])
+    return LABELS.get(metric) or (quality if metric == "reward" and "reward" in quality else METRIC_INFO[metric]["label"])
 
 
 def _claim(claim: dict, quality: str) -> dict:
@@ -114,8 +114,6 @@ def _metrics(results: dict, quality: str) -> dict:
         described = {"help": "", "unit": "", "better": None, **METRIC_INFO.get(name, {}), "label": _label(name, quality)}
         described["help"] = described["help"] or {**OF_TWO, **OF_ONE}[name]
         info[name] = described | ({"better": "higher"} if name in ("lead", "lead_at_kl") else {})
-    if results["quality"] == "reward":
-        info["accuracy"]["label"] = METRIC_INFO["accuracy"]["label"]
     return {"results": found, "metric_info": info}
 
 

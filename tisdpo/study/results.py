@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 
 from tisdpo.errors import InputError
-from tisdpo.stages import write_json
+from tisdpo.files import write_json
 from tisdpo.study import frontiers
 from tisdpo.study.config import OF_ONE, OF_TWO, Study, comparisons, sides
 from tisdpo.study.shared import StudyRun

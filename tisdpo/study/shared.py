@@ -20,10 +20,10 @@ from filelock import FileLock
 
 from tisdpo.config import DataConfig, ModelConfig, RunConfig, to_dict
 from tisdpo.estimation import CONTRASTIVE_MODELS, numbered_stage
+from tisdpo.files import write_json
 from tisdpo.fingerprints import tokenizer_fingerprint
 from tisdpo.pipeline import SeedRun
 from tisdpo.scored import ids_fingerprint
-from tisdpo.stages import write_json
 from tisdpo.study.costs import costs, tokens_of
 from tisdpo.summary import CURVES, weights
 
