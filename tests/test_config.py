@@ -185,7 +185,8 @@ UNKNOWN = {
     "train.stepz=1": "unknown key train.stepz; did you mean train.steps?",
     "contrast.dpo.learning-rate=1": "unknown key contrast.dpo.learning-rate; did you mean contrast.dpo.learning_rate?",
     "trian.steps=1": "unknown key trian; did you mean train?",
-    "steps=1": "unknown key steps; did you mean model.pretrain.steps or contrast.sft.steps or contrast.dpo.steps or train.steps?",
+    "steps=1": "unknown key steps; did you mean model.pretrain.steps or contrast.sft.steps or contrast.dpo.steps or "
+    "contrast.model.pretrain.steps or train.steps?",
     "train.beta=1": "unknown key train.beta; did you mean contrast.dpo.beta or objective.beta?",
     "weighting.uper=1": "unknown key weighting.uper; did you mean weighting.upper?",
     "xyzzy=1": "unknown key xyzzy; known there: name, description,",
@@ -365,7 +366,7 @@ def test_help_names_every_key():
     for kind in (RunConfig, DataConfig, ModelConfig, ContrastConfig, StageConfig, Weighting, Objective):
         for field in dataclasses.fields(kind):
             assert re.search(rf"\b{field.name}\b", text), field.name
-    assert "model.pretrain.*, contrast.sft.*, train.*: " in text
+    assert "model.pretrain.*, contrast.sft.*, contrast.model.pretrain.*, train.*: " in text
     assert all(len(line) <= 140 for line in text.splitlines())
 
 

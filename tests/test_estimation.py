@@ -93,7 +93,7 @@ def test_a_policy_is_evaluated_on_other_data(start):
     run, plain = start("a", other), start("b")
     assert len(run.heldout_reference) == 3 and len(plain.heldout_reference) == 8
     ids = run.source.tokenizer("the gardener was gentle .", add_special_tokens=False)["input_ids"]
-    generation = type("Generation", (), {"ids": ids})
+    generation = type("Generation", (), {"ids": ids, "prompt_ids": []})
     assert run.reward(generation) == 5 * plain.reward(generation) != 0
 
 

@@ -87,13 +87,13 @@ class ClaimConfig:
 class StudyConfig:
     """A study: every arm is trained at every point of the search with every seed."""
 
-    name: str = option("name of the study, and of its directory")
+    name: str = option("name of the study, and of its directory; without it, the name of the file")
     description: str = option("what is asked, for the report", default="")
     output_dir: str = option("directory of the study; empty: runs/studies/<name>", default="")
     seeds: int | list[int] = option("a number n of seeds (0 .. n-1), or a list of them", default=3)
     jobs: int = option("policies trained at a time, each in a process with one thread of torch (base.threads)", default=2)
     base: dict = option("the run that all arms start from: `run` (a YAML file, seen from this one), and settings on top of it")
-    arms: dict = option("name: {method, overrides, note, against, group}")
+    arms: dict = option("name: {method, overrides, search, note, against, group}")
     search: dict = option(
         "settings of the run with the values to try, the same for all arms: {objective.beta: [0.1, 0.3], ...}", default_factory=dict
     )
