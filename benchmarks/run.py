@@ -17,13 +17,25 @@ import math
 import statistics
 import sys
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from benchmarks import roofline
-from benchmarks.measure import MIB, compare, default_path, environment, fresh_process, op_tests, peak_memory, save, table
-from benchmarks.registry import ALL_MODES, MODES, OURS, PROVIDERS, SMOKE, Provider, Size, Step
+from benchmarks.measure import (
+    MIB,
+    compare,
+    default_path,
+    environment,
+    fresh_process,
+    interleaved,
+    op_tests,
+    peak_memory,
+    save,
+    table,
+)
+from benchmarks.registry import ALL_MODES, MODES, OURS, PROVIDERS, SMOKE, Problem, Provider, Size, Step
 
 PARTS = ("steps", "scaling", "roofline")
 
@@ -55,12 +67,34 @@ def measure_scaling(curve: str, rounds: int, device: str, dtype: torch.dtype, sm
     if smoke:
         size, values = replace(SMOKE, masked=0.0), (values[:2] if curve == "masked" else (64, 128))
     providers = [p for p in PROVIDERS if p.name in IN_CURVES]
+    if curve == "masked":
+        points = measure_masked(size, values, providers, rounds, device, dtype)
+        return {"size": asdict(size), "points": points, "fits": {p.name: fit(curve, points, p.name) for p in providers}}
     points = []
     for value in values:
         print(f"{curve} = {value} ...", flush=True)
         result = compare(replace(size, **{curve: value}), Step(), providers, rounds, device, dtype, check=value == values[0])
         points.append({"value": value} | result)
     return {"size": asdict(size), "points": points, "fits": {p.name: fit(curve, points, p.name) for p in providers}}
+
+
+def measure_masked(size: Size, shares: tuple[float, ...], providers: list[Provider], rounds: int, device: str, dtype: torch.dtype):
+    """The points of the curve `masked`, all of them in turn within every round: their times are compared with each other."""
+    print(f"masked = {', '.join(map(str, shares))} ...", flush=True)
+    sizes = [replace(size, masked=share) for share in shares]
+    problems = [Problem(s, dtype, device) for s in sizes]
+    skipped = {p.name: p.missing(device, Step(), sizes[-1]) for p in providers}
+    jobs = {
+        (i, p.name): partial(problem.run, p.loss, Step()) for i, problem in enumerate(problems) for p in providers if not skipped[p.name]
+    }
+    for job in jobs.values():
+        job()
+    times = interleaved(jobs, max(rounds, 9) if rounds > 2 else rounds, device)
+    return [
+        {"value": share, "size": asdict(s), "dtype": str(dtype).removeprefix("torch."), "step": Step().name}
+        | {"rows": {p.name: {"skipped": skipped[p.name]} if skipped[p.name] else {"task": p.task} | times[i, p.name] for p in providers}}
+        for i, (share, s) in enumerate(zip(shares, sizes))
+    ]
 
 
 def fit(curve: str, points: list[dict], provider: str) -> dict[str, float]:
