@@ -32,6 +32,9 @@ FAMILIES = {
     "cohere2": {"logit_scale": 0.4},
     "granite": {"logits_scaling": 3.0},
     "granitemoe": {"logits_scaling": 3.0, "num_local_experts": 2, "num_experts_per_tok": 1},
+    "minicpm3": {
+        "dim_model_base": 4, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
+    },
     "hyperclovax": {"logits_scaling": 0.5},
     "falcon_h1": {
         "lm_head_multiplier": 0.6, "mamba_d_ssm": 16, "mamba_n_heads": 2, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8,

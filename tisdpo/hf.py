@@ -9,7 +9,7 @@ import functools
 import os
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,12 +24,18 @@ INPUTS = ("input_ids", "attention_mask", "position_ids", "cu_seq_lens_q", "cu_se
 
 @dataclass(frozen=True)
 class Head:
-    """A language-model head: weight [V, H], bias [V] or None, and how the model scales its logits."""
+    """A language-model head: weight [V, H], bias [V] or None, and how the model scales its logits.
+
+    aux_loss, aux_loss_coef   of a mixture of experts that was asked for it (`attach_head`): the load-balancing loss of this forward's
+                              routers, a scalar with gradient, and what the model's configuration multiplies it with
+    """
 
     weight: Tensor
     bias: Tensor | None
     logit_scale: float = 1.0
     softcap: float | None = None
+    aux_loss: Tensor | None = None
+    aux_loss_coef: float = 0.0
 
     @property
     def transform(self) -> dict:
@@ -60,10 +66,21 @@ def logit_transform(config) -> dict:
 
 
 def head_of(model) -> Head:
-    """The head of a causal language model; InputError for a model without one."""
+    """The head of a causal language model; InputError for a model without one, or whose weight alone does not make the logits."""
     embedding = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if embedding is None or not isinstance(getattr(embedding, "weight", None), Tensor):
         raise InputError(f"{type(model).__name__} has no language-model head; load a causal language model (AutoModelForCausalLM)")
+    kind = type(embedding)
+    if kind.__module__.startswith("peft.") and kind.__name__ != "ModulesToSaveWrapper":
+        raise InputError(
+            f"the head of {type(model).__name__} carries an adapter ({kind.__module__}.{kind.__name__}), which the loss would leave out, for "
+            "it reads the head's weight; adapt other layers only, or train a whole copy of the head (modules_to_save=['lm_head'])"
+        )
+    if not embedding.weight.is_floating_point() or hasattr(embedding.weight, "quant_state"):
+        raise InputError(
+            f"the head of {type(model).__name__} is quantised ({kind.__name__}, {embedding.weight.dtype}), but the loss multiplies with its "
+            "weight; leave it in 16 bits (BitsAndBytesConfig: llm_int8_skip_modules=['lm_head'])"
+        )
     return Head(embedding.weight, getattr(embedding, "bias", None), **logit_transform(model.config))
 
 
@@ -71,6 +88,7 @@ def attach_head(model):
     """Let `model(..., head=function)` return function(hidden, Head); without `head` the forward is the model's own. Returns the model.
 
     Only this instance changes, and attaching twice changes nothing. Of a PEFT model it is the base that gets it: PEFT passes keywords on.
+    With `output_router_logits` (keyword, or entry of the configuration) and with gradients on, Head.aux_loss is there.
     """
     if hasattr(model, "get_base_model"):
         attach_head(model.get_base_model())
@@ -83,18 +101,44 @@ def attach_head(model):
 
     @functools.wraps(type(model).forward)  # `generate` looks at the signature
     def forward(self, *args, head: Callable | None = None, **kwargs):
+        own = self._tisdpo_own_forward or functools.partial(type(self).forward, self)
         if head is None:
-            own = self._tisdpo_own_forward
-            return own(*args, **kwargs) if own is not None else type(self).forward(self, *args, **kwargs)
-        # looked up at each call: wrappers replace the backbone and the head after this
+            return own(*args, **kwargs)
+        found = head_of(self)  # at each call: wrappers replace the backbone and the head after this
+        asked = kwargs.pop("output_router_logits", getattr(self.config.get_text_config(), "output_router_logits", False))
         with flat_masks("cu_seq_lens_q" in kwargs):
-            hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
-        found = head_of(self)
+            if asked and torch.is_grad_enabled():
+                hidden, aux_loss = _with_aux_loss(self, own, *args, **kwargs)
+                found = replace(found, aux_loss=aux_loss.to(found.weight.device), aux_loss_coef=_aux_loss_coef(self))
+            else:
+                hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
         return head(hidden.to(found.weight.device), found)
 
     model.forward = types.MethodType(forward, model)
     model._tisdpo_head = True
     return model
+
+
+def _with_aux_loss(model, own: Callable, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    """Last hidden states and the routers' loss. Every family computes that loss in its own forward, so it is run, for one token's logits."""
+    kept = []
+    hook = model.base_model.register_forward_hook(lambda module, inputs, output: kept.append(output.last_hidden_state))
+    try:
+        output = own(*args, use_cache=False, output_router_logits=True, logits_to_keep=1, **kwargs)
+    finally:
+        hook.remove()
+    if getattr(output, "aux_loss", None) is None:
+        raise InputError(
+            f"{type(model).__name__} makes no auxiliary loss of its routers; set output_router_logits=False in its configuration"
+        )
+    return kept[0], output.aux_loss
+
+
+def _aux_loss_coef(model) -> float:
+    """The factor of the auxiliary loss, under the names that transformers has for it."""
+    text = model.config.get_text_config()
+    found = (getattr(x, name, None) for x in (text, model) for name in ("router_aux_loss_coef", "aux_loss_coef"))
+    return float(next((x for x in found if x is not None), 0.0))
 
 
 def disable_dropout(model) -> None:
@@ -138,8 +182,21 @@ def verify_head(model) -> None:
 
 
 def model_inputs(batch: dict) -> dict:
-    """What the backbone needs of a batch, padded or padding-free."""
+    """What the backbone needs of a batch, padded or padding-free; InputError for a batch with images, which would go unseen."""
+    refuse_images(batch)
     return {name: batch[name] for name in INPUTS if name in batch}
+
+
+def refuse_images(columns) -> None:
+    """InputError where one of these names is that of images or videos."""
+    seen = sorted(
+        name for name in columns if name in ("image", "video") or name.startswith(("images", "videos", "pixel_values", "image_", "video_"))
+    )
+    if seen:
+        raise InputError(
+            f"vision-language pairs are not supported, they carry {', '.join(seen)}: the model would be trained without seeing the pictures; "
+            "remove them, or use trl.DPOTrainer"
+        )
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool = False):

@@ -29,7 +29,7 @@ from tisdpo.data import PairCollator, tokenize_pairs
 from tisdpo.errors import InputError
 from tisdpo.fingerprints import model_fingerprint
 from tisdpo.functional import linear_tis_dpo_loss, linear_token_logps
-from tisdpo.hf import Head, attach_head, disable_dropout, head_of, model_inputs, verify_head
+from tisdpo.hf import Head, attach_head, disable_dropout, head_of, model_inputs, refuse_images, verify_head
 from tisdpo.losses import Objective, pairwise_losses
 from tisdpo.provenance import check_rows, home_of
 from tisdpo.scoring import completion_logps
@@ -123,7 +123,9 @@ class TISDPOTrainer(Trainer):
     the head [V, H] then stays in memory; 2 H bytes are read from the disk for every completion token (float32: 4 H). A set that belongs
     to another tokenizer, chat template, truncation or reference is refused by name (InputError).
 
-    Metrics carry TRL's names (`rewards/chosen`, `rewards/margins`, `logps/chosen`, ...) plus `kl/*` and `weights/*`.
+    Metrics carry TRL's names (`rewards/chosen`, `rewards/margins`, `logps/chosen`, ...) plus `kl/*` and `weights/*`. A mixture of experts
+    whose configuration says output_router_logits=True is trained with its load-balancing loss, times its coefficient there, and logs it
+    without (`aux_loss`); neither the reference nor the evaluation has it.
     """
 
     def __init__(
@@ -262,25 +264,35 @@ class TISDPOTrainer(Trainer):
     def _sft_loss(self, model, inputs, items):
         flat = flatten_batch(inputs)
 
-        def nll(hidden: Tensor, head: Head) -> Tensor:
-            return -linear_token_logps(flat.take(hidden), head.weight, flat.target, bias=head.bias, **head.transform).logps.sum()
+        def nll(hidden: Tensor, head: Head):
+            logps = linear_token_logps(flat.take(hidden), head.weight, flat.target, bias=head.bias, **head.transform).logps
+            return -logps.sum(), head.aux_loss, head.aux_loss_coef
 
-        return model(**model_inputs(inputs), head=nll) / items, {}
+        loss, *aux = model(**model_inputs(inputs), head=nll)
+        return self._add_aux_loss(loss / items, {}, *aux, self._items(inputs) / items)
 
     def _preference_loss(self, model, inputs, items):
         flat = flatten_batch(inputs)
         reference = self._reference(inputs, flat)
 
         def preference(hidden: Tensor, head: Head):
-            return linear_tis_dpo_loss(
+            output = linear_tis_dpo_loss(
                 flat.take(hidden), head.weight, flat.target, flat.cu_seqlens, token_weights=flat.token_weights, bias=head.bias,
                 objective=self.objective, normalizer=items, **reference, **head.transform,
             )  # fmt: skip
+            return output, head.aux_loss, head.aux_loss_coef
 
-        output = model(**model_inputs(inputs), head=preference)
+        output, *aux = model(**model_inputs(inputs), head=preference)
         if self._starts_at_reference and model.training:
             self._check_first_loss(output)
-        return output.loss, self._preference_metrics(output, flat)
+        return self._add_aux_loss(output.loss, self._preference_metrics(output, flat), *aux, self._items(inputs) / items)
+
+    @staticmethod
+    def _add_aux_loss(loss: Tensor, metrics: dict, aux_loss: Tensor | None, coef: float, share) -> tuple[Tensor, dict]:
+        """Loss and metrics with the routers' loss, the mean of a batch, of which this one is a `share`."""
+        if aux_loss is None:
+            return loss, metrics
+        return loss + coef * share * aux_loss, metrics | {"aux_loss": aux_loss}
 
     def _reference(self, inputs, flat) -> dict:
         """The reference for this batch: precomputed log-probs, or its hidden states (cached or computed here) and head."""
@@ -377,6 +389,7 @@ def _fingerprint_if_here(model) -> str | None:
 
 def prepare_rows(dataset, tokenizer, args: TISDPOConfig, reference, pad_token_id: int, vocab_size: int):
     """Rows ready for the collator: tokenised, with weights where the method uses them, with reference log-probs if `reference` is given."""
+    refuse_images(dataset.column_names)
     if args.method != "sft" or "chosen_ids" not in dataset.column_names:  # documents have one side, nothing to compare
         dataset, counts = tokenize_pairs(dataset, tokenizer, max_length=args.max_length, vocab_size=vocab_size)  # checks ready ids, too
         if counts.dropped:

@@ -129,8 +129,6 @@ class TISDPOTrainer(DPOTrainer):
         super().__init__(model, ref_model, args, *more, **kwargs)
         if self._is_vision_dataset:
             raise ValueError("vision-language pairs are not supported: their collation happens elsewhere in TRL; use trl.DPOTrainer")
-        if self.aux_loss_enabled:
-            raise ValueError("the auxiliary loss of a mixture-of-experts model is not supported; set router_aux_loss_coef=0")
         if type(self.data_collator) is DataCollatorForPreference:
             self.data_collator = WeightedCollator(**vars(self.data_collator))
         self._attach()
@@ -193,12 +191,14 @@ class TISDPOTrainer(DPOTrainer):
         reference = self._reference(batch, flat)
 
         def preference(hidden: Tensor, head: Head):
-            return linear_tis_dpo_loss(
+            output = linear_tis_dpo_loss(
                 flat.take(hidden), head.weight, flat.target, flat.cu_seqlens, token_weights=flat.token_weights, bias=head.bias,
                 objective=self.objective, **reference, **head.transform,
             )  # fmt: skip
+            return output, head.aux_loss
 
-        output = model(**model_inputs(batch), head=preference)
+        asked = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        output, aux_loss = model(**model_inputs(batch), **asked, head=preference)
         if mode == "train":
             tokens = self.accelerator.gather_for_metrics(inputs["attention_mask"].sum()).sum().item()
             self._total_train_tokens += tokens // self._tp_size
@@ -215,7 +215,10 @@ class TISDPOTrainer(DPOTrainer):
             metrics |= {"kl/chosen": output.chosen_kl, "kl/rejected": output.rejected_kl}
         for key, values in metrics.items():
             self._metrics[mode][key].append(self.accelerator.gather(values).mean().item())
-        return output.loss
+        if aux_loss is None or not self.aux_loss_enabled:
+            return output.loss
+        self._metrics[mode]["aux_loss"].append(self.accelerator.gather(aux_loss.detach()).mean().item())
+        return output.loss + self.router_aux_loss_coef * aux_loss
 
     def _reference(self, batch: dict, flat) -> dict:
         if flat.ref_logps is not None and self.objective.kl is None:
