@@ -40,7 +40,7 @@ def test_trained_tokens_of_a_tied_head_are_refused(tmp_path):
     config = tiny.model().config
     config.tie_word_embeddings = True
     model = lora(attach_head(transformers.LlamaForCausalLM(config)), trainable_token_indices=[1, 2])
-    with pytest.raises(InputError, match="the head of LlamaForCausalLM carries an adapter .*TrainableTokens"):
+    with pytest.raises(InputError, match=r"the head of LlamaForCausalLM carries an adapter .*TrainableTokens"):
         trainer(tmp_path, dataset(), model=model)
 
 
@@ -88,7 +88,7 @@ class FourBit(torch.nn.Module):
 
 
 def quantised(skip=("lm_head",), adapters=True, dtype=torch.float32):
-    """The tiny model with 4-bit layers; adapters on them as PEFT puts them on layers it does not know: a layer of our own, LoRA around it."""
+    """The tiny model with 4-bit layers; adapters around them are PEFT's LoRA."""
     model = tiny.model().to(dtype).requires_grad_(False)
     for name, module in list(model.named_modules()):
         if isinstance(module, torch.nn.Linear) and name.split(".")[-1] not in skip:
@@ -132,8 +132,9 @@ def test_a_quantised_head_is_refused(tmp_path):
 
 def moe(kind="Mixtral", **options):
     sizes = dict(
-        vocab_size=len(tiny.tokenizer()), hidden_size=16, intermediate_size=24, moe_intermediate_size=16, num_hidden_layers=2, num_experts=4,
-        num_attention_heads=2, num_key_value_heads=2, head_dim=8, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=160,
+        vocab_size=len(tiny.tokenizer()), hidden_size=16, intermediate_size=24, moe_intermediate_size=16, num_hidden_layers=2,
+        num_experts=4, num_attention_heads=2, num_key_value_heads=2, head_dim=8, num_local_experts=4, num_experts_per_tok=2,
+        max_position_embeddings=160,
     )  # fmt: skip
     config = getattr(transformers, f"{kind}Config")(**sizes, **options)
     with torch.random.fork_rng(devices=[]):

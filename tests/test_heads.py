@@ -34,6 +34,7 @@ FAMILIES = {
     "granitemoe": {"logits_scaling": 3.0, "num_local_experts": 2, "num_experts_per_tok": 1},
     "minicpm3": {
         "dim_model_base": 4, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
+        "num_key_value_heads": 2,
     },
     "hyperclovax": {"logits_scaling": 0.5},
     "falcon_h1": {

@@ -114,6 +114,24 @@ def test_lora_takes_its_base_as_reference(tmp_path):
     assert not [n for n, p in run.model.named_parameters() if p.requires_grad and "lora" not in n]
 
 
+def test_the_routers_loss_is_trls(tmp_path):
+    config = transformers.MixtralConfig(
+        vocab_size=len(tokenizer()), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    options, logs = arguments(tmp_path, max_steps=2, router_aux_loss_coef=0.5), []
+    for kind, settings in ((trl.DPOTrainer, trl.DPOConfig(**options)), (TISDPOTrainer, TISDPOConfig(**options, method="dpo"))):
+        models = []
+        for _ in range(2):
+            torch.manual_seed(0)
+            models.append(transformers.MixtralForCausalLM(config))
+        run = kind(*models, args=settings, train_dataset=oracle.pairs(), processing_class=tokenizer())
+        logs.append(trained(run))
+    for ours, theirs in zip(*logs):
+        assert ours["aux_loss"] == pytest.approx(theirs["aux_loss"], rel=1e-3) and ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+    assert logs[1][0]["loss"] > 0.6931 + 0.4 * logs[1][0]["aux_loss"]
+
+
 def test_reference_log_probs_per_token_from_a_cache(tmp_path):
     options = dict(max_steps=2, per_device_train_batch_size=3)
     online = trained(trainer(tmp_path, weighted(), **options))

@@ -70,16 +70,16 @@ def head_of(model) -> Head:
     embedding = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if embedding is None or not isinstance(getattr(embedding, "weight", None), Tensor):
         raise InputError(f"{type(model).__name__} has no language-model head; load a causal language model (AutoModelForCausalLM)")
-    kind = type(embedding)
+    name, kind = type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__, type(embedding)
     if kind.__module__.startswith("peft.") and kind.__name__ != "ModulesToSaveWrapper":
         raise InputError(
-            f"the head of {type(model).__name__} carries an adapter ({kind.__module__}.{kind.__name__}), which the loss would leave out, for "
-            "it reads the head's weight; adapt other layers only, or train a whole copy of the head (modules_to_save=['lm_head'])"
+            f"the head of {name} carries an adapter ({kind.__module__}.{kind.__name__}), which the loss would leave out, "
+            "for it reads the head's weight; adapt other layers only, or train a whole copy of the head (modules_to_save=['lm_head'])"
         )
     if not embedding.weight.is_floating_point() or hasattr(embedding.weight, "quant_state"):
         raise InputError(
-            f"the head of {type(model).__name__} is quantised ({kind.__name__}, {embedding.weight.dtype}), but the loss multiplies with its "
-            "weight; leave it in 16 bits (BitsAndBytesConfig: llm_int8_skip_modules=['lm_head'])"
+            f"the head of {name} is quantised ({kind.__name__}, {embedding.weight.dtype}), but the loss multiplies with "
+            "its weight; leave it in 16 bits (BitsAndBytesConfig: llm_int8_skip_modules=['lm_head'])"
         )
     return Head(embedding.weight, getattr(embedding, "bias", None), **logit_transform(model.config))
 
@@ -120,7 +120,7 @@ def attach_head(model):
 
 
 def _with_aux_loss(model, own: Callable, *args, **kwargs) -> tuple[Tensor, Tensor]:
-    """Last hidden states and the routers' loss. Every family computes that loss in its own forward, so it is run, for one token's logits."""
+    """Last hidden states and the routers' loss. Every family has that loss in its own forward: run for one token's logits."""
     kept = []
     hook = model.base_model.register_forward_hook(lambda module, inputs, output: kept.append(output.last_hidden_state))
     try:
@@ -194,8 +194,8 @@ def refuse_images(columns) -> None:
     )
     if seen:
         raise InputError(
-            f"vision-language pairs are not supported, they carry {', '.join(seen)}: the model would be trained without seeing the pictures; "
-            "remove them, or use trl.DPOTrainer"
+            f"vision-language pairs are not supported, they carry {', '.join(seen)}: the model would be trained without seeing the "
+            "pictures; remove them, or use trl.DPOTrainer"
         )
 
 
