@@ -209,6 +209,8 @@ def test_plan_prints_a_table_and_a_verdict(tmp_path, capsys):
         assert cli.main(["plan", "--model", str(model), "--seq-len", "64"]) == 0
         out = capsys.readouterr().out
         assert f"{shape().count:,} parameters, all trained" in out and "optimiser state" in out
+        assert "Assumed: every token is a completion's, adamw, gradient checkpointing, padded batches (sdpa)" in out
+        assert "within 5 % of the peaks" in out
         assert out.splitlines()[-1].startswith("fits in 80 GiB: 1.0 GiB, largest is CUDA context")
 
 
