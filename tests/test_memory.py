@@ -210,7 +210,7 @@ def test_plan_prints_a_table_and_a_verdict(tmp_path, capsys):
         out = capsys.readouterr().out
         assert f"{shape().count:,} parameters, all trained" in out and "optimiser state" in out
         assert "Assumed: every token is a completion's, adamw, gradient checkpointing, padded batches (sdpa)" in out
-        assert "within 5 % of the peaks" in out
+        assert "within 5 % of the peaks of small" in out
         assert out.splitlines()[-1].startswith("fits in 80 GiB: 1.0 GiB, largest is CUDA context")
 
 
