@@ -1,4 +1,4 @@
-"""Padding-free batches: the loss, gradients and metrics of padded ones; torch's varlen kernel; who is refused; batches formed by tokens."""
+"""Padding-free batches: the loss, gradients and metrics of padded ones; torch's varlen kernel; who is refused."""
 
 import logging
 import math
@@ -12,7 +12,7 @@ from test_trainer import losses_of, trainer
 
 from tisdpo import attention
 from tisdpo.attention import VARLEN, across, choose, leak
-from tisdpo.batches import TokenBatches, flatten_batch
+from tisdpo.batches import flatten_batch
 from tisdpo.data import PairCollator
 from tisdpo.errors import InputError
 from tisdpo.hf import verify_head
@@ -200,18 +200,20 @@ def test_tokens_of_one_sequence_change_nothing_in_another(kernel, family, implem
 
 @pytest.mark.parametrize(
     ("family", "layer"),
-    [
-        ("Lfm2", "Lfm2ShortConv"),
-        ("Mamba", "MambaMixer"),
-        ("FalconH1", "FalconH1Mixer"),
-        ("RecurrentGemma", "RecurrentGemmaRecurrentBlock"),
-        ("MiniMax", "MiniMaxLightningAttention"),
-        ("Rwkv", "RwkvSelfAttention"),
-    ],
+    {
+        "Lfm2": "Lfm2ShortConv",
+        "Mamba": "MambaMixer",
+        "FalconH1": "FalconH1Mixer",
+        "RecurrentGemma": "RecurrentGemmaRecurrentBlock",
+        "MiniMax": "MiniMaxLightningAttention",
+        "Rwkv": "RwkvSelfAttention",
+        "Qwen3Next": "Qwen3NextGatedDeltaNet",
+    }.items(),
 )
 def test_what_leaks_is_refused_by_name(family, layer, caplog):
     model = families.model(family)
-    assert (logits(model, OTHER, SECOND) - logits(model, FIRST, SECOND)).abs().max() > 1e-5  # it does leak
+    if family not in families.PACKS_ITSELF:  # its torch code may be given the boundaries, its kernels not everywhere
+        assert (logits(model, OTHER, SECOND) - logits(model, FIRST, SECOND)).abs().max() > 1e-5  # it does leak
     message = f"does not work with {type(model).__name__}: its {layer}"
     with pytest.raises(InputError, match=message):
         choose([model], True)
@@ -223,11 +225,6 @@ def test_what_leaks_is_refused_by_name(family, layer, caplog):
 @pytest.mark.parametrize("family", families.ACROSS)
 def test_the_forward_finds_the_leak_without_the_names(family):
     assert "see other sequences" in leak(families.model(family)) or "other hidden states" in leak(families.model(family))
-
-
-def test_qwen3_next_is_refused_as_well():
-    with pytest.raises(InputError, match="its Qwen3NextGatedDeltaNet layers carry"):
-        choose([families.model("Qwen3Next")], True)
 
 
 @pytest.mark.parametrize("family", families.POSITIONS_UNSEEN)
@@ -387,104 +384,10 @@ def test_the_real_kernels_on_a_gpu(tmp_path, family, implementation):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_sdpa_becomes_varlen_on_a_gpu(tmp_path):
+@pytest.mark.parametrize("options", [dict(), dict(kl="reverse")], ids=["no reference", "reference"])
+def test_sdpa_becomes_varlen_on_a_gpu(tmp_path, options):
+    """Also where the models come from the CPU, as they mostly do."""
     model = llama(hidden_size=64, head_dim=16).to(torch.bfloat16)
-    t = trainer(tmp_path, uneven(), model, use_cpu=False)
+    t = trainer(tmp_path, uneven(), model, use_cpu=False, **options)
     assert t.data_collator.flat and model.config._attn_implementation == VARLEN
     assert len(losses_of(t)) == 2
-
-
-# Batches by tokens
-
-
-def lengths_of(count, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    return torch.randint(1, 40, (count, 2), generator=g).tolist()
-
-
-@pytest.mark.parametrize("padded", [False, True])
-def test_token_batches_hold_every_row_once_and_no_more_tokens_than_allowed(padded):
-    lengths, state = lengths_of(50), {}
-    batches = TokenBatches(lengths, 120, padded=padded, seed=3, epoch=lambda: state["epoch"])
-
-    def cost(rows):
-        return 2 * len(rows) * max(max(lengths[r]) for r in rows) if padded else sum(sum(lengths[r]) for r in rows)
-
-    seen = []
-    for epoch in (0, 1):
-        state["epoch"] = epoch
-        found = list(batches)
-        assert len(found) == len(batches) and sorted(r for batch in found for r in batch) == list(range(50))
-        assert max(map(cost, found)) <= 120 and max(map(len, found)) > 1
-        seen.append(found)
-    assert seen[0] != seen[1] and sorted(map(tuple, seen[0])) == sorted(map(tuple, seen[1]))
-    again, other = (list(TokenBatches(lengths, 120, padded=padded, seed=s, epoch=lambda: 1)) for s in (3, 4))
-    assert again == seen[1] and other != seen[1]
-    # formed in one pass: no batch could have taken the row that the next one starts with
-    assert all(cost([*a, b[0]]) > 120 for a, b in zip(batches.batches, batches.batches[1:]))
-    assert [r for batch in TokenBatches(lengths, 120, padded=padded) for r in batch] == list(range(50))
-
-
-@pytest.mark.parametrize("world", [2, 3])
-def test_ranks_share_the_batches_of_an_epoch(world):
-    lengths = lengths_of(31)
-    alone = list(TokenBatches(lengths, 100, seed=0))
-    ranks = [list(TokenBatches(lengths, 100, seed=0, rank=r, world=world)) for r in range(world)]
-    assert len({len(batches) for batches in ranks}) == 1
-    together = [batch for step in zip(*ranks) for batch in step]
-    assert together[: len(alone)] == alone and together[len(alone) :] == alone[: len(together) - len(alone)]
-
-
-def test_accumulated_token_batches_equal_one_batch_of_all_rows(tmp_path):
-    """Every pair counts the same, however many pairs its batch holds."""
-    options = dict(num_train_epochs=1, max_steps=-1, optim="sgd", learning_rate=0.1, max_grad_norm=0.0, max_length=64, padding_free=True)
-    weights = []
-    for tokens, steps in ((10_000, 1), (150, 100)):
-        t = trainer(
-            tmp_path,
-            uneven(12),
-            llama(),
-            tokens_per_batch=tokens,
-            per_device_train_batch_size=8,
-            gradient_accumulation_steps=steps,
-            **options,
-        )
-        batches = [len(batch["lengths"]) for batch in t.get_train_dataloader()]
-        assert sum(batches) == 24 and (len(batches) == 1) == (steps == 1)
-        t.train()
-        assert t.state.global_step == 1
-        weights.append(torch.cat([p.detach().flatten() for p in t.model.parameters()]))
-    torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-6)
-    assert (weights[0] - torch.cat([p.detach().flatten() for p in llama().parameters()])).abs().max() > 1e-4
-
-
-@pytest.mark.parametrize("flat", [True, False], ids=["flat", "padded"])
-def test_resuming_within_an_epoch_sees_the_same_token_batches(tmp_path, flat):
-    def run(directory, **options):
-        options = {**dict(max_length=64, tokens_per_batch=250, padding_free=flat, per_device_train_batch_size=8), **options}
-        return trainer(tmp_path / directory, uneven(10), llama(), num_train_epochs=2, max_steps=-1, **options)
-
-    straight = run("a")
-    per_epoch = len(straight.get_train_dataloader())
-    assert per_epoch > 2 and max(batch["input_ids"].numel() for batch in straight.get_train_dataloader()) <= 250
-    expected = losses_of(straight)
-    assert len(expected) == 2 * per_epoch
-    run("b", save_strategy="steps", save_steps=per_epoch + 1).train()
-    resumed = run("b")
-    resumed.train(resume_from_checkpoint=str(tmp_path / "b" / f"checkpoint-{per_epoch + 1}"))
-    assert [h["loss"] for h in resumed.state.log_history if "loss" in h] == expected
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (dict(tokens_per_batch=100, max_length=64), "cannot hold every row of max_length=64; give at least 128"),
-        (dict(tokens_per_batch=1000, max_length=64, per_device_train_batch_size=4), "per_device_train_batch_size=4 has no effect"),
-        (dict(tokens_per_batch=1000, max_length=64, auto_find_batch_size=True), "auto_find_batch_size=True has no effect"),
-        (dict(tokens_per_batch=1000, max_length=64, train_sampling_strategy="group_by_length"), "'group_by_length' has no effect"),
-        (dict(accelerator_config={"dispatch_batches": True}), "dispatch_batches=True would cut"),
-    ],
-)
-def test_options_that_contradict_are_refused(tmp_path, options, message):
-    with pytest.raises(InputError, match=message):
-        trainer(tmp_path, method="dpo", **{"per_device_train_batch_size": 8, **options})

@@ -5,7 +5,8 @@ import math
 
 import pytest
 
-from tisdpo import estimation, pipeline
+from tisdpo import estimation, pipeline, stages
+from tisdpo.batches import sequences
 from tisdpo.config import load_config
 from tisdpo.errors import InputError
 from tisdpo.stages import last_complete_checkpoint
@@ -86,6 +87,25 @@ def test_the_same_seed_gives_the_same_results(tmp_path):
         pipeline.run(config(tmp_path, f"output_dir={tmp_path / name}", "methods=[S]"), until="train")
         results.append(json.loads((tmp_path / name / "seed-0" / "policy" / "S" / "result.json").read_text()))
     assert results[0] == results[1]
+
+
+def test_stages_may_form_batches_by_tokens_and_without_padding(tmp_path, monkeypatch):
+    batches = []
+
+    class Recorded(stages.TISDPOTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            batches.append(("cu_seq_lens_q" in inputs, inputs["input_ids"].numel(), sequences(inputs)))
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(stages, "TISDPOTrainer", Recorded)
+    changes = [
+        f"{stage}={{steps: 2, learning_rate: 1e-3, batch_size: 32, padding_free: {flat}, tokens_per_batch: {tokens}}}"
+        for stage, flat, tokens in (("model.pretrain", "true", 100), ("contrast.sft", "false", 110), ("train", "true", 200))
+    ]
+    pipeline.run(config(tmp_path, "methods=[S]", *changes), until="train")
+    assert [flat for flat, _, _ in batches] == [True] * 2 + [False] * 4 + [True] * 2
+    assert all(most >= tokens > most / 2 for (_, tokens, _), most in zip(batches, [100] * 2 + [110] * 4 + [200] * 2)), batches
+    assert all(count % 2 == 0 and count > 2 for _, _, count in batches[-2:])
 
 
 def test_training_on_scores_of_another_run(tmp_path):

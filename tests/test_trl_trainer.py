@@ -172,7 +172,7 @@ def test_truncation_cuts_weights_with_their_tokens(mode, tmp_path):
         (dict(loss_type=["sigmoid", "sft"]), lambda: weighted(), ValueError, "loss_type must be one of .*, got sigmoid, sft"),
         (dict(f_divergence_type="js_divergence"), lambda: weighted(), ValueError, "f_divergence_type='js_divergence' has no effect"),
         (dict(ld_alpha=0.5), lambda: weighted(), ValueError, "ld_alpha=0.5 has no effect"),
-        (dict(padding_free=True), lambda: weighted(), ValueError, "padding_free=True has no effect"),
+        (dict(padding_free=True), lambda: weighted(), ValueError, "padding_free=True is not supported .* train with tisdpo.TISDPOTrainer"),
         (dict(use_weighting=True), lambda: weighted(), ValueError, "use_weighting=True has no effect"),
         (dict(kl="sideways"), lambda: weighted(), ValueError, "kl must be None, 'reverse' or 'forward', got 'sideways'"),
         (dict(alpha=0.5), lambda: weighted(), ValueError, "alpha=0.5 has no effect with kl=None"),

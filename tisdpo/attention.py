@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -69,6 +70,7 @@ def runs_anywhere(model) -> Iterator[None]:
             config._attn_implementation = own
 
 
+@cache
 def kernel():
     """torch's `varlen_attn`, or None where this torch has none that can do scales, windows and grouped heads (before torch 2.12)."""
     try:

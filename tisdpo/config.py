@@ -34,8 +34,10 @@ _SET_ELSEWHERE = {
     "max_steps": "steps",
     "num_train_epochs": "steps",
     "output_dir": "output_dir",
+    "padding_free": "padding_free",
     "per_device_train_batch_size": "batch_size",
     "seed": "seeds",
+    "tokens_per_batch": "tokens_per_batch",
     "warmup_steps": "warmup_steps",
     "weight_decay": "weight_decay",
 }
@@ -66,6 +68,12 @@ class StageConfig:
     steps: int = option("optimiser steps")
     learning_rate: float = option("peak learning rate")
     batch_size: int = option("pairs (base model and SFT: texts) a step and device", default=32)
+    tokens_per_batch: int | None = option(
+        "batches of as many whole pairs (texts) as have at most so many tokens, instead of batch_size", default=None
+    )
+    padding_free: bool | None = option(
+        "batches without padding; true: an error where the model cannot; null: where its attention is made for it", default=None
+    )
     warmup_steps: int = option("steps until the peak learning rate", default=0)
     scheduler: str = option("learning-rate schedule: linear, cosine, constant, ... (names of transformers)", default="linear")
     weight_decay: float = option("weight decay of AdamW", default=0.0)
@@ -76,6 +84,8 @@ class StageConfig:
         _at_least(self, 1, "steps", "batch_size")
         _at_least(self, 0, "warmup_steps", "weight_decay", "max_grad_norm")
         _positive(self, "learning_rate")
+        if self.tokens_per_batch is not None and self.batch_size != type(self).batch_size:
+            raise InputError(f"batch_size={self.batch_size} has no effect with tokens_per_batch; leave one of the two out")
         if self.warmup_steps > self.steps:
             raise InputError(f"warmup_steps={self.warmup_steps} would end after the last of steps={self.steps}; lower it")
         if self.scheduler != "linear":
@@ -282,6 +292,7 @@ class RunConfig:
         if isinstance(self.seeds, list):
             _unique(self, "seeds")
         self._check_methods()
+        self._check_tokens()
         if self.model.path is not None and self.contrast.model is not None and self.contrast.model.path is None:
             raise InputError(
                 "contrast.model is to be trained from scratch, but with model.path there is no text for it; give contrast.model.path"
@@ -321,6 +332,22 @@ class RunConfig:
     def construction(self, method: str) -> str | None:
         """The construction whose contrast a method's weights are made of, if any."""
         return method if method in CONSTRUCTIONS else self.control if method in ("random", "swapped") else None
+
+    def _check_tokens(self):
+        """Now, not when a stage begins hours later: batches must hold the longest pairs (base model and SFT: texts)."""
+        longest, small = self.data.max_length, self.contrast.model
+        for place, stage, least in (
+            ("model.pretrain", self.model.pretrain, longest),
+            ("contrast.model.pretrain", small and small.pretrain, longest),
+            ("contrast.sft", self.contrast.sft, longest),
+            ("contrast.dpo", self.contrast.dpo, 2 * longest),
+            ("train", self.train, 2 * longest),
+        ):
+            if stage is not None and stage.tokens_per_batch is not None and stage.tokens_per_batch < least:
+                raise InputError(
+                    f"{place}.tokens_per_batch={stage.tokens_per_batch} cannot hold every row of data.max_length={longest}; "
+                    f"give at least {least}, or lower data.max_length"
+                )
 
     @property
     def control(self) -> str:

@@ -133,9 +133,12 @@ def train_stage(
     directory.mkdir(parents=True, exist_ok=True)
     saved = directory / "checkpoints"
     every = max(1, -(-stage.steps // checkpoints)) if checkpoints else stage.steps
+    by_rows = {"per_device_train_batch_size": stage.batch_size} if stage.tokens_per_batch is None else {}
     settings = {
         "max_steps": stage.steps,
-        "per_device_train_batch_size": stage.batch_size,
+        **by_rows,
+        "tokens_per_batch": stage.tokens_per_batch,
+        "padding_free": stage.padding_free,
         "learning_rate": stage.learning_rate,
         "warmup_steps": stage.warmup_steps,
         "lr_scheduler_type": stage.scheduler,

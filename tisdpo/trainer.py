@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 from tisdpo.attention import choose, register_varlen
-from tisdpo.batches import check_tokens_per_batch, flatten_batch, token_loader
+from tisdpo.batches import check_tokens_per_batch, flatten_batch, sequences, token_loader
 from tisdpo.cached import FOLDER, ReferenceCache
 from tisdpo.data import PairCollator, tokenize_pairs
 from tisdpo.errors import InputError
@@ -200,10 +200,10 @@ class TISDPOTrainer(Trainer):
             )
         self.loss_is_scaled_for_ga = True  # divided by the pairs (tokens for SFT) of the whole accumulated, global batch
         self.label_names = []
-        with self.compute_loss_context_manager():
-            self.data_collator.flat = choose([m for m in (model, self.ref_model) if m is not None], args.padding_free)
         if self.ref_model is not None:
             self.ref_model.to(self.args.device)
+        with self.compute_loss_context_manager():  # `choose` asks for devices and number formats: those of the training
+            self.data_collator.flat = choose([m for m in (model, self.ref_model) if m is not None], args.padding_free)
         if self.cache is not None:
             self.ref_head = {name: None if x is None else x.to(self.args.device) for name, x in self.cache.tensors.items()}
 
@@ -243,11 +243,7 @@ class TISDPOTrainer(Trainer):
         return batches, self.accelerator.gather(count).sum()
 
     def _items(self, batch: dict) -> int:
-        return (
-            len(batch["lengths" if "lengths" in batch else "input_ids"]) // 2
-            if self.preference
-            else int(batch["completion_mask"][:, 1:].sum())
-        )
+        return sequences(batch) // 2 if self.preference else int(batch["completion_mask"][:, 1:].sum())
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean loss of the global batch's pairs (SFT: tokens), this batch's part of it."""
@@ -404,12 +400,9 @@ def prepare_rows(dataset, tokenizer, args: TISDPOConfig, reference, pad_token_id
                 "method='tis-dpo' needs rows with chosen_contrast/rejected_contrast (scored) or chosen_weights/rejected_weights; "
                 "use method='dpo' for none"
             )
-        dataset = (
-            apply_weighting(dataset, Weighting(**(args.weighting or {})), tokenizer.eos_token_id)
-            if "chosen_weights" not in columns
-            else dataset
-        )
-        if "chosen_weights" in columns and args.weighting is not None:
+        if "chosen_weights" not in columns:
+            dataset = apply_weighting(dataset, Weighting(**(args.weighting or {})), tokenizer.eos_token_id)
+        elif args.weighting is not None:
             raise InputError("the rows carry ready weights, so weighting has no effect; remove the *_weights columns or the weighting")
     elif args.method == "dpo" and weighted:
         raise InputError(

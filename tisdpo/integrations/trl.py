@@ -68,13 +68,11 @@ class TISDPOConfig(DPOConfig):
         if len(losses) != 1 or losses[0] not in LOSSES:
             raise ValueError(f"loss_type must be one of {', '.join(LOSSES)}, got {', '.join(losses)}; for others use trl.DPOTrainer")
         self._loss = losses[0]
-        for name, usual in (
-            ("f_divergence_type", "reverse_kl"),
-            ("ld_alpha", None),
-            ("use_weighting", False),
-            ("loss_weights", None),
-            ("padding_free", False),  # TRL itself warns and pads
-        ):
+        if self.padding_free:  # TRL itself warns and pads
+            raise ValueError(
+                "padding_free=True is not supported with TRL's collator, which pads; leave it out, or train with tisdpo.TISDPOTrainer"
+            )
+        for name, usual in (("f_divergence_type", "reverse_kl"), ("ld_alpha", None), ("use_weighting", False), ("loss_weights", None)):
             value = getattr(self, name, usual)
             if getattr(value, "value", value) != usual:
                 raise ValueError(f"{name}={value!r} has no effect with token weights and is not supported; leave it at {usual!r}")
