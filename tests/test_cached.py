@@ -135,11 +135,12 @@ def test_hidden_states_are_read_when_a_row_asks_for_them(sets, monkeypatch):
 # Training with it
 
 
-@pytest.mark.parametrize("kl", ["reverse", "forward"])
-def test_loss_and_gradients_equal_those_of_a_resident_reference(sets, tmp_path, kl):
+@pytest.mark.parametrize(("kl", "flat"), [("reverse", False), ("forward", False), ("reverse", True)])
+def test_loss_and_gradients_equal_those_of_a_resident_reference(sets, tmp_path, kl, flat):
     found = {}
     for name in ("float32", "bfloat16"):
-        t = trainer(tmp_path, load_scored(sets[name]), kl=kl)
+        t = trainer(tmp_path, load_scored(sets[name]), kl=kl, padding_free=flat)
+        assert t.data_collator.flat is flat
         assert t.ref_model is None and not t.ref_head["ref_weight"].requires_grad
         found[name] = loss_and_gradients(t)
     t = trainer(tmp_path, resident(load_scored(sets["float32"])), kl=kl)

@@ -164,6 +164,7 @@ def test_the_smoke_form_is_small():
         ({"claims": [{"text": "t", "compare": "(S) - DPO", "expect": "rising"}]}, "two or more comparisons"),
         ({"base": {"run": "small.yaml", "seeds": 3}}, "set by the study itself"),
         ({"base": {"run": "small.yaml", "evaluation.checkpoints": 0}}, "at least 1: a frontier"),
+        ({"base": {"run": "small.yaml", "train.batch_size": 32, "train.tokens_per_batch": 999}}, "train.tokens_per_batch is not for it"),
         ({"jobs": 0}, "jobs must be"),
         ({"seeds": [1, 1]}, "different seeds"),
     ],

@@ -335,19 +335,20 @@ class RunConfig:
 
     def _check_tokens(self):
         """Now, not when a stage begins hours later: batches must hold the longest pairs (base model and SFT: texts)."""
-        longest, small = self.data.max_length, self.contrast.model
-        for place, stage, least in (
-            ("model.pretrain", self.model.pretrain, longest),
-            ("contrast.model.pretrain", small and small.pretrain, longest),
-            ("contrast.sft", self.contrast.sft, longest),
-            ("contrast.dpo", self.contrast.dpo, 2 * longest),
-            ("train", self.train, 2 * longest),
-        ):
-            if stage is not None and stage.tokens_per_batch is not None and stage.tokens_per_batch < least:
+        for place, stage in self.stages.items():
+            least = self.data.max_length * (2 if place in ("train", "contrast.dpo") else 1)
+            if stage.tokens_per_batch is not None and stage.tokens_per_batch < least:
                 raise InputError(
-                    f"{place}.tokens_per_batch={stage.tokens_per_batch} cannot hold every row of data.max_length={longest}; "
+                    f"{place}.tokens_per_batch={stage.tokens_per_batch} cannot hold every row of data.max_length={self.data.max_length}; "
                     f"give at least {least}, or lower data.max_length"
                 )
+
+    @property
+    def stages(self) -> dict[str, StageConfig]:
+        """The training stages that have settings, by their keys."""
+        stages = {"model.pretrain": self.model.pretrain, "contrast.sft": self.contrast.sft, "contrast.dpo": self.contrast.dpo}
+        stages |= {"contrast.model.pretrain": self.contrast.model and self.contrast.model.pretrain, "train": self.train}
+        return {place: stage for place, stage in stages.items() if stage is not None}
 
     @property
     def control(self) -> str:

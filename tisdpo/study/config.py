@@ -300,6 +300,9 @@ def _run(base: dict, config: StudyConfig, name: str, arm: ArmConfig, point: dict
     run = config_from(values, file, changed)
     if run.evaluation.checkpoints < 1:
         raise InputError(f"{file}: evaluation.checkpoints must be at least 1: a frontier is drawn through the checkpoints")
+    for place, stage in run.stages.items():
+        if stage.tokens_per_batch is not None:
+            raise InputError(f"{file}: a study counts its costs from batch_size, so {place}.tokens_per_batch is not for it; set batch_size")
     return run
 
 
