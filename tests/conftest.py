@@ -26,3 +26,20 @@ def poisoned_memory():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def varlen_calls(monkeypatch):
+    """In place of torch's varlen kernel, which needs a GPU, stands what it promises; the windows that it was called with."""
+    from families import varlen_by_sdpa
+
+    from tisdpo import attention
+
+    calls = []
+
+    def recorded(*args, **kwargs):
+        calls.append(kwargs["window_size"])
+        return varlen_by_sdpa(*args, **kwargs)
+
+    monkeypatch.setattr(attention, "kernel", lambda: recorded)
+    return calls

@@ -1,5 +1,6 @@
 """Small models of many families of transformers, for what depends on the layers: the attention, the ends of sequences, the head."""
 
+import tiny
 import torch
 import transformers
 
@@ -64,3 +65,22 @@ def model(family: str, vocabulary: int = 64, seed: int = 0, attention: str | Non
     if attention is not None:
         made.set_attn_implementation(attention)
     return attach_head(made)
+
+
+def llama(seed: int = 0, **options):
+    """With the vocabulary of the smallest world."""
+    return model("Llama", len(tiny.tokenizer()), seed, **options)
+
+
+def varlen_by_sdpa(query, key, value, cu_q, cu_k, longest_q, longest_k, *, scale, window_size, enable_gqa):
+    """What torch's kernel promises, one sequence after the other."""
+    assert cu_q.dtype == cu_k.dtype == torch.int32 and cu_q.diff().max() == longest_q and cu_k.diff().max() == longest_k
+    assert window_size[1] == 0 and enable_gqa == (query.shape[1] != key.shape[1])
+    out = []
+    for q, k, v in zip(*(x.split(cu_q.diff().tolist()) for x in (query, key, value))):
+        apart = torch.arange(len(q))[:, None] - torch.arange(len(k))
+        seen = (apart >= 0) & ((apart <= window_size[0]) | (window_size[0] < 0))
+        one = [x.transpose(0, 1)[None] for x in (q, k, v)]
+        attended = torch.nn.functional.scaled_dot_product_attention(*one, attn_mask=seen, scale=scale, enable_gqa=enable_gqa)
+        out.append(attended[0].transpose(0, 1))
+    return torch.cat(out)

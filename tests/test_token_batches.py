@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from test_padding_free import llama, uneven
+from families import llama
+from test_padding_free import uneven
 from test_trainer import losses_of, trainer
 
 from tisdpo.batches import TokenBatches, sequences
