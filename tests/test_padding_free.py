@@ -93,6 +93,13 @@ def test_flat_equals_padded_in_every_family(tmp_path, varlen_calls, family, impl
     assert set(varlen_calls) == (windows if implementation == VARLEN else set())
 
 
+def test_the_routers_loss_counts_the_same_tokens(tmp_path):
+    model = families.model("Qwen3Moe", len(tiny.tokenizer()), output_router_logits=True, router_aux_loss_coef=0.5)
+    padded, flat = padded_and_flat(tmp_path, model, ref_model=families.model("Qwen3Moe", len(tiny.tokenizer()), seed=1))
+    assert padded[1]["aux_loss"] > 0
+    assert_same(padded, flat, rtol=FLOAT32)
+
+
 @pytest.mark.parametrize("family", ["Llama", "Gemma3Text"])
 def test_flash_attn_gets_the_boundaries_from_transformers(tmp_path, monkeypatch, family):
     """transformers' own path up to the kernel of flash-attn, in whose place stands what it promises."""
