@@ -141,6 +141,31 @@ def _aux_loss_coef(model) -> float:
     return float(next((x for x in found if x is not None), 0.0))
 
 
+@torch.no_grad()
+def reference_inputs(model, batch: dict, flat) -> dict:
+    """ref_hidden [N, H], ref_weight and ref_bias of a reference for the loss of a `tisdpo.batches.FlatBatch` `flat` of `batch`.
+
+    Of a sharded model (FSDP, DeepSpeed ZeRO-3) the head is whole inside its own forward only, so a copy of it is taken along.
+    """
+    sharded = is_sharded(model)
+
+    def keep(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.detach().clone() if sharded else x.detach()
+
+    def take(hidden: Tensor, head: Head) -> dict:
+        return {"ref_hidden": flat.take(hidden), "ref_weight": keep(head.weight), "ref_bias": keep(head.bias)}
+
+    return model(**model_inputs(batch), head=take)
+
+
+def is_sharded(model) -> bool:
+    """Whether FSDP (1 or 2) or DeepSpeed ZeRO-3 frees weights of this model outside of its forward."""
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    wrapped = any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in model.modules())
+    return wrapped or any(hasattr(p, "ds_id") for p in model.parameters())
+
+
 def disable_dropout(model) -> None:
     """Set every dropout to 0: the modules, and the probabilities that attention layers keep as numbers."""
     for module in model.modules():
