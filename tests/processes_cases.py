@@ -1,0 +1,137 @@
+"""Runs that must not depend on the number of processes: `python processes_cases.py ddp|fsdp2 OUT` under torchrun, or `results()` here.
+
+Every case is one epoch with the same global batches: what one process holds in one batch, two processes share.
+"""
+
+import os
+import sys
+import tempfile
+from dataclasses import dataclass, field
+
+import test_trl_oracle as oracle
+import tiny
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+@dataclass
+class Case:
+    pairs: int
+    batch: int  # pairs of a global batch
+    accumulate: int = 1  # of two processes; one process has the whole global batch at once
+    tied: bool = False
+    lora: bool = False
+    trl: bool = False
+    options: dict = field(default_factory=dict)
+
+
+CASES = {
+    # 4 + 4 + 3 pairs: of the last batch the second process has one pair and one repeated pair; 5 to evaluate: it has repeated ones only
+    "uneven": Case(11, 4),
+    "kl, tied, accumulated": Case(9, 8, accumulate=2, tied=True, options=dict(kl="reverse")),  # 8 + 1 pairs: one process has none
+    "kl": Case(7, 4, options=dict(kl="forward", padding_free=True)),
+    "by tokens": Case(11, 0, options=dict(tokens_per_batch=400, max_length=128, train_sampling_strategy="sequential")),
+    "sft": Case(7, 4, tied=True, options=dict(method="sft")),
+    "lora": Case(7, 4, lora=True, options=dict(kl="reverse")),
+    "trl": Case(11, 4, trl=True, options=dict(kl="reverse")),
+    "trl, tied, accumulated": Case(9, 8, accumulate=2, tied=True, trl=True),
+    "trl, lora": Case(7, 4, lora=True, trl=True),
+}
+
+
+def model(tied: bool, seed: int = 0):
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tiny.tokenizer()), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, max_position_embeddings=160, tie_word_embeddings=tied, initializer_range=0.2,
+        )
+    )  # fmt: skip
+
+
+def trainer(case: Case, folder: str, processes: int):
+    each = case.batch // processes // (case.accumulate if processes > 1 else 1)
+    options = dict(
+        output_dir=folder, num_train_epochs=1, optim="sgd", learning_rate=0.1, lr_scheduler_type="constant", max_grad_norm=1.0,
+        logging_steps=1, save_strategy="no", disable_tqdm=True, use_cpu=True, report_to="none", train_sampling_strategy="sequential",
+        gradient_accumulation_steps=case.accumulate if processes > 1 else 1, per_device_eval_batch_size=4 // processes,
+        eval_strategy="epoch",
+    ) | case.options  # fmt: skip
+    if case.batch:
+        options["per_device_train_batch_size"] = each
+    else:  # as many batches of tokens a step
+        options["gradient_accumulation_steps"] = 2 // processes
+    policy = model(case.tied)
+    if case.lora:
+        import peft
+
+        torch.manual_seed(1)
+        policy = peft.get_peft_model(policy, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    # of LoRA the base is the reference; it differs from the start, for the adapters are not 0
+    reference = None if case.lora or options.get("method") == "sft" else model(case.tied, seed=5)
+    rows = tiny.rows(24) if options.get("method") == "sft" else tiny.contrast(tiny.rows(24))
+    train, held_out = rows.select(range(case.pairs)), rows.select(range(12, 17))
+    if case.trl:
+        from tisdpo.integrations.trl import TISDPOConfig, TISDPOTrainer
+
+        args = TISDPOConfig(**options, bf16=False, gradient_checkpointing=False)
+        return TISDPOTrainer(policy, reference, args, train_dataset=train, eval_dataset=held_out, processing_class=tiny.tokenizer())
+    from tisdpo import TISDPOConfig, TISDPOTrainer
+
+    args = TISDPOConfig(**options, sanity_check=False)
+    return TISDPOTrainer(
+        policy, args, train_dataset=train, eval_dataset=held_out, processing_class=tiny.tokenizer(), ref_model=reference
+    )  # fmt: skip
+
+
+def wrapper_of(module) -> str:
+    """What shards or copies a model: FSDP2 where any of its parameters is a shard."""
+    sharded = module is not None and any(hasattr(p, "placements") for p in module.parameters())
+    return "FSDP2" if sharded else type(module).__name__
+
+
+def run(case: Case) -> dict:
+    """What was logged, and the parameters afterwards, whole."""
+    with tempfile.TemporaryDirectory() as folder:
+        t = trainer(case, folder, int(os.environ.get("WORLD_SIZE", 1)))
+        t.train()
+    timing = ("runtime", "per_second", "total_flos")
+    logged = [{k: float(v) for k, v in entry.items() if not any(x in k for x in timing)} for entry in t.state.log_history]
+    whole = {name: p.detach() for name, p in t.accelerator.unwrap_model(t.model).named_parameters() if p.requires_grad}
+    whole = {name: (p.full_tensor() if hasattr(p, "full_tensor") else p).clone() for name, p in whole.items()}
+    return {
+        "logged": logged,
+        "parameters": whole,
+        "kind": str(t.accelerator.distributed_type),
+        "policy": wrapper_of(t.model_wrapped),
+        "reference": wrapper_of(getattr(t, "ref_model", None)),
+    }
+
+
+def shard_on_cpu() -> None:
+    """accelerate uses FSDP on accelerators only and DDP on a CPU, without a word; do here what it does there."""
+    from accelerate.state import AcceleratorState, DistributedType
+
+    own = AcceleratorState.__init__
+
+    def init(self, *args, fsdp_plugin=None, **kwargs):
+        own(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+
+    AcceleratorState.__init__ = init
+
+
+def results() -> dict[str, dict]:
+    return {name: run(case) for name, case in CASES.items()}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if sys.argv[1] == "fsdp2":
+        shard_on_cpu()
+    chosen = os.environ.get("CASES")
+    found = {name: run(case) for name, case in CASES.items() if not chosen or name in chosen.split(";")}
+    torch.save(found, f"{sys.argv[2]}.{os.environ.get('RANK', 0)}")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
