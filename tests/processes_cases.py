@@ -8,9 +8,9 @@ import sys
 import tempfile
 from dataclasses import dataclass, field
 
-import test_trl_oracle as oracle
 import tiny
 import torch
+from torch.distributed.fsdp import FSDPModule
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
@@ -85,8 +85,8 @@ def trainer(case: Case, folder: str, processes: int):
 
 
 def wrapper_of(module) -> str:
-    """What shards or copies a model: FSDP2 where any of its parameters is a shard."""
-    sharded = module is not None and any(hasattr(p, "placements") for p in module.parameters())
+    """What holds a model's weights: FSDP2 (shards, seen from outside of the forward), DistributedDataParallel or the model itself."""
+    sharded = isinstance(module, FSDPModule) and all(hasattr(p, "placements") for p in module.parameters())
     return "FSDP2" if sharded else type(module).__name__
 
 
@@ -114,10 +114,11 @@ def shard_on_cpu() -> None:
 
     own = AcceleratorState.__init__
 
-    def init(self, *args, fsdp_plugin=None, **kwargs):
-        own(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-        if fsdp_plugin is not None:
-            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+    def init(self, *args, **kwargs):
+        own(self, *args, **kwargs)  # takes the type from the kind of process, at every call
+        if vars(self).get("fsdp_plugin", kwargs.get("fsdp_plugin")) is not None:
+            self.fsdp_plugin = kwargs.get("fsdp_plugin") or self.fsdp_plugin
+            self.distributed_type = DistributedType.FSDP
 
     AcceleratorState.__init__ = init
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 import torch
 from accelerate.utils import is_peft_model
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
@@ -205,6 +206,8 @@ class TISDPOTrainer(GlobalBatches, Trainer):
             self.ref_model.to(self.args.device)
         with self.compute_loss_context_manager():  # `choose` asks for devices and number formats: those of the training
             self.data_collator.flat = choose([m for m in (model, self.ref_model) if m is not None], args.padding_free)
+        if self.ref_model is not None and self.accelerator.state.is_fsdp2:
+            self.ref_model = fsdp2_prepare_model(self.accelerator, self.ref_model)
         if self.cache is not None:
             self.ref_head = {name: None if x is None else x.to(self.args.device) for name, x in self.cache.tensors.items()}
 
@@ -262,10 +265,12 @@ class TISDPOTrainer(GlobalBatches, Trainer):
 
         def nll(hidden: Tensor, head: Head):
             logps = linear_token_logps(flat.take(hidden), head.weight, flat.target, bias=head.bias, **head.transform).logps
-            return -logps.sum(), head.aux_loss, head.aux_loss_coef
+            return -logps, head.aux_loss, head.aux_loss_coef
 
-        loss, *aux = model(**model_inputs(inputs), head=nll)
-        return self._add_aux_loss(loss / items, {}, *aux, self._items(inputs) / items)
+        losses, *aux = model(**model_inputs(inputs), head=nll)
+        # in evaluation the mean over tokens takes the place of the Trainer's, a mean of batches' means
+        metrics = {} if model.training or aux[0] is not None else {"loss": losses}
+        return self._add_aux_loss(losses.sum() / items, metrics, *aux, self._items(inputs) / items)
 
     def _preference_loss(self, model, inputs, items):
         flat = flatten_batch(inputs)
