@@ -1,4 +1,4 @@
-"""Runs that must not depend on the number of processes: `python processes_cases.py ddp|fsdp2 OUT` under torchrun, or `results()` here.
+"""Runs that must not depend on the number of processes: `torchrun processes_cases.py OUT`, or `run(case)` for one process.
 
 Every case is one epoch with the same global batches: what one process holds in one batch, two processes share.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import tiny
 import torch
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
@@ -85,9 +85,7 @@ def trainer(case: Case, folder: str, processes: int):
 
 
 def wrapper_of(module) -> str:
-    """What holds a model's weights: FSDP2 (shards, seen from outside of the forward), DistributedDataParallel or the model itself."""
-    sharded = isinstance(module, FSDPModule) and all(hasattr(p, "placements") for p in module.parameters())
-    return "FSDP2" if sharded else type(module).__name__
+    return "FSDP2" if isinstance(module, FSDPModule) else type(module).__name__
 
 
 def run(case: Case) -> dict:
@@ -123,16 +121,65 @@ def shard_on_cpu() -> None:
     AcceleratorState.__init__ = init
 
 
-def results() -> dict[str, dict]:
-    return {name: run(case) for name, case in CASES.items()}
+# Heads that are freed outside of their own forward, which accelerate's way of sharding leaves whole
+
+
+def freed_heads() -> dict[str, dict]:
+    """Loss and gradients of a policy with an online reference: whole, and sharded so that the head is freed after its forward."""
+    from tisdpo import Objective, linear_tis_dpo_loss
+    from tisdpo.batches import flatten_batch
+    from tisdpo.data import PairCollator
+    from tisdpo.hf import attach_head, is_sharded, model_inputs, reference_inputs
+
+    batch = PairCollator(0)(list(tiny.rows(24).select(range(3))))
+    flat, found = flatten_batch(batch), {}
+    for tied in (False, True):
+        for layout in ("whole", "head apart", "root"):
+            policy, reference = attach_head(model(tied)), attach_head(model(tied, seed=5))
+            for each in (policy, reference) if layout != "whole" else ():
+                if layout == "head apart":
+                    head = [each.get_input_embeddings(), each.lm_head] if tied else each.lm_head
+                    fully_shard(head, reshard_after_forward=True)
+                fully_shard(each, reshard_after_forward=True)
+                assert is_sharded(each) and all(hasattr(p, "placements") for p in each.parameters())
+            inputs = reference_inputs(reference, batch, flat)
+            output = policy(
+                **model_inputs(batch),
+                head=lambda hidden, head: linear_tis_dpo_loss(
+                    flat.take(hidden), head.weight, flat.target, flat.cu_seqlens, objective=Objective(kl="reverse"), **inputs
+                ),
+            )
+            output.loss.backward()
+            gradients = {name: p.grad for name, p in policy.named_parameters()}
+            gradients = {name: (g.full_tensor() if hasattr(g, "full_tensor") else g).clone() for name, g in gradients.items()}
+            found[f"{'tied' if tied else 'untied'}, {layout}"] = {"loss": output.loss.detach(), "gradients": gradients}
+    return found
+
+
+def split_vocabulary() -> str:
+    """What is said of a head that is split over the vocabulary."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    from tisdpo.errors import InputError
+    from tisdpo.hf import attach_head
+
+    split = attach_head(model(tied=False))
+    parallelize_module(split, init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)), {"lm_head": ColwiseParallel()})
+    try:
+        split(input_ids=torch.tensor([[5, 6, 7]]), head=lambda hidden, head: hidden @ head.weight.T)
+    except InputError as error:
+        return str(error)
+    return "nothing"
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if sys.argv[1] == "fsdp2":
-        shard_on_cpu()
-    chosen = os.environ.get("CASES")
-    found = {name: run(case) for name, case in CASES.items() if not chosen or name in chosen.split(";")}
-    torch.save(found, f"{sys.argv[2]}.{os.environ.get('RANK', 0)}")
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    found = {"ddp": {name: run(case) for name, case in CASES.items()}}
+    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+    os.environ |= {"FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}
+    shard_on_cpu()
+    found["fsdp2"] = {name: run(case) for name, case in CASES.items()}
+    found |= {"freed heads": freed_heads(), "split vocabulary": split_vocabulary()}
+    torch.save(found, f"{sys.argv[1]}.{os.environ['RANK']}")
+    torch.distributed.destroy_process_group()
