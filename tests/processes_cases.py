@@ -7,6 +7,7 @@ import os
 import sys
 import tempfile
 from dataclasses import dataclass, field
+from functools import partial
 
 import tiny
 import torch
@@ -142,13 +143,11 @@ def freed_heads() -> dict[str, dict]:
                     fully_shard(head, reshard_after_forward=True)
                 fully_shard(each, reshard_after_forward=True)
                 assert is_sharded(each) and all(hasattr(p, "placements") for p in each.parameters())
-            inputs = reference_inputs(reference, batch, flat)
-            output = policy(
-                **model_inputs(batch),
-                head=lambda hidden, head: linear_tis_dpo_loss(
-                    flat.take(hidden), head.weight, flat.target, flat.cu_seqlens, objective=Objective(kl="reverse"), **inputs
-                ),
-            )
+            loss = partial(
+                linear_tis_dpo_loss, target=flat.target, cu_seqlens=flat.cu_seqlens, objective=Objective(kl="reverse"),
+                **reference_inputs(reference, batch, flat),
+            )  # fmt: skip
+            output = policy(**model_inputs(batch), head=lambda hidden, head, loss=loss: loss(flat.take(hidden), head.weight))
             output.loss.backward()
             gradients = {name: p.grad for name, p in policy.named_parameters()}
             gradients = {name: (g.full_tensor() if hasattr(g, "full_tensor") else g).clone() for name, g in gradients.items()}
