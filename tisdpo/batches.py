@@ -58,6 +58,20 @@ def sequences(batch: dict) -> int:
     return len(batch["lengths" if "lengths" in batch else "input_ids"])
 
 
+def first_sequences(batch: dict, count: int) -> dict:
+    """The batch of the first `count` sequences of a batch, padded or padding-free."""
+    bounds = batch.get("cu_seq_lens_q")
+    tensors = {name: x for name, x in batch.items() if isinstance(x, Tensor) and x.dim() and name != "ref_hidden"}
+    if bounds is None:
+        cut = {name: x[:count] for name, x in tensors.items()}
+    else:
+        end = int(bounds[count])
+        cut = {name: x[:, :end] if x.dim() > 1 else x[: count + name.startswith("cu_")] for name, x in tensors.items()}
+    if "ref_hidden" in batch:  # one row for every completion token
+        cut["ref_hidden"] = batch["ref_hidden"][: len(flatten_batch({**batch, **cut}).target)]
+    return {**batch, **cut}
+
+
 def unflatten(values: Tensor, completion_mask: Tensor) -> Tensor:
     """Values [N] of flat completion tokens back in [S, T], 0 elsewhere."""
     mask = completion_mask.bool().clone()
@@ -98,6 +112,11 @@ class TokenBatches:
     def _shuffled(count: int, seed: int) -> list[int]:
         return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
 
+    @property
+    def ends_repeated(self) -> bool:
+        """Whether the last batch of this rank has come already, at another one."""
+        return self.rank >= (len(self.batches) % self.world or self.world)
+
     def __len__(self) -> int:
         return -(-len(self.batches) // self.world)
 
@@ -124,8 +143,11 @@ def check_tokens_per_batch(args, least: int) -> None:
             raise InputError(f"{name}={getattr(args, name)!r} has no effect with tokens_per_batch; leave one of the two out")
 
 
-def token_loader(rows, sides: Sequence[str], collator, args, accelerator, epoch: Callable[[], int]) -> DataLoader:
-    """The training batches of `args.tokens_per_batch` tokens for this rank, moved to its device; shuffled unless args say "sequential"."""
+def token_loader(rows, sides: Sequence[str], collator, args, accelerator, epoch: Callable[[], int]) -> tuple[DataLoader, bool]:
+    """The training batches of `args.tokens_per_batch` tokens for this rank, moved to its device; shuffled unless args say "sequential".
+
+    Also whether the last of them is a repeated one.
+    """
     from accelerate.data_loader import prepare_data_loader
 
     columns = [rows["prompt_ids"], *(rows[f"{side}_ids"] for side in sides)]
@@ -150,4 +172,4 @@ def token_loader(rows, sides: Sequence[str], collator, args, accelerator, epoch:
         prefetch_factor=args.dataloader_prefetch_factor,
     )
     # every rank has its share already, so accelerate is only to move the tensors
-    return prepare_data_loader(loader, accelerator.device, num_processes=1, process_index=0, put_on_device=True)
+    return prepare_data_loader(loader, accelerator.device, num_processes=1, process_index=0, put_on_device=True), batches.ends_repeated

@@ -104,19 +104,51 @@ def attach_head(model):
         own = self._tisdpo_own_forward or functools.partial(type(self).forward, self)
         if head is None:
             return own(*args, **kwargs)
-        found = head_of(self)  # at each call: wrappers replace the backbone and the head after this
         asked = kwargs.pop("output_router_logits", getattr(self.config.get_text_config(), "output_router_logits", False))
+        aux_loss = None
+        # backbone and head are looked up at each call: wrappers replace them after this
         with flat_masks("cu_seq_lens_q" in kwargs):
             if asked and torch.is_grad_enabled():
                 hidden, aux_loss = _with_aux_loss(self, own, *args, **kwargs)
-                found = replace(found, aux_loss=aux_loss.to(found.weight.device), aux_loss_coef=_aux_loss_coef(self))
             else:
                 hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
-        return head(hidden.to(found.weight.device), found)
+
+        def run(hidden: Tensor):
+            found = _whole(head_of(self))
+            if aux_loss is not None:
+                found = replace(found, aux_loss=aux_loss.to(found.weight.device), aux_loss_coef=_aux_loss_coef(self))
+            return head(hidden.to(found.weight.device), found)
+
+        return _within(self.get_output_embeddings(), run, hidden)
 
     model.forward = types.MethodType(forward, model)
     model._tisdpo_head = True
     return model
+
+
+def _within(module, function: Callable, hidden: Tensor):
+    """function(hidden), between the hooks of `module` where it has any: there FSDP2 and ZeRO-3 gather its weight, and its gradient."""
+    if not (module._forward_pre_hooks or module._forward_hooks):
+        return function(hidden)
+    own = vars(module).get("forward")
+    module.forward = function
+    try:
+        return module(hidden)
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+def _whole(head: Head) -> Head:
+    """The head; InputError if it is still a shard between the hooks of its module."""
+    if hasattr(head.weight, "placements"):
+        raise InputError(
+            f"the head is a shard ({', '.join(map(str, head.weight.placements))}) where it is needed whole: tensor-parallel heads are not "
+            "supported; leave lm_head (and tied embeddings) out of the tensor-parallel plan"
+        )
+    return head
 
 
 def _with_aux_loss(model, own: Callable, *args, **kwargs) -> tuple[Tensor, Tensor]:
@@ -139,6 +171,31 @@ def _aux_loss_coef(model) -> float:
     text = model.config.get_text_config()
     found = (getattr(x, name, None) for x in (text, model) for name in ("router_aux_loss_coef", "aux_loss_coef"))
     return float(next((x for x in found if x is not None), 0.0))
+
+
+@torch.no_grad()
+def reference_inputs(model, batch: dict, flat) -> dict:
+    """ref_hidden [N, H], ref_weight and ref_bias of a reference for the loss of a `tisdpo.batches.FlatBatch` `flat` of `batch`.
+
+    Of a sharded model (FSDP, DeepSpeed ZeRO-3) the head is whole inside its own forward only, so a copy of it is taken along.
+    """
+    sharded = is_sharded(model)
+
+    def keep(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.detach().clone() if sharded else x.detach()
+
+    def take(hidden: Tensor, head: Head) -> dict:
+        return {"ref_hidden": flat.take(hidden), "ref_weight": keep(head.weight), "ref_bias": keep(head.bias)}
+
+    return model(**model_inputs(batch), head=take)
+
+
+def is_sharded(model) -> bool:
+    """Whether FSDP (1 or 2) or DeepSpeed ZeRO-3 frees weights of this model outside of its forward."""
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    wrapped = any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in model.modules())
+    return wrapped or any(hasattr(p, "ds_id") for p in model.parameters())
 
 
 def disable_dropout(model) -> None:

@@ -12,25 +12,26 @@ the rewards (one coefficient here, so that the margin is the loss logit), logged
 import copy
 import logging
 import math
-from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from accelerate.utils import is_peft_model
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 from tisdpo.attention import choose, register_varlen
-from tisdpo.batches import check_tokens_per_batch, flatten_batch, sequences, token_loader
+from tisdpo.batches import check_tokens_per_batch, first_sequences, flatten_batch, sequences, token_loader
 from tisdpo.cached import FOLDER, ReferenceCache
 from tisdpo.data import PairCollator, tokenize_pairs
 from tisdpo.errors import InputError
 from tisdpo.fingerprints import model_fingerprint
 from tisdpo.functional import linear_tis_dpo_loss, linear_token_logps
-from tisdpo.hf import Head, attach_head, disable_dropout, head_of, model_inputs, refuse_images, verify_head
+from tisdpo.hf import Head, attach_head, disable_dropout, head_of, model_inputs, reference_inputs, refuse_images, verify_head
 from tisdpo.losses import Objective, pairwise_losses
+from tisdpo.processes import GlobalBatches, check_parallelism, check_whole_weights
 from tisdpo.provenance import check_rows, home_of
 from tisdpo.scoring import completion_logps
 from tisdpo.weighting import Weighting, contrast_weights
@@ -109,7 +110,7 @@ class TISDPOConfig(TrainingArguments):
         return Objective(self.loss_type, self.beta, self.kl, self.alpha, self.detach_chosen_kl, self.label_smoothing)
 
 
-class TISDPOTrainer(Trainer):
+class TISDPOTrainer(GlobalBatches, Trainer):
     """Trains `model` on preference pairs.
 
     model              a causal language model; its head runs inside its own forward
@@ -141,6 +142,7 @@ class TISDPOTrainer(Trainer):
         args = args or TISDPOConfig()
         if processing_class is None:
             raise InputError("processing_class is missing: pass the model's tokenizer")
+        check_whole_weights(args)
         attach_head(model)
         verify_head(model)
         if args.disable_dropout:
@@ -183,7 +185,7 @@ class TISDPOTrainer(Trainer):
             swap=args.swap_pairs,
             reference=self.cache,
         )
-        self._metrics = {"train": defaultdict(lambda: [0.0, 0.0]), "eval": defaultdict(lambda: [0.0, 0.0])}
+        self._start_metrics()
         super().__init__(
             model,
             args,
@@ -198,12 +200,14 @@ class TISDPOTrainer(Trainer):
                 f"{self.args.n_gpu} GPUs are visible to one process, which DataParallel would share; start with `accelerate launch` "
                 "or `torchrun`, or show one GPU (CUDA_VISIBLE_DEVICES=0)"
             )
-        self.loss_is_scaled_for_ga = True  # divided by the pairs (tokens for SFT) of the whole accumulated, global batch
+        check_parallelism(model, self.accelerator)
         self.label_names = []
         if self.ref_model is not None:
             self.ref_model.to(self.args.device)
         with self.compute_loss_context_manager():  # `choose` asks for devices and number formats: those of the training
             self.data_collator.flat = choose([m for m in (model, self.ref_model) if m is not None], args.padding_free)
+        if self.ref_model is not None and self.accelerator.state.is_fsdp2:
+            self.ref_model = fsdp2_prepare_model(self.accelerator, self.ref_model)
         if self.cache is not None:
             self.ref_head = {name: None if x is None else x.to(self.args.device) for name, x in self.cache.tensors.items()}
 
@@ -232,29 +236,28 @@ class TISDPOTrainer(Trainer):
         if self.args.tokens_per_batch is None:
             return super().get_train_dataloader()
         sides = ("chosen", "rejected") if self.preference else (self.args.sft_side,)
-        return token_loader(self.train_dataset, sides, self.data_collator, self.args, self.accelerator, lambda: int(self.state.epoch or 0))
+        loader, self._ends_repeated = token_loader(
+            self.train_dataset, sides, self.data_collator, self.args, self.accelerator, lambda: int(self.state.epoch or 0)
+        )
+        return loader
 
     # The loss
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The micro-batches of one optimiser step and how many pairs (SFT: target tokens) they hold over all ranks."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        count = torch.tensor(float(sum(self._items(batch) for batch in batches)), device=device)
-        return batches, self.accelerator.gather(count).sum()
+    def _rows(self, batch: dict) -> int:
+        return sequences(batch) // (2 if self.preference else 1)
+
+    def _first(self, batch: dict, rows: int) -> dict:
+        return first_sequences(batch, rows * (2 if self.preference else 1))
 
     def _items(self, batch: dict) -> int:
-        return sequences(batch) // 2 if self.preference else int(batch["completion_mask"][:, 1:].sum())
+        return self._rows(batch) if self.preference else int(batch["completion_mask"][:, 1:].sum())
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean loss of the global batch's pairs (SFT: tokens), this batch's part of it."""
         items = num_items_in_batch if num_items_in_batch is not None else float(max(self._items(inputs), 1))
         loss, metrics = (self._preference_loss if self.preference else self._sft_loss)(model, inputs, items)
-        store = self._metrics["train" if model.training else "eval"]
-        for name, values in metrics.items():
-            store[name][0] += values.detach().sum()
-            store[name][1] += values.numel()
-        if model.training and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # gradients are averaged over ranks, the loss was divided by the global count
+        self._add_metrics("train" if model.training else "eval", metrics, inputs)
+        loss = self._share(loss, inputs, summed=model.training and num_items_in_batch is not None)
         return (loss, metrics) if return_outputs else loss
 
     def _sft_loss(self, model, inputs, items):
@@ -262,10 +265,12 @@ class TISDPOTrainer(Trainer):
 
         def nll(hidden: Tensor, head: Head):
             logps = linear_token_logps(flat.take(hidden), head.weight, flat.target, bias=head.bias, **head.transform).logps
-            return -logps.sum(), head.aux_loss, head.aux_loss_coef
+            return -logps, head.aux_loss, head.aux_loss_coef
 
-        loss, *aux = model(**model_inputs(inputs), head=nll)
-        return self._add_aux_loss(loss / items, {}, *aux, self._items(inputs) / items)
+        losses, *aux = model(**model_inputs(inputs), head=nll)
+        # in evaluation the mean over tokens takes the place of the Trainer's, a mean of batches' means
+        metrics = {} if model.training or aux[0] is not None else {"loss": losses}
+        return self._add_aux_loss(losses.sum() / items, metrics, *aux, self._items(inputs) / items)
 
     def _preference_loss(self, model, inputs, items):
         flat = flatten_batch(inputs)
@@ -298,14 +303,7 @@ class TISDPOTrainer(Trainer):
             return {"ref_hidden": inputs["ref_hidden"].to(self.ref_head["ref_weight"]), **self.ref_head}
         adapters_off = nullcontext() if self.ref_model is not None else self.accelerator.unwrap_model(self.model).disable_adapter()
         with torch.no_grad(), adapters_off:
-            return (self.ref_model if self.ref_model is not None else self.model)(
-                **model_inputs(inputs),
-                head=lambda hidden, head: {
-                    "ref_hidden": flat.take(hidden),
-                    "ref_weight": head.weight.detach(),
-                    "ref_bias": None if head.bias is None else head.bias.detach(),
-                },
-            )
+            return reference_inputs(self.ref_model if self.ref_model is not None else self.model, inputs, flat)
 
     def _check_first_loss(self, output) -> None:
         """Policy == reference: every pair's logit is 0 and its loss ln 2 (sigmoid), whatever the weights."""
@@ -347,10 +345,7 @@ class TISDPOTrainer(Trainer):
         """Add the means, over all batches since the last log and all ranks, of what the losses reported."""
         evaluated = self._eval_prefix is not None and any(key.startswith(f"{self._eval_prefix}_") for key in logs)
         mode, prefix = ("eval", f"{self._eval_prefix}_") if evaluated else ("train", "")
-        for name, (total, count) in sorted(self._metrics[mode].items()):
-            sums = self.accelerator.reduce(torch.tensor([float(total), float(count)], device=self.args.device), "sum")
-            logs[prefix + name] = (sums[0] / sums[1].clamp(min=1)).item()
-        self._metrics[mode].clear()
+        logs |= {prefix + name: mean for name, mean in self._mean_metrics(mode).items()}
         super().log(logs, *args, **kwargs)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
@@ -363,14 +358,14 @@ class TISDPOTrainer(Trainer):
                 )
             eval_dataset = self._prepare_rows(eval_dataset)
         outer, self._eval_prefix = self._eval_prefix, metric_key_prefix
-        self._metrics["eval"].clear()
+        self._sums["eval"].clear()
         try:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         finally:
             self._eval_prefix = outer
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        inputs = self._prepare_inputs(inputs)
+        inputs = self._unrepeated(self._prepare_inputs(inputs))
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, inputs).detach(), None, None
 

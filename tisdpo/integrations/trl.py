@@ -22,8 +22,9 @@ from torch import Tensor
 from tisdpo.batches import flatten_batch
 from tisdpo.errors import InputError
 from tisdpo.functional import linear_tis_dpo_loss
-from tisdpo.hf import Head, attach_head, model_inputs
+from tisdpo.hf import Head, attach_head, model_inputs, reference_inputs
 from tisdpo.losses import LOSSES, Objective
+from tisdpo.processes import REPEATED, GlobalBatches, check_parallelism
 from tisdpo.trainer import add_reference_logps, apply_weighting
 from tisdpo.weighting import Weighting
 
@@ -107,7 +108,7 @@ class WeightedCollator(DataCollatorForPreference):
         return pad(values, padding_value=0.0, padding_side="right", pad_to_multiple_of=self.pad_to_multiple_of)
 
 
-class TISDPOTrainer(DPOTrainer):
+class TISDPOTrainer(GlobalBatches, DPOTrainer):
     """`trl.DPOTrainer` with a weight for every token, the sequence KL, and the head inside the loss (no [tokens, vocabulary] logits).
 
     Takes what DPOTrainer takes. The reference is `ref_model`, the base of a PEFT model with its adapters off, a copy that TRL loads, or,
@@ -124,11 +125,13 @@ class TISDPOTrainer(DPOTrainer):
                 f"kl={args.kl!r} needs the reference's distribution, not only its log-probs; set precompute_ref_log_probs=False"
             )
         self.objective = args.objective
+        self._start_metrics()
         super().__init__(model, ref_model, args, *more, **kwargs)
         if self._is_vision_dataset:
             raise ValueError("vision-language pairs are not supported: their collation happens elsewhere in TRL; use trl.DPOTrainer")
         if type(self.data_collator) is DataCollatorForPreference:
             self.data_collator = WeightedCollator(**vars(self.data_collator))
+        check_parallelism(self.model, self.accelerator)
         self._attach()
 
     def _attach(self) -> None:
@@ -180,7 +183,31 @@ class TISDPOTrainer(DPOTrainer):
 
     # The loss
 
-    def _compute_loss(self, model, inputs, return_outputs):
+    def _rows(self, batch: dict) -> int:
+        return len(batch["input_ids"]) // 2
+
+    _items = _rows
+
+    def _first(self, batch: dict, rows: int) -> dict:
+        """Of both halves of TRL's batch, the chosen and the rejected."""
+        every = len(batch["input_ids"])
+        keep = [*range(rows), *range(every // 2, every // 2 + rows)]
+        return {name: x[keep] if isinstance(x, Tensor) and x.dim() and len(x) == every else x for name, x in batch.items()}
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Mean loss of the global batch's pairs, this batch's part of it; where TRL takes the mean over processes and batches of means."""
+        return self._compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        return super().prediction_step(model, self._unrepeated(inputs), *args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        for name, mean in self._mean_metrics(mode).items():
+            self._metrics[mode][name] = [mean]
+        super().log(logs, start_time)
+
+    def _compute_loss(self, model, inputs, return_outputs, items=None):
         if return_outputs:
             raise ValueError("compute_metrics needs logits, which are never formed here; leave it out or use trl.DPOTrainer")
         mode = "train" if self.model.training else "eval"
@@ -191,14 +218,15 @@ class TISDPOTrainer(DPOTrainer):
         def preference(hidden: Tensor, head: Head):
             output = linear_tis_dpo_loss(
                 flat.take(hidden), head.weight, flat.target, flat.cu_seqlens, token_weights=flat.token_weights, bias=head.bias,
-                objective=self.objective, **reference, **head.transform,
+                objective=self.objective, normalizer=items, **reference, **head.transform,
             )  # fmt: skip
             return output, head.aux_loss
 
         asked = {"output_router_logits": True} if self.aux_loss_enabled else {}
         output, aux_loss = model(**model_inputs(batch), **asked, head=preference)
         if mode == "train":
-            tokens = self.accelerator.gather_for_metrics(inputs["attention_mask"].sum()).sum().item()
+            own = inputs["attention_mask"].sum() * (REPEATED not in inputs)
+            tokens = self.accelerator.reduce(own, "sum").item()
             self._total_train_tokens += tokens // self._tp_size
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
         metrics = {
@@ -211,22 +239,20 @@ class TISDPOTrainer(DPOTrainer):
         }
         if output.chosen_kl is not None:
             metrics |= {"kl/chosen": output.chosen_kl, "kl/rejected": output.rejected_kl}
-        for key, values in metrics.items():
-            self._metrics[mode][key].append(self.accelerator.gather(values).mean().item())
-        if aux_loss is None or not self.aux_loss_enabled:
-            return output.loss
-        self._metrics[mode]["aux_loss"].append(self.accelerator.gather(aux_loss.detach()).mean().item())
-        return output.loss + self.router_aux_loss_coef * aux_loss
+        self._add_metrics(mode, metrics, inputs)
+        loss = output.loss
+        if aux_loss is not None and self.aux_loss_enabled:
+            self._add_metrics(mode, {"aux_loss": aux_loss}, inputs)
+            # a mean over tokens of its own: of several batches and processes it is the mean, by their pairs
+            loss = loss + self.router_aux_loss_coef * aux_loss * (1.0 if items is None else self._items(inputs) / items)
+        return self._share(loss, inputs, summed=items is not None)
 
     def _reference(self, batch: dict, flat) -> dict:
         if flat.ref_logps is not None and self.objective.kl is None:
             return {"ref_logps": flat.ref_logps}
         model = self.ref_model if self.ref_model is not None else self.model
         with torch.no_grad(), self._reference_adapter():
-            return model(
-                **model_inputs(batch),
-                head=lambda hidden, head: {"ref_hidden": flat.take(hidden), "ref_weight": head.weight.detach(), "ref_bias": head.bias},
-            )
+            return reference_inputs(model, batch, flat)
 
     def _reference_adapter(self):
         """Adapters off (or the copy of a retrained one) where a PEFT model is its own reference."""

@@ -1,0 +1,107 @@
+"""Several processes: every pair counts once, in the loss and in the metrics, however the processes share the pairs.
+
+A loss that is the mean over the pairs of the global batch needs three things. The divisor is the number of pairs of all processes and
+all accumulated batches. Pairs that accelerate repeats at the end of an epoch, so that all processes get equally many full batches, are
+left out. And metrics are summed before they are divided, for the processes hold unequal numbers of pairs.
+"""
+
+import os
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+from tisdpo.errors import InputError
+
+REPEATED = "repeated"  # key of a batch that holds repeated rows only: it takes part in the collectives, and counts nothing
+
+
+class GlobalBatches:
+    """For a `transformers.Trainer`, to stand before it among the bases; it needs `_rows`, `_first` and `_items` of a batch.
+
+    _rows(batch)         rows of the dataset that the batch holds (pairs, or sequences for SFT)
+    _first(batch, rows)  the batch of its first rows
+    _items(batch)        what the loss is divided by: pairs, or target tokens for SFT
+    """
+
+    loss_is_scaled_for_ga = True  # divided by the items of the whole accumulated, global batch
+    _ends_repeated = False  # whether this process's last training batch of an epoch is a repeated one, where accelerate does not know
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of one optimiser step, without repeated rows, and how many items they hold over all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches:
+            batches[-1] = self._unrepeated(batches[-1], self._ends_repeated)
+        items = torch.tensor(float(sum(self._items(batch) for batch in batches if REPEATED not in batch)), device=device)
+        return batches, self.accelerator.reduce(items, "sum")
+
+    def _unrepeated(self, batch: dict, ends_repeated: bool = False) -> dict:
+        """The last batch of an epoch without the rows that accelerate appended; other batches as they are."""
+        state = self.accelerator.gradient_state
+        if not state.end_of_dataloader:
+            return batch
+        rows = real = self._rows(batch)
+        if ends_repeated:
+            real = 0
+        elif state.remainder > 0:  # rows of the dataset in the last global batch, of which the processes hold one part after the other
+            real = min(max(state.remainder - self.accelerator.process_index * rows, 0), rows)
+        if real == rows:
+            return batch
+        return self._first(batch, real) if real else {**self._first(batch, 1), REPEATED: True}
+
+    def _share(self, loss: Tensor, inputs: dict, summed: bool) -> Tensor:
+        """This process's part of the loss. summed: it is divided by the global count, while gradients are averaged over processes."""
+        if REPEATED in inputs:
+            loss = loss * 0.0  # still a backward, for other processes wait for its gradients
+        return loss * self.accelerator.num_processes if summed else loss
+
+    # Metrics
+
+    def _start_metrics(self) -> None:
+        self._sums = {mode: defaultdict(lambda: [0.0, 0.0]) for mode in ("train", "eval")}
+
+    def _add_metrics(self, mode: str, metrics: dict[str, Tensor], inputs: dict) -> None:
+        """Sums and counts, on the device. A repeated batch adds nothing, but all processes know the same names."""
+        for name, values in metrics.items():
+            values = values.detach().reshape(-1)[: 0 if REPEATED in inputs else None]
+            self._sums[mode][name][0] += values.sum()
+            self._sums[mode][name][1] += values.numel()
+
+    def _mean_metrics(self, mode: str) -> dict[str, float]:
+        """Means over all batches since the last call and over all processes, each value once."""
+        names = sorted(self._sums[mode])
+        if not names:
+            return {}
+        sums = torch.tensor([[float(x) for x in self._sums[mode][name]] for name in names], device=self.args.device)
+        total, count = self.accelerator.reduce(sums, "sum").unbind(1)
+        self._sums[mode].clear()
+        return dict(zip(names, (total / count.clamp(min=1)).tolist()))
+
+
+def check_parallelism(model, accelerator) -> None:
+    """InputError where a model or a launch splits single sequences or the vocabulary over processes, which the loss does not know."""
+    size = getattr(model, "_tp_size", None) or 1
+    config = getattr(accelerator, "parallelism_config", None)
+    if config is not None:
+        size = max(size, config.non_data_parallel_size)
+    if size > 1:
+        raise InputError(
+            f"the model is split over {size} processes by tensor or context parallelism, where no process has the whole head or the whole "
+            "sequence; train with data parallelism only (examples/accelerate: DDP, FSDP2, ZeRO-2), without tp_plan, tp_size and cp_size"
+        )
+
+
+def check_whole_weights(args) -> None:
+    """InputError where not every process gets the weights that scoring and copying the reference read before training."""
+    plugin = getattr(args, "deepspeed_plugin", None)
+    if plugin is not None and plugin.zero_stage == 3:
+        raise InputError(
+            "tisdpo.TISDPOTrainer needs whole weights before training, which DeepSpeed ZeRO-3 splits at loading; use ZeRO-2 or FSDP2, or "
+            "tisdpo.integrations.trl.TISDPOTrainer"
+        )
+    names = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
+    if all(os.environ.get(name, "false").lower() in ("1", "true") for name in names):
+        raise InputError(
+            "fsdp_cpu_ram_efficient_loading leaves all processes but one without weights, which tisdpo.TISDPOTrainer reads before "
+            "training; set it to false in accelerate's configuration"
+        )
