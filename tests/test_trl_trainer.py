@@ -1,5 +1,7 @@
 """`tisdpo.integrations.trl`: with weights 1 TRL's own losses, step by step; with weights and KL this library's; nothing ignored."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
@@ -207,5 +209,7 @@ def test_an_unsupported_trl_says_so_at_import(monkeypatch):
 
     real = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.19.1" if name == "trl" else real(name))
-    with pytest.raises(ImportError, match=r"works with trl>=1.16,<1.17, but trl 0.19.1 is installed"):
+    supported = f"trl>={module.OLDEST},<{module.NEWEST}"
+    assert supported in Path(__file__).parents[1].joinpath("pyproject.toml").read_text()
+    with pytest.raises(ImportError, match=f"works with {supported}, but trl 0.19.1 is installed"):
         importlib.reload(module)

@@ -28,7 +28,7 @@ from tisdpo.processes import REPEATED, GlobalBatches, check_parallelism
 from tisdpo.trainer import add_reference_logps, apply_weighting
 from tisdpo.weighting import Weighting
 
-OLDEST, NEWEST = "1.16", "1.17"  # supported: from the first up to, not including, the second
+OLDEST, NEWEST = "1.13", "1.17"  # supported: from the first up to, not including, the second
 if not Version(OLDEST) <= Version(version("trl")) < Version(NEWEST):
     raise ImportError(
         f"tisdpo.integrations.trl works with trl>={OLDEST},<{NEWEST}, but trl {version('trl')} is installed; "
