@@ -172,6 +172,12 @@ def test_the_routers_loss_is_added_and_logged(tmp_path, options):
     assert not any("aux_loss" in name for name in t.evaluate(t.train_dataset.select(range(2))))
 
 
+def test_a_model_that_makes_no_routers_loss_says_so():
+    model = attach_head(tiny.model())
+    with pytest.raises(InputError, match="makes no auxiliary loss of its routers; set output_router_logits=False in its configuration"):
+        model(input_ids=torch.tensor([[3, 4]]), head=lambda hidden, head: hidden, output_router_logits=True)
+
+
 def history(t):
     t.train()
     return t.state.log_history

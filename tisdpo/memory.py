@@ -346,7 +346,7 @@ def report(name: str, shape: Shape, plan: Plan, gpu_memory: float) -> str:
     smaller = min(("head", "layer"), key=lambda part: getattr(found, part))
     how = "all trained" if plan.lora is None else f"{trained:,} in adapters trained"
     where = "1 GPU" if plan.gpus == 1 else f"{plan.gpus} GPUs ({plan.sharding})"
-    reference = f"reference {plan.reference if plan.lora is None else 'adapters off'}{', KL' if plan.kl else ''}"
+    reference = f"reference {'adapters off' if plan.reference == 'resident' and plan.lora else plan.reference}{', KL' if plan.kl else ''}"
     lines = [
         f"{name}: {shape.count:,} parameters, {how}, {plan.dtype}",
         f"{where}, {2 * plan.pairs_per_gpu} sequences of {plan.seq_len} tokens on each; {reference}",
