@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import baselines, end_to_end, measure, plot, run
+from benchmarks import baselines, end_to_end, measure, plot, run, studies
 from benchmarks.registry import ALL_MODES, OURS, PROVIDERS, SMOKE, TASKS, Problem, Size, Step, fused, plain, relative_error
 from tisdpo import reference
 
@@ -123,3 +123,32 @@ def test_speed_of_log_probs(benchmark):
     target = torch.randint(4003, (128,))
     found = benchmark(tisdpo.token_logps, z, target).logps
     torch.testing.assert_close(found, z.log_softmax(-1).gather(-1, target[:, None])[:, 0])
+
+
+def test_the_page_of_the_studies_is_what_their_files_give(capsys):
+    assert studies.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_a_study_is_kept_and_put_on_the_page(tmp_path, monkeypatch):
+    found = {"compare": "(S) - DPO", "metric": "reward", "verdict": "confirmed", "differences": {"0": 0.5, "1": 0.6}}
+    results = {
+        "name": "one", "command": "tisdpo study one", "seeds": [0, 1], "points": [{"objective.beta": 0.1}], "seconds": 61.0,
+        "environment": {"date": "2026-01-02", "revision": "abc"}, "quality": "reward", "baseline": "DPO", "policies": [{}, {}],
+        "arms": [{"name": "DPO"}, {"name": "(S)"}], "leads": {"(S)": {"lead": {"0": 0.1, "1": 0.2}}},
+        "values": {"DPO": {"reward": {"0": 1.0}, "flop": {"0": 2.0}}, "(S)": {"reward": {"0": 1.5, "1": 1.6}, "flop": {"0": 6.0}}},
+        "claims": [{"text": "More.", "expect": "higher", "within": None, "verdict": "confirmed", "comparisons": [found]}],
+    }  # fmt: skip
+    monkeypatch.setattr(studies, "RESULTS", tmp_path)
+    monkeypatch.setattr(studies, "PAGE", tmp_path / "page.md")
+    studies.PAGE.write_text("before\n<!-- one: begin -->\nold\n<!-- one: end -->\nafter\n")
+    (tmp_path / "run").mkdir()
+    with pytest.raises(SystemExit, match=r"holds no results\.json"):
+        studies.main([str(tmp_path / "run")])
+    (tmp_path / "run/results.json").write_text(json.dumps(results))
+    assert studies.main([str(tmp_path / "run")]) == 0 and studies.main(["--check"]) == 0
+    page = studies.PAGE.read_text()
+    assert page.startswith("before\n") and page.endswith("after\n") and "old" not in page
+    assert "| More. | **confirmed** | true reward: (S) − DPO +0.55 ± 0.64" in page and "| (S) | 1.6 ± 0.6 | 0.2 ± 0.6 | 3.0 |" in page
+    (tmp_path / "run/results.json").write_text(json.dumps(results | {"environment": {"date": "", "revision": "abc-dirty"}}))
+    with pytest.raises(SystemExit, match="commit and run it again"):
+        studies.main([str(tmp_path / "run")])

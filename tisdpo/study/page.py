@@ -49,7 +49,7 @@ def _page(results: dict) -> dict:
         "points": [", ".join(f"{key} = {value}" for key, value in point.items()) for point in results["points"] if point],
         "baseline": results["baseline"],
         "policies": len({p["id"] for p in results["policies"]}),
-        "claims": [_claim(claim, quality) for claim in results["claims"]],
+        "claims": [claim_as_text(claim, quality) for claim in results["claims"]],
         "groups": _groups(results, methods, quality),
         "table": metric_table(_metrics(results, quality), methods),
         "curves": _curves(results, methods),
@@ -70,7 +70,7 @@ def _label(metric: str, quality: str) -> str:
     return LABELS.get(metric) or (quality if metric == "reward" and "reward" in quality else METRIC_INFO[metric]["label"])
 
 
-def _claim(claim: dict, quality: str) -> dict:
+def claim_as_text(claim: dict, quality: str) -> dict:
     """A claim with its comparisons as text."""
     shown = []
     for one in claim["comparisons"]:
