@@ -1,7 +1,9 @@
 """One pass, two passes and autograd of the reference: the same loss and the same gradients in float64, for every option."""
 
+import ctypes
 import itertools
 import math
+import mmap
 
 import pytest
 import torch
@@ -321,3 +323,39 @@ def test_bfloat16_gradients_are_multiplied_in_float32():
         grads.append(weight.grad.double())
     ratio = (grads[1] * grads[0]).sum() / (grads[0] ** 2).sum()
     assert abs(ratio * 3 - 1) < 5e-4
+
+
+@pytest.mark.skipif(rows._madvise is None, reason="needs Linux")
+def test_large_memory_asks_for_huge_pages(monkeypatch):
+    asked = []
+
+    def madvise(start, size, advice):
+        asked.append((start.value, size.value, advice))
+        return real(start, size, advice)
+
+    real = rows._madvise
+    monkeypatch.setattr(rows, "_madvise", madvise)
+    small, large = (rows.new_memory((n, 1000), torch.float32, torch.device("cpu")) for n in (2, 3000))
+    ((start, size, advice),) = asked
+    assert start % mmap.PAGESIZE == 0 and advice == mmap.MADV_HUGEPAGE
+    assert 0 <= start - large.data_ptr() < mmap.PAGESIZE and start + size == large.data_ptr() + large.nbytes
+    assert real(ctypes.c_void_p(start), ctypes.c_size_t(size), advice) in (0, -1) and large.fill_(1).sum() == 3_000_000
+    assert small.shape == (2, 1000)
+
+
+@pytest.mark.parametrize("upstream", [1.0, 2.0])
+def test_gradients_after_any_upstream(upstream):
+    """An upstream gradient of 1 leaves the gradients untouched, another scales them; with the graph kept, twice."""
+    c = make_case()
+    grads = []
+    for scaled in (False, True):
+        hidden, weight = c.hidden.clone().requires_grad_(), c.weight.clone().requires_grad_()
+        loss = tisdpo.linear_tis_dpo_loss(hidden, weight, c.target, c.cu_seqlens, ref_logps=torch.full(c.target.shape, -2.0)).loss
+        if scaled:
+            loss.backward(torch.tensor(upstream, dtype=loss.dtype), retain_graph=True)
+            loss.backward(torch.tensor(upstream, dtype=loss.dtype))
+        else:
+            loss.backward()
+        grads.append((hidden.grad, weight.grad))
+    for once, twice in zip(*grads):
+        torch.testing.assert_close(twice, 2 * upstream * once)

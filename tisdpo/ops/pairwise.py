@@ -225,8 +225,10 @@ def _backward(ctx, g_loss, *_):
         return (None,) * 23
     # In place where this is the last backward, so that dWeight exists once; a later one (retain_graph=True) needs the values as they are.
     # g_loss stays in float32: torch then multiplies 16-bit gradients in float32 and rounds once.
-    scale = Tensor.mul_ if _is_last_backward(g_loss) else Tensor.mul
-    grads = [scale(saved, g_loss) if need else None for saved, need in zip(ctx.saved_tensors, ctx.needs)]
+    last = _is_last_backward(g_loss)
+    scale = Tensor.mul_ if last else Tensor.mul
+    unscaled = last and g_loss.device.type == "cpu" and g_loss == 1  # on a device the host would have to wait for the answer
+    grads = [(saved if unscaled else scale(saved, g_loss)) if need else None for saved, need in zip(ctx.saved_tensors, ctx.needs)]
     return *grads, *[None] * 20
 
 
