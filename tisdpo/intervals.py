@@ -1,8 +1,9 @@
-"""Means over seeds with their 95 % intervals, and how to print and compare them honestly."""
+"""Means over seeds with their 95 % intervals, and how to print and compare them honestly; bootstrap intervals of any statistic."""
 
 import math
+import random
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -29,6 +30,26 @@ def t_quantile(degrees: int, level: float = 0.95) -> float:
     while low < (middle := (low + high) / 2) < high:
         low, high = (middle, high) if inside(middle) < level else (low, middle)
     return math.tan(low) * math.sqrt(degrees)
+
+
+RESAMPLES = 1000
+
+
+def bootstrap(
+    statistic: Callable[[list], float | None], items: Sequence, *, resamples: int = RESAMPLES, seed: int = 0
+) -> tuple[float, float] | None:
+    """95 % percentile interval of `statistic(items)` over samples of the items, drawn with repetition.
+
+    None for fewer than two items, and where the statistic is None for more than a twentieth of the samples.
+    """
+    if len(items) < 2:
+        return None
+    drawn = random.Random(seed)
+    values = sorted(x for _ in range(resamples) if (x := statistic(drawn.choices(items, k=len(items)))) is not None)
+    if len(values) < 0.95 * resamples:
+        return None
+    steps = statistics.quantiles(values, n=40, method="inclusive")
+    return steps[0], steps[-1]
 
 
 @dataclass(frozen=True)
