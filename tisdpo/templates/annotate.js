@@ -17,6 +17,7 @@ function load() {
   try {
     const kept = JSON.parse(localStorage.getItem(KEY));
     if (kept) state = kept;
+    else document.querySelector(".how").open = true; // on the first visit
   } catch { unkept(); }
 }
 
