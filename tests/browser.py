@@ -3,10 +3,12 @@
 Messages are JSON, ended by a zero byte, on file descriptors 3 (to the browser) and 4 (from it).
 """
 
+import fcntl
 import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -16,6 +18,7 @@ FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--disable-quic", "--remote-debugging-pipe",
 )  # fmt: skip
+MOVE = "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); os.execv(sys.argv[3], sys.argv[3:])"
 SHIFT = 8  # Input.dispatchKeyEvent's modifiers
 
 
@@ -27,15 +30,12 @@ class Browser:
         self.downloads.mkdir(parents=True)
         to_read, self._to = os.pipe()
         self._from, to_write = os.pipe()
-        high = [os.dup(fd) for fd in (to_read, to_write)]  # whatever 3 and 4 are here, the shell below moves these there
-        for fd in high:
-            os.set_inheritable(fd, True)
-        command = [PROGRAM, *FLAGS, f"--user-data-dir={directory / 'profile'}", "about:blank"]
+        ends = [fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (to_read, to_write)]  # not in the way of 3 and 4, whatever these are here
         self._process = subprocess.Popen(
-            ["sh", "-c", f'exec "$@" 3<&{high[0]} 4>&{high[1]}', "sh", *command],
-            pass_fds=high, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            [sys.executable, "-c", MOVE, *map(str, ends), PROGRAM, *FLAGS, f"--user-data-dir={directory / 'profile'}", "about:blank"],
+            pass_fds=ends, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        for fd in (to_read, to_write, *high):
+        for fd in (to_read, to_write, *ends):
             os.close(fd)
         self._rest, self._number, self._session = b"", 0, None
         self.events: list[dict] = []

@@ -329,14 +329,16 @@ def test_the_contrast_is_compared_with_its_sign_on_both_sides(tmp_path):
 
 
 def test_bootstrap_intervals():
-    torch.manual_seed(0)
+    def mean(xs):
+        return {"mean": sum(xs) / len(xs), "seldom": None if math.prod(xs) else 1.0}
+
     values = torch.randn(400).tolist()
-    low, high = bootstrap(lambda xs: sum(xs) / len(xs), values)
-    mean, error = sum(values) / 400, torch.tensor(values).std().item() / 20
-    assert low == pytest.approx(mean - 1.96 * error, abs=0.3 * error) and high == pytest.approx(mean + 1.96 * error, abs=0.3 * error)
-    assert bootstrap(lambda xs: sum(xs) / len(xs), values) == (low, high)  # the same every time
-    assert bootstrap(len, [1]) is None and bootstrap(lambda xs: None, values, resamples=10) is None
-    assert bootstrap(lambda xs: None if math.prod(xs) else 1.0, [0, *[1] * 20], resamples=100) is None  # often not defined
+    found = bootstrap(mean, values)
+    middle, error = sum(values) / 400, torch.tensor(values).std().item() / 20
+    assert found["mean"] == pytest.approx((middle - 1.96 * error, middle + 1.96 * error), abs=0.3 * error)
+    assert bootstrap(mean, values) == found  # the same every time
+    assert found["seldom"] is None  # not defined for most samples
+    assert bootstrap(mean, [1]) == {"mean": None, "seldom": None}
 
 
 @pytest.mark.parametrize(

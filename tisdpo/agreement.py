@@ -193,29 +193,18 @@ def _contrasts(weights: Iterable[str | Path], contents: dict[str, dict]) -> dict
 
 
 def _against(rated: Rated, contrast: Rated) -> dict:
-    def joined(rows: list[int]) -> tuple[Tensor, Tensor]:
-        return torch.cat([contrast[row] for row in rows]), torch.cat([rated[row] for row in rows])
-
-    def sign(rows: list[int]) -> float | None:
-        r, ratings = joined(rows)
+    def figures(rows: list[int]) -> dict[str, float | None]:
+        r, ratings = (torch.cat([values[row] for row in rows]) for values in (contrast, rated))
         right = (r * ratings)[ratings != 0].sign()
-        return 0.5 + 0.5 * right.mean().item() if len(right) else None
+        return {**truth_agreement(r, ratings), "sign": 0.5 + 0.5 * right.mean().item() if len(right) else None}
 
-    return {
-        **_size(rated),
-        "auc": _figure(rated, lambda rows: truth_agreement(*joined(rows))["auc"]),
-        "spearman": _figure(rated, lambda rows: truth_agreement(*joined(rows))["spearman"]),
-        "sign": _figure(rated, sign),
-    }
+    return {**_size(rated), **_with_intervals(list(rated), figures)}
 
 
 def _between(raters: dict[str, Rated]) -> dict:
-    several = {row: [rated[row] for rated in raters.values() if row in rated] for rated in raters.values() for row in rated}
-    several = {row: ratings for row, ratings in sorted(several.items()) if len(ratings) > 1}
+    by_row = {row: [rated[row] for rated in raters.values() if row in rated] for rated in raters.values() for row in rated}
+    several = {row: ratings for row, ratings in sorted(by_row.items()) if len(ratings) > 1}
     counts = {row: torch.stack([(torch.stack(ratings) == value).sum(0) for value in SCALE], dim=1) for row, ratings in several.items()}
-
-    def alpha(level: str) -> Callable[[list[int]], float | None]:
-        return lambda rows: _alpha(torch.cat([counts[row] for row in rows]), level)
 
     def spearman(rows: list[int]) -> float | None:
         known = []
@@ -225,12 +214,17 @@ def _between(raters: dict[str, Rated]) -> dict:
                 known.append(truth_agreement(torch.cat([a[row] for row in common]), torch.cat([b[row] for row in common]))["spearman"])
         return sum(known) / len(known) if known and None not in known else None
 
-    return {
-        **_size({row: ratings[0] for row, ratings in several.items()}),
-        "alpha_ordinal": _figure(several, alpha("ordinal")),
-        "alpha_interval": _figure(several, alpha("interval")),
-        "spearman": _figure(several, spearman),
-    }
+    def figures(rows: list[int]) -> dict[str, float | None]:
+        joined = torch.cat([counts[row] for row in rows]) if rows else torch.zeros(0, len(SCALE))
+        return {"alpha_ordinal": _alpha(joined, "ordinal"), "alpha_interval": _alpha(joined, "interval"), "spearman": spearman(rows)}
+
+    return {**_size({row: ratings[0] for row, ratings in several.items()}), **_with_intervals(list(several), figures)}
+
+
+def _with_intervals(rows: list[int], figures: Callable[[list[int]], dict[str, float | None]]) -> dict[str, dict]:
+    """{name: {"value", "low", "high"}} of the figures, with intervals over the rows."""
+    spans = bootstrap(figures, rows)
+    return {name: dict(zip(("value", "low", "high"), (value, *(spans[name] or (None, None))))) for name, value in figures(rows).items()}
 
 
 def _alpha(counts: Tensor, level: str) -> float | None:
@@ -243,12 +237,6 @@ def _alpha(counts: Tensor, level: str) -> float | None:
         return None
     found = float(krippendorff.alpha(value_counts=counts.numpy(), value_domain=SCALE, level_of_measurement=level))
     return found if math.isfinite(found) else None
-
-
-def _figure(rated: dict, statistic: Callable[[list[int]], float | None]) -> dict:
-    rows = list(rated)
-    low, high = bootstrap(statistic, rows) or (None, None)
-    return {"value": statistic(rows) if rows else None, "low": low, "high": high}
 
 
 def _size(rated: Rated) -> dict:

@@ -36,20 +36,23 @@ RESAMPLES = 1000
 
 
 def bootstrap(
-    statistic: Callable[[list], float | None], items: Sequence, *, resamples: int = RESAMPLES, seed: int = 0
-) -> tuple[float, float] | None:
-    """95 % percentile interval of `statistic(items)` over samples of the items, drawn with repetition.
+    statistics_of: Callable[[list], dict[str, float | None]], items: Sequence, *, resamples: int = RESAMPLES, seed: int = 0
+) -> dict[str, tuple[float, float] | None]:
+    """95 % percentile intervals {name: (low, high)} of `statistics_of(items)` over samples of the items, drawn with repetition.
 
-    None for fewer than two items, and where the statistic is None for more than a twentieth of the samples.
+    An interval is None for fewer than two items, and where its statistic is None for more than a twentieth of the samples.
     """
+    names = list(statistics_of(list(items)))
     if len(items) < 2:
-        return None
+        return dict.fromkeys(names)
     drawn = random.Random(seed)
-    values = sorted(x for _ in range(resamples) if (x := statistic(drawn.choices(items, k=len(items)))) is not None)
-    if len(values) < 0.95 * resamples:
-        return None
-    steps = statistics.quantiles(values, n=40, method="inclusive")
-    return steps[0], steps[-1]
+    samples = [statistics_of(drawn.choices(items, k=len(items))) for _ in range(resamples)]
+    found = {}
+    for name in names:
+        values = [sample[name] for sample in samples if sample[name] is not None]
+        steps = statistics.quantiles(values, n=40, method="inclusive") if len(values) >= max(2, 0.95 * resamples) else None
+        found[name] = None if steps is None else (steps[0], steps[-1])
+    return found
 
 
 @dataclass(frozen=True)
