@@ -17,7 +17,8 @@ from tisdpo.hf import train_bpe
 from tisdpo.intervals import bootstrap
 from tisdpo.scored import load_scored, make_provenance, save_scored, scored_sets
 
-NASTY = "it's </script><script>window.hit = 1</script> & <img src=x onerror='window.hit = 1'> {{ 7 * 7 }} \"ok\"\nsecond line"
+TAG = "<img src=x onerror='window.hit = 1'>"  # one token
+NASTY = f'it\'s </script><script>window.hit = 1</script> & {TAG} {{{{ 7 * 7 }}}} "ok"\nsecond line'
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +52,7 @@ def nasty(tmp_path_factory):
     """A scored set of text that would break a page that did not escape it, with its tokenizer."""
     path = tmp_path_factory.mktemp("nasty")
     tokenizer = train_bpe([NASTY, "a kind answer", "a rude answer, caf\u00e9"], 400)
+    tokenizer.add_tokens([TAG])
     tokenizer.save_pretrained(path / "model")
     pairs = [{"prompt": f"{n}: <b>why</b>?", "chosen": f" {NASTY} {n}", "rejected": f" a rude answer {n}, caf\u00e9"} for n in range(4)]
     return save(tiny.contrast(tokenize_pairs(pairs, tokenizer, max_length=256)[0]), path / "S", tokenizer)
@@ -96,8 +98,8 @@ def test_a_person_rates_and_exports_and_it_is_compared(nasty, chromium, tmp_path
     assert chromium.js("$('prompt').textContent") == f"{row['index']}: <b>why</b>?"
     shown = chromium.js("[...document.querySelectorAll('#chosen .tok')].map(t => t.textContent)")
     assert len(shown) == len(row["chosen_ids"])
-    text = chromium.js("$('chosen').textContent")
-    assert NASTY.replace("\n", "⏎\n") in text and "window.hit" in text and chromium.js("window.hit === undefined")
+    text = chromium.js("$('chosen').textContent").replace("␣", " ")  # a space that is a token of its own
+    assert TAG in shown and NASTY.replace("\n", "⏎\n") in text and "window.hit" in text and chromium.js("window.hit === undefined")
     assert chromium.js("$('place').textContent") == "Pair 1 of 3" and chromium.js("document.querySelector('.how').open")
     assert "did not touch counts as 0" in re.sub(r"\s+", " ", chromium.js("document.body.textContent"))
 
