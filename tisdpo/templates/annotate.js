@@ -1,7 +1,7 @@
 "use strict";
 const page = JSON.parse(document.getElementById("data").textContent);
 const SIDES = ["chosen", "rejected"], CYCLE = [null, 1, 2, -1, -2], LETTERS = { a: -2, s: -1, d: 0, f: 1, g: 2 };
-const KEY = ["tisdpo", page.set, page.pairs.map(pair => pair.row).join(",")].join("/");
+const KEY = ["tisdpo", page.version, page.set, page.pairs.map(pair => pair.row).join(",")].join("/");
 const $ = id => document.getElementById(id);
 const shown = rating => rating > 0 ? "+" + rating : rating < 0 ? "−" + -rating : "0";
 
@@ -11,7 +11,7 @@ const fresh = () => ({
   rater: "", at: 0,
   pairs: page.pairs.map(pair => ({ done: false, ...Object.fromEntries(SIDES.map(side => [side, pair[side].map(() => null)])) })),
 });
-let state = fresh(), current = { side: "chosen", i: 0 }, history = [];
+let state = fresh(), current = { side: "chosen", i: 0 }, past = [];
 
 function load() {
   try {
@@ -36,7 +36,7 @@ const pair = () => state.pairs[state.at];
 const get = (side, i) => pair()[side][i];
 
 function change(act) {
-  history.push(JSON.stringify({ at: state.at, current, pair: pair() }));
+  past.push(JSON.stringify({ at: state.at, current, pair: pair() }));
   act(pair());
   keep();
 }
@@ -45,13 +45,13 @@ function rate(value) {
   const { side, i } = current;
   change(pair => { pair[side][i] = value; });
   paint(side, i);
-  status();
+  refresh();
   $("said").textContent = label(side, i);
 }
 
 function undo() {
-  if (!history.length) return;
-  const before = JSON.parse(history.pop());
+  if (!past.length) return;
+  const before = JSON.parse(past.pop());
   state.pairs[before.at] = before.pair;
   state.at = before.at;
   current = before.current;
@@ -79,7 +79,7 @@ function finish() {
   if (open < 0) say("All pairs are done. Export writes them to a file.", true);
   else say("");
   if (state.at + 1 < page.pairs.length) go(state.at + 1);
-  else status();
+  else refresh();
 }
 
 // Drawing: texts are only ever set as text
@@ -117,10 +117,10 @@ function draw() {
     });
     content[side].forEach((_, i) => paint(side, i));
   }
-  status();
+  refresh();
 }
 
-function status() {
+function refresh() {
   const done = state.pairs.filter(pair => pair.done).length, all = page.pairs.length;
   $("place").textContent = `Pair ${state.at + 1} of ${all}`;
   $("share").textContent = `${done} done`;
@@ -128,7 +128,7 @@ function status() {
   $("progress").setAttribute("aria-valuenow", done);
   $("progress").firstElementChild.style.width = `${100 * done / all}%`;
   $("done").checked = pair().done;
-  $("undo").disabled = !history.length;
+  $("undo").disabled = !past.length;
   $("back").disabled = state.at === 0;
   $("next").textContent = state.at + 1 < all ? "Done, next" : "Done";
   [...$("pairs").children].forEach((button, i) => {
@@ -219,7 +219,7 @@ async function upload(file) {
     else left += 1;
   }
   state.rater = $("rater").value = content.rater;
-  history = [];
+  past = [];
   keep();
   draw();
   say(`Imported ${content.pairs.length - left} pairs of ${content.rater}` + (left ? `; ${left} are not on this page.` : "."), true);
@@ -275,7 +275,7 @@ for (const button of document.querySelectorAll(".palette [data-value]"))
 $("undo").addEventListener("click", undo);
 $("next").addEventListener("click", finish);
 $("back").addEventListener("click", () => go(state.at - 1));
-$("done").addEventListener("change", event => { setDone(event.target.checked); status(); });
+$("done").addEventListener("change", event => { setDone(event.target.checked); refresh(); });
 $("rater").addEventListener("input", event => { state.rater = event.target.value; keep(); });
 $("export").addEventListener("click", download);
 $("import").addEventListener("click", () => $("file").click());
@@ -286,7 +286,7 @@ $("file").addEventListener("change", event => {
 $("restart").addEventListener("click", () => {
   if (!confirm("Forget all ratings on this page, and the name?")) return;
   state = fresh();
-  history = [];
+  past = [];
   $("rater").value = "";
   keep();
   go(0);
