@@ -56,7 +56,7 @@ def read_ratings(path: str | Path) -> dict:
         raise InputError(f"{path} has version {content.get('version')!r} of the format, known here is {VERSION}; use the tisdpo it is of")
     for name in ("set", "tokenizer", "rater"):
         if not isinstance(content.get(name), str) or not content[name].strip():
-            raise InputError(f"{path} has no {name}" + ("; write a name on its page and export again" if name == "rater" else ""))
+            raise InputError(f"{path} has no {name}; " + ("write a name on its page and " * (name == "rater")) + "export it again")
     pairs = content.get("pairs")
     if not isinstance(pairs, list):
         raise InputError(f"{path} has no list of pairs; export it again from its page")
