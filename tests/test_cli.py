@@ -322,7 +322,7 @@ def test_help_names_all_commands(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     out = capsys.readouterr().out
-    assert all(re.search(rf"^    {command} +\w", out, re.MULTILINE) for command in COMMANDS)
+    assert all(re.search(rf"^    {command}\s+\w", out, re.MULTILINE) for command in COMMANDS)
 
 
 def test_the_program_in_a_process_of_its_own(tmp_path):
