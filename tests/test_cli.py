@@ -21,7 +21,7 @@ contrast: {constructions: [P]}
 methods: [dpo, P]
 train: {steps: 6, learning_rate: 1.0e-4}
 """
-COMMANDS = ("run", "weights", "train", "eval", "study", "show", "plan", "doctor")
+COMMANDS = ("run", "weights", "train", "eval", "study", "show", "annotate", "agreement", "plan", "doctor")
 
 
 @pytest.fixture
@@ -322,7 +322,7 @@ def test_help_names_all_commands(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     out = capsys.readouterr().out
-    assert all(re.search(rf"^    {command} +\w", out, re.MULTILINE) for command in COMMANDS)
+    assert all(re.search(rf"^    {command}\s+\w", out, re.MULTILINE) for command in COMMANDS)
 
 
 def test_the_program_in_a_process_of_its_own(tmp_path):

@@ -8,7 +8,7 @@ TIS-DPO (arXiv 2410.04350) and its relatives, exact and without the [tokens, voc
     -> arithmetic, batches, doctor, heatmap, hf, memory, plots, processes, provenance, readers, settings, synthetic
     -> cached, config, rendering, report, scoring -> data, parts
     -> contrastive, evaluate, scored, sources, trainer
-    -> integrations, score, stages, summary -> estimation -> pipeline -> study -> cli -> __main__
+    -> agreement, integrations, score, stages, summary -> annotate, estimation -> pipeline -> study -> cli -> __main__
 
 Names between two arrows are one level and do not import each other. `reference` is the mathematics in plain PyTorch, the oracle of the
 tests: it imports nothing of the package, nothing imports it.

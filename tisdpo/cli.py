@@ -1,4 +1,4 @@
-"""The command line: `tisdpo run`, `weights`, `train`, `eval`, `study`, `score`, `show`, `plan` and `doctor`.
+"""The command line: `tisdpo run`, `weights`, `train`, `eval`, `study`, `score`, `show`, `annotate`, `agreement`, `plan` and `doctor`.
 
 A mistake of the user ends in one sentence on stderr and exit code 2 (with --debug in a traceback), Ctrl-C in one line and 130. Results go
 to stdout, progress to stderr. What a command needs is imported when it runs, so that --help is quick.
@@ -70,6 +70,16 @@ EXAMPLES = {
         tisdpo show runs/demo/seed-0/scored/S --index 7 --html pair-7.html
         tisdpo show runs/demo/seed-0/scored/S transform=rank       other weights from the same scores
         tisdpo show my-scores --tokenizer my-model
+    """,
+    "annotate": """
+        tisdpo annotate runs/demo                           a page for people, who see the tokens and not their weights
+        tisdpo annotate my-scores --pairs 50 --seed 1 --tokenizer my-model --out sample-1.html
+        tisdpo annotate runs/demo --from-truth truth.json   and the ratings that the known truth of a world would give
+    """,
+    "agreement": """
+        tisdpo agreement ratings-ann.json ratings-bo.json
+        tisdpo agreement ratings-*.json --weights runs/demo --out agreement.json
+        tisdpo agreement ratings-ann.json --weights scored/S --weights scored/P
     """,
     "plan": """
         tisdpo plan --model Llama-3-8B --gpus 8 --sharding fsdp2
@@ -197,6 +207,21 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--html", metavar="FILE", help="write a page instead of printing to the terminal")
     show.add_argument("--tokenizer", metavar="PATH", help="tokenizer the set was scored with (default: found in the run of the set)")
     show.add_argument("--no-color", action="store_true", help="weights as numbers in the text")
+
+    annotate = _command(commands, "annotate", _annotate, "a page on which people rate the tokens of some pairs")
+    annotate.add_argument("scored", help="directory of a scored set, or of a run (its first seed)")
+    annotate.add_argument("--pairs", type=_count, default=20, metavar="N", help="pairs to rate (default: 20)")
+    annotate.add_argument("--seed", type=int, default=0, metavar="N", help="of the draw of the pairs (default: 0)")
+    annotate.add_argument("--out", default="annotate.html", metavar="FILE", help="the page (default: annotate.html)")
+    annotate.add_argument("--tokenizer", metavar="PATH", help="tokenizer the set was scored with (default: found in the run of the set)")
+    annotate.add_argument("--from-truth", metavar="FILE", help="write ratings made from the known truth of a synthetic world, too")
+
+    agreement = _command(commands, "agreement", _agreement, "ratings of people against each other and against the contrast")
+    agreement.add_argument("ratings", nargs="+", metavar="FILE", help="files that the page of `tisdpo annotate` exported, one per rater")
+    agreement.add_argument(
+        "--weights", action="append", default=[], metavar="DIR", help="scored set to compare with, or a run (all its sets); may be repeated"
+    )
+    agreement.add_argument("--out", metavar="FILE", help="write all figures as JSON, too")
 
     plan = _command(commands, "plan", _plan, "what a training run would need of a GPU's memory, and whether it fits")
     plan.add_argument("--model", required=True, metavar="MODEL", help="directory, config.json, hub id, or a name such as Llama-3-8B")
@@ -364,12 +389,12 @@ def _score(arguments) -> None:
 def _show(arguments) -> None:
     _quiet(arguments.debug)
     from tisdpo.heatmap import heatmap_terminal
-    from tisdpo.scored import load_provenance, load_scored
+    from tisdpo.scored import load_provenance, load_scored, load_tokenizer_of
     from tisdpo.summary import response
 
     weighting = _weighting(arguments.settings)
     provenance = load_provenance(arguments.scored)
-    tokenizer = _tokenizer(Path(arguments.scored), arguments.tokenizer, provenance["tokenizer"])
+    tokenizer = load_tokenizer_of(arguments.scored, arguments.tokenizer)
     rows = load_scored(arguments.scored)
     if not 0 <= arguments.index < len(rows):
         raise InputError(f"--index {arguments.index}: {arguments.scored} has rows 0 to {len(rows) - 1}")
@@ -404,37 +429,27 @@ def _weighting(settings: list[str]):
     return build(Weighting, {**start, **values}, overridden=given)
 
 
-def _tokenizer(scored: Path, given: str | None, fingerprint: str):
-    """The tokenizer of a scored set: the one given, or the first that fits of those in the run around the set."""
-    from tisdpo.fingerprints import tokenizer_fingerprint
-    from tisdpo.hf import load_tokenizer
+def _annotate(arguments) -> None:
+    _quiet(arguments.debug)
+    from tisdpo import annotate
 
-    if given is not None:
-        tokenizer = load_tokenizer(given)
-        if tokenizer_fingerprint(tokenizer) != fingerprint:
-            raise InputError(f"--tokenizer {given}: {scored} was scored with another tokenizer; give the one of the models that scored it")
-        return tokenizer
-    for path in _tokenizers_around(scored):
-        tokenizer = load_tokenizer(path)
-        if tokenizer_fingerprint(tokenizer) == fingerprint:
-            return tokenizer
-    raise InputError(f"the tokenizer that {scored} was scored with is not in the run around it; name it with --tokenizer")
+    for path in annotate.write(
+        arguments.scored, arguments.out, pairs=arguments.pairs, seed=arguments.seed, tokenizer=arguments.tokenizer,
+        truth=arguments.from_truth,
+    ):  # fmt: skip
+        print(path)
 
 
-def _tokenizers_around(scored: Path):
-    """Paths to try: models of the seed <run>/seed-<n>/scored/<construction> belongs to, then the base model in <run>/config.yaml."""
-    seed = scored.resolve().parents[1]
-    found = (
-        path.parent
-        for pattern in ("base", "contrastive/*", "policy/*")
-        for path in sorted(seed.glob(f"{pattern}/model/tokenizer_config.json"))
-    )
-    yield from map(str, found)
-    if (seed.parent / "config.yaml").exists():
-        from tisdpo.config import load_config
+def _agreement(arguments) -> None:
+    _quiet(arguments.debug)
+    from tisdpo import agreement
 
-        model = load_config(seed.parent).model
-        yield from (path for path in (model.tokenizer, model.path) if path is not None)
+    found = agreement.compare(arguments.ratings, arguments.weights)
+    if arguments.out is not None:
+        from tisdpo.files import write_json
+
+        write_json(arguments.out, found, ensure_ascii=False)
+    print(agreement.table(found))
 
 
 def _plan(arguments) -> None:

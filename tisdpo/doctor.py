@@ -12,7 +12,13 @@ import tisdpo
 from tisdpo.ops import backend
 
 # extra of the package: what it is for
-EXTRAS = {"report": "the HTML report", "flash": "padding-free attention on NVIDIA GPUs", "trl": "trl.DPOTrainer", "peft": "LoRA"}
+EXTRAS = {
+    "report": "the HTML report",
+    "flash": "padding-free attention on NVIDIA GPUs",
+    "trl": "trl.DPOTrainer",
+    "peft": "LoRA",
+    "annotate": "ratings of people",
+}
 
 # flags of /proc/cpuinfo that decide how fast the matrix products are
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "asimd", "bf16", "sve", "i8mm")

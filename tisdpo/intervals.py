@@ -1,8 +1,9 @@
-"""Means over seeds with their 95 % intervals, and how to print and compare them honestly."""
+"""Means over seeds with their 95 % intervals, and how to print and compare them honestly; bootstrap intervals of any statistic."""
 
 import math
+import random
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -29,6 +30,29 @@ def t_quantile(degrees: int, level: float = 0.95) -> float:
     while low < (middle := (low + high) / 2) < high:
         low, high = (middle, high) if inside(middle) < level else (low, middle)
     return math.tan(low) * math.sqrt(degrees)
+
+
+RESAMPLES = 1000
+
+
+def bootstrap(
+    statistics_of: Callable[[list], dict[str, float | None]], items: Sequence, *, resamples: int = RESAMPLES, seed: int = 0
+) -> dict[str, tuple[float, float] | None]:
+    """95 % percentile intervals {name: (low, high)} of `statistics_of(items)` over samples of the items, drawn with repetition.
+
+    An interval is None for fewer than two items, and where its statistic is None for more than a twentieth of the samples.
+    """
+    names = list(statistics_of(list(items)))
+    if len(items) < 2:
+        return dict.fromkeys(names)
+    drawn = random.Random(seed)
+    samples = [statistics_of(drawn.choices(items, k=len(items))) for _ in range(resamples)]
+    found = {}
+    for name in names:
+        values = [sample[name] for sample in samples if sample[name] is not None]
+        steps = statistics.quantiles(values, n=40, method="inclusive") if len(values) >= max(2, 0.95 * resamples) else None
+        found[name] = None if steps is None else (steps[0], steps[-1])
+    return found
 
 
 @dataclass(frozen=True)

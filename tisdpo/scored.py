@@ -15,10 +15,21 @@ from datasets import Dataset, Features, List, Value, load_from_disk
 from tisdpo.data import SIDES, TOKEN_COLUMNS, Counts, check_token_values, load_pairs, tokenize_pairs
 from tisdpo.errors import InputError
 from tisdpo.files import beside, write_json
+from tisdpo.fingerprints import tokenizer_fingerprint
+from tisdpo.hf import load_tokenizer
 from tisdpo.provenance import FORMAT, PROVENANCE, REQUIRED, check_provenance, load_provenance, make_provenance
 from tisdpo.readers import ID_COLUMNS
 
-__all__ = ["ids_fingerprint", "import_official_weights", "load_provenance", "load_scored", "make_provenance", "save_scored"]
+__all__ = [
+    "ids_fingerprint",
+    "import_official_weights",
+    "load_provenance",
+    "load_scored",
+    "load_tokenizer_of",
+    "make_provenance",
+    "save_scored",
+    "scored_sets",
+]
 
 
 def save_scored(rows: Dataset, path: str | Path, provenance: dict, *, more: Callable[[Path], None] | None = None) -> None:
@@ -120,6 +131,55 @@ def _first_difference(stored: Dataset, given: Dataset) -> str:
 
 def _short(ids: list[int]) -> str:
     return f"[{', '.join(map(str, ids[:8]))}{', ...' if len(ids) > 8 else ''}] ({len(ids)} tokens)"
+
+
+def scored_sets(path: str | Path) -> list[Path]:
+    """The scored set that `path` is, or those of the run that it is, as <run>/seed-<n>/scored/<construction>: by seed, then by name.
+
+    Raises InputError where there is none.
+    """
+    path = Path(path)
+    if (path / PROVENANCE).exists():
+        return [path]
+    found = [file.parent for file in path.glob(f"seed-*/scored/*/{PROVENANCE}")]
+    if not found:
+        raise InputError(f"{path} is no scored set, nor a run with one; make one with `tisdpo weights` or `tisdpo score`")
+    return sorted(found, key=lambda one: (len(one.parts[-3]), one.parts[-3], one.name))  # seed-10 after seed-9
+
+
+def load_tokenizer_of(path: str | Path, given: str | None = None):
+    """The tokenizer of a scored set: the one given, or the first that fits of those in the run around the set.
+
+    Raises InputError for another tokenizer than the set was scored with, and where none is found.
+    """
+    path = Path(path)
+    fingerprint = load_provenance(path)["tokenizer"]
+    if given is not None:
+        tokenizer = load_tokenizer(given)
+        if tokenizer_fingerprint(tokenizer) != fingerprint:
+            raise InputError(f"--tokenizer {given}: {path} was scored with another tokenizer; give the one of the models that scored it")
+        return tokenizer
+    for place in _tokenizers_around(path):
+        tokenizer = load_tokenizer(place)
+        if tokenizer_fingerprint(tokenizer) == fingerprint:
+            return tokenizer
+    raise InputError(f"the tokenizer that {path} was scored with is not in the run around it; name it with --tokenizer")
+
+
+def _tokenizers_around(path: Path):
+    """Paths to try: models of the seed <run>/seed-<n>/scored/<construction> belongs to, then the base model in <run>/config.yaml."""
+    seed = path.resolve().parents[1]
+    found = (
+        file.parent
+        for pattern in ("base", "contrastive/*", "policy/*")
+        for file in sorted(seed.glob(f"{pattern}/model/tokenizer_config.json"))
+    )
+    yield from map(str, found)
+    if (seed.parent / "config.yaml").exists():
+        from tisdpo.config import load_config
+
+        model = load_config(seed.parent).model
+        yield from (place for place in (model.tokenizer, model.path) if place is not None)
 
 
 # The authors' files
