@@ -24,7 +24,9 @@ COLORS = {OURS: "#c2410c", "tisdpo two passes": "#f59e0b", "plain torch": "#3341
 REASONS = [
     ("torch.compile", lambda size: size["tokens"] * size["vocabulary"] > 1 << 23,
      "it forms all logits at once, which takes the memory that stands beside it, and reads and writes dWeight once instead of once a "
-     "chunk; one pass in one chunk is as fast (the row of that name), and the budget is the user's to raise, TISDPO_CHUNK_MIB"),
+     "chunk; one pass in one chunk is as fast (NOTES.md), and the budget is the user's to raise, TISDPO_CHUNK_MIB"),
+    ("plain torch", lambda size: size["vocabulary"] >= 64000,
+     "few rows of so large a vocabulary fit into the budget of a chunk, and for every chunk dWeight is read and written (NOTES.md)"),
     ("", lambda size: size["tokens"] * size["vocabulary"] <= 1 << 23,
      "few logits: they fit into the cache, nothing is saved by chunks, and the fixed cost of the operators counts"),
 ]  # fmt: skip
@@ -55,7 +57,7 @@ def plotted(report: dict) -> bool:
 
 
 def lost(result: dict) -> list[tuple[str, float]]:
-    """Providers of the same task that were faster than one pass by more than the spread, with the factor."""
+    """Providers of the same task that were faster than one pass in the median, with the factor."""
     ours = result["rows"].get(OURS, {})
     return [
         (name, ours["seconds"] / row["seconds"])
@@ -98,17 +100,16 @@ def step_table(result: dict) -> list[str]:
 
 
 def losing_rows(reports: list[dict]) -> list[str]:
-    """Every row of the published tables in which somebody who computes the same task is faster."""
-    lines = []
+    """Every row of the published tables in which somebody who computes the same task is faster, by provider and reason."""
+    found: dict[tuple[str, str], list[str]] = {}
     for report in reports:
         curves = [(point, f"curve of {name}") for name, c in report.get("scaling", {}).items() for point in c["points"]]
         for result, where in [(r, r["step"]) for r in report.get("steps", [])] + curves:
-            lines += [
-                f"- {name}, {result['dtype']}, {where}, {size_text(result['size'])}: {factor:.2f} times as fast; "
-                f"{why(name, result['size'])}."
-                for name, factor in lost(result)
-            ]
-    return lines or ["None."]
+            for name, factor in lost(result):
+                close = ", ranges overlap" if result["rows"][name]["p80"] > result["rows"][OURS]["p20"] else ""
+                row = f"  - {result['dtype']}, {where}, {size_text(result['size'])}: {factor:.2f} times as fast{close}"
+                found.setdefault((name, why(name, result["size"])), []).append(row)
+    return [line for (name, reason), rows in found.items() for line in (f"- **{name}**: {reason}.", *rows)] or ["None."]
 
 
 def machine(report: dict) -> str:
@@ -240,15 +241,15 @@ def with_figures(text: str, block: str) -> str:
 # Plots
 
 
-def _axes(columns: int, height: float):
+def _axes(columns: int, height: float, rows: int = 1):
     import matplotlib
 
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"svg.hashsalt": "tisdpo", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    figure, axes = plt.subplots(1, columns, figsize=(4.2 * columns, height), layout="constrained", squeeze=False)
-    return figure, axes[0]
+    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, height * rows), layout="constrained", squeeze=False)
+    return figure, axes.ravel()
 
 
 def _write(figure, name: str) -> None:
@@ -262,7 +263,7 @@ def _write(figure, name: str) -> None:
 def plot_steps(report: dict) -> None:
     """Bars: time over the products, memory, error; one row of panels a kind of step without and with KL."""
     chosen = [r for r in report["steps"] if r["step"] in ("no KL", "KL, online reference")]
-    figure, axes = _axes(3 * len(chosen), 3.4)
+    figure, axes = _axes(3, 3.0, rows=len(chosen))
     for i, result in enumerate(chosen):
         rows = {n: r for n, r in sorted(result["rows"].items(), key=lambda item: -item[1].get("seconds", 0)) if "seconds" in r}
         bars = [

@@ -1,9 +1,7 @@
 """One pass, two passes and autograd of the reference: the same loss and the same gradients in float64, for every option."""
 
-import ctypes
 import itertools
 import math
-import mmap
 
 import pytest
 import torch
@@ -11,7 +9,7 @@ from cases import SHAPES, make_case
 
 import tisdpo
 from tisdpo import Objective, reference
-from tisdpo.ops import backend, pairwise, rows
+from tisdpo.ops import backend, pairwise
 
 TRANSFORMS = {
     "plain": {},
@@ -323,24 +321,6 @@ def test_bfloat16_gradients_are_multiplied_in_float32():
         grads.append(weight.grad.double())
     ratio = (grads[1] * grads[0]).sum() / (grads[0] ** 2).sum()
     assert abs(ratio * 3 - 1) < 5e-4
-
-
-@pytest.mark.skipif(rows._madvise is None, reason="needs Linux")
-def test_large_memory_asks_for_huge_pages(monkeypatch):
-    asked = []
-
-    def madvise(start, size, advice):
-        asked.append((start.value, size.value, advice))
-        return real(start, size, advice)
-
-    real = rows._madvise
-    monkeypatch.setattr(rows, "_madvise", madvise)
-    small, large = (rows.new_memory((n, 1000), torch.float32, torch.device("cpu")) for n in (2, 3000))
-    ((start, size, advice),) = asked
-    assert start % mmap.PAGESIZE == 0 and advice == mmap.MADV_HUGEPAGE
-    assert 0 <= start - large.data_ptr() < mmap.PAGESIZE and start + size == large.data_ptr() + large.nbytes
-    assert real(ctypes.c_void_p(start), ctypes.c_size_t(size), advice) in (0, -1) and large.fill_(1).sum() == 3_000_000
-    assert small.shape == (2, 1000)
 
 
 @pytest.mark.parametrize("upstream", [1.0, 2.0])

@@ -1,8 +1,5 @@
 """The rows that carry loss, and the head over a range of them: what the one-pass and the two-pass drivers share."""
 
-import ctypes
-import mmap
-import sys
 from dataclasses import dataclass
 
 import torch
@@ -10,9 +7,6 @@ from torch import Tensor
 
 from tisdpo.ops import backend, products
 from tisdpo.ops.backend import accumulation_dtype
-
-HUGE_PAGES_FROM = 8 << 20  # bytes: below, the few pages of a tensor cost nothing
-_madvise = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
 
 
 @dataclass(frozen=True)
@@ -49,7 +43,7 @@ class Tiles:
         models = 1 if reference is None else 2
         dtype, device = accumulation_dtype(policy.hidden.dtype), policy.hidden.device
         try:
-            self.buffer = new_memory((models * rows, len(policy.weight)), dtype, device)
+            self.buffer = torch.empty(models * rows, len(policy.weight), dtype=dtype, device=device)
         except torch.OutOfMemoryError as error:
             size = models * rows * len(policy.weight) * dtype.itemsize >> 20
             raise torch.OutOfMemoryError(
@@ -68,16 +62,6 @@ class Tiles:
             if self.reference is not None:
                 self.reference.logits(a, b, ref_z)
         return z, None if self.reference is None else ref_z
-
-
-def new_memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """torch.empty. On a CPU a large one asks the system for huge pages: every step gets its memory anew, and the first touch of it,
-    4 KB at a time, can take as long as the fold (benchmarks/NOTES.md). Where they are not to be had, nothing changes."""
-    x = torch.empty(shape, dtype=dtype, device=device)
-    if x.device.type == "cpu" and x.nbytes >= HUGE_PAGES_FROM and _madvise is not None:
-        start = -(-x.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        _madvise(ctypes.c_void_p(start), ctypes.c_size_t(x.data_ptr() + x.nbytes - start), mmap.MADV_HUGEPAGE)
-    return x
 
 
 def _same(x: Tensor, y: Tensor) -> bool:
@@ -106,7 +90,7 @@ class GradientSums:
         # every row that carries loss is written below; only the ignored ones need zeros
         empty = rows.hidden.new_empty
         self.hidden = (rows.hidden.new_zeros if count < len(rows.hidden) else empty)(rows.hidden.shape) if needs[0] else empty(0)
-        self.weight = new_memory(rows.weight.shape, dtype, rows.weight.device) if needs[1] else empty(0)
+        self.weight = empty(rows.weight.shape, dtype=dtype) if needs[1] else empty(0)
         self.bias = rows.weight.new_zeros(len(rows.weight), dtype=dtype) if needs[2] else empty(0)
         self.first = True
 
