@@ -277,6 +277,7 @@ def plot_steps(report: dict) -> None:
             ax.set_xlabel(label)
             if label.startswith("largest"):
                 ax.set_xscale("log")
+                ax.set_xlim(min(filter(None, values), default=1) / 10, max(values) * 2)
             if line is not None:
                 ax.axvline(line, color="#64748b", lw=0.8, ls="--")
                 ax.set_title(f"{result['step']}: {result['products']} products", loc="left", fontsize=9)

@@ -9,7 +9,7 @@ from cases import SHAPES, make_case
 
 import tisdpo
 from tisdpo import Objective, reference
-from tisdpo.ops import backend, pairwise
+from tisdpo.ops import backend, pairwise, rows
 
 TRANSFORMS = {
     "plain": {},
