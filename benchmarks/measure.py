@@ -7,6 +7,7 @@ growth of the high-water mark of a fresh process on a CPU, beyond inputs and the
 
 import gc
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -132,11 +133,17 @@ def summary(seconds: list[float]) -> dict[str, float]:
     return {"seconds": statistics.median(seconds), "p20": max(low, min(seconds)), "p80": min(high, max(seconds)), "rounds": len(seconds)}
 
 
-def interleaved(jobs: dict, rounds: int, device: str, failed: dict | None = None) -> dict[str, dict]:
-    """`summary` of every job, run in turn `rounds` times; with `failed`, a job that raises leaves and its reason is noted there."""
+def interleaved(jobs: dict, rounds: int, device: str, failed: dict | None = None, slow: float = math.inf) -> dict[str, dict]:
+    """`summary` of every job, run in turn `rounds` times; with `failed`, a job that raises leaves and its reason is noted there.
+
+    slow: jobs that take more than so many times the first one's time run in every third round only (three times at least).
+    """
     flush, seconds = l2_flush(device), {name: [] for name in jobs}
-    for _ in range(rounds):
+    first = seconds[next(iter(jobs))]
+    for i in range(rounds):
         for name in list(seconds):
+            if i > 2 and i % 3 and statistics.median(seconds[name]) > slow * statistics.median(first):
+                continue
             try:
                 seconds[name].append(timed(jobs[name], device, flush))
             except Exception as error:
@@ -210,12 +217,12 @@ def peak_memory(provider: str, size: Size, step: Step, dtype: torch.dtype, threa
 
 def compare(
     size: Size, step: Step, providers: list[Provider], rounds: int, device: str, dtype: torch.dtype,
-    check: bool = True, memory: int = 0,
+    check: bool = True, memory: bool = False,
 ) -> dict:  # fmt: skip
     """Time (medians over `rounds`), error and peak memory of everybody's step, beside the matrix products it cannot do without.
 
-    check: compare with float64 first; who disagrees is not timed. memory: fresh processes a provider for the peak on a CPU (median), where
-    0 leaves it out; on a GPU it is always measured.
+    check: compare with float64 first; who disagrees is not timed. memory: the peak on a CPU, a fresh process a provider;
+    on a GPU it is always measured.
     """
     forget_compiled()
     problem = Problem(size, dtype, device)
@@ -249,7 +256,7 @@ def compare(
                 row["extra_bytes"] = allocator_peak(job)
             elif memory:
                 arguments = (peak_memory, provider.name, size, step, dtype, torch.get_num_threads())
-                row["extra_bytes"] = statistics.median(fresh_process(*arguments) for _ in range(memory))
+                row["extra_bytes"] = fresh_process(*arguments)
             jobs[provider.name] = job
         except Exception as error:  # a peer that fails here must not end the run
             row["failed"] = reason(error)
@@ -260,7 +267,7 @@ def compare(
     out = (torch.empty_like(problem.hidden), torch.empty_like(problem.weight))
     z = torch.empty(size.tokens, size.vocabulary, dtype=dtype, device=device)
     failed = {}
-    times = interleaved({"products": lambda: problem.products(step, z, out), **jobs}, rounds, device, failed)
+    times = interleaved({"products": lambda: problem.products(step, z, out), **jobs}, rounds, device, failed, slow=2.5)
     for name, why in failed.items():  # memory that sufficed alone may not beside the buffers of the products
         rows[name]["failed"] = why
     products = times.pop("products")

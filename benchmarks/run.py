@@ -56,7 +56,7 @@ IN_CURVES = (OURS, "tisdpo two passes", "plain torch", "TRL chunked")
 
 
 def measure_step(args, size: Size, step: Step, providers: list[Provider], device: str, dtype: torch.dtype) -> dict:
-    memory = 0 if args.no_memory or args.smoke else 3
+    memory = not (args.no_memory or args.smoke)
     result = compare(size, step, providers, args.rounds, device, dtype, not args.no_check, memory)
     return {"head": str(dtype).removeprefix("torch.")} | result
 
@@ -126,7 +126,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="threads of torch on a CPU (default: its own choice)")
     parser.add_argument("--no-tests", action="store_true", help="don't run the tests of the measured functions first")
     parser.add_argument("--no-check", action="store_true", help="no comparison with float64, which takes memory and time")
-    parser.add_argument("--no-memory", action="store_true", help="no peak memory, which takes three fresh processes a figure on a CPU")
+    parser.add_argument("--no-memory", action="store_true", help="no peak memory, which takes a fresh process a figure on a CPU")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, two rounds, no tests, nothing written without --output")
     parser.add_argument("--list", action="store_true", help="print the providers and whether they run here")
     parser.add_argument("--output", type=Path, help="JSON file (default: results/cpu-<dtype>[-<size>]-<device>-<date>.json or gpu-...)")

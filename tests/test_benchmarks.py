@@ -153,3 +153,11 @@ def test_a_study_is_kept_and_put_on_the_page(tmp_path, monkeypatch):
     (tmp_path / "run/results.json").write_text(json.dumps(results | {"environment": {"date": "", "revision": "abc-dirty"}}))
     with pytest.raises(SystemExit, match="commit and run it again"):
         studies.main([str(tmp_path / "run")])
+
+
+def test_slow_jobs_run_in_every_third_round(monkeypatch):
+    took = {"products": 1.0, "ours": 2.0, "slow": 9.0}
+    monkeypatch.setattr(measure, "timed", lambda job, device, flush: took[job])
+    rows = measure.interleaved({name: name for name in took}, 9, "cpu", slow=2.5)
+    assert {name: row["rounds"] for name, row in rows.items()} == {"products": 9, "ours": 9, "slow": 5}
+    assert [rows[name]["seconds"] for name in took] == list(took.values())
