@@ -117,6 +117,7 @@ def machine(report: dict) -> str:
     what = f"{device.get('sms')} SMs, driver {report.get('driver', '?')}"
     if "cores" in device:
         what = f"{device['cores']} cores, {device['threads']} threads, {device['vectors']}, load {device['load_before']:.1f} before"
+        what += ", freed memory kept" if report.get("keeps_freed_memory") else ""
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     file = f"[{report['file']}](results/{report['file']})"
     return f"{file}: {device['name']}, {what}; {versions}; revision {report['revision']}, {report['date'][:10]}."

@@ -1,6 +1,9 @@
 """The benchmarks measure what they say, their pages are what their files give; and a short suite for `pytest --benchmark-only`."""
 
 import json
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -161,3 +164,18 @@ def test_slow_jobs_run_in_every_third_round(monkeypatch):
     rows = measure.interleaved({name: name for name in took}, 9, "cpu", slow=2.5)
     assert {name: row["rounds"] for name, row in rows.items()} == {"products": 9, "ours": 9, "slow": 5}
     assert [rows[name]["seconds"] for name in took] == list(took.values())
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_freed_memory_is_kept():
+    """In a process of its own, for it stays so: the second tensor lies where the first one was, without a page fault."""
+    code = """if True:
+        import resource, torch
+        from benchmarks.measure import keep_freed_memory
+        assert keep_freed_memory()
+        faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(64 << 20, dtype=torch.uint8)
+        before = faults()
+        torch.ones(64 << 20, dtype=torch.uint8)
+        assert faults() - before < 1000, faults() - before"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=measure.ROOT).returncode == 0
