@@ -22,11 +22,9 @@ COLORS = {OURS: "#c2410c", "tisdpo two passes": "#f59e0b", "plain torch": "#3341
 
 # Why a provider is faster than one pass somewhere: (its name, what must hold of the size, the reason)
 REASONS = [
-    ("torch.compile", lambda size: size["tokens"] * size["vocabulary"] > 1 << 23,
-     "it forms all logits at once, which takes the memory that stands beside it, and reads and writes dWeight once instead of once a "
-     "chunk; one pass in one chunk is as fast (NOTES.md), and the budget is the user's to raise, TISDPO_CHUNK_MIB"),
-    ("plain torch", lambda size: size["vocabulary"] >= 64000,
-     "few rows of so large a vocabulary fit into the budget of a chunk, and for every chunk dWeight is read and written (NOTES.md)"),
+    ("", lambda size: size["tokens"] * size["vocabulary"] > 1 << 23,
+     "it holds all logits at once, in the memory that stands beside it, so each product is one call; in chunks the head is packed anew for "
+     "each, and dWeight read and written (NOTES.md). One pass in one chunk is the row of that name; the budget is yours: TISDPO_CHUNK_MIB"),
     ("", lambda size: size["tokens"] * size["vocabulary"] <= 1 << 23,
      "few logits: they fit into the cache, nothing is saved by chunks, and the fixed cost of the operators counts"),
 ]  # fmt: skip
