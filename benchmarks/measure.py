@@ -101,6 +101,12 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(m_mmap_max, 0) and mallopt(m_trim_threshold, -1))
 
 
+def release_kept_memory() -> None:
+    """Give back what `keep_freed_memory` kept so far; nothing where the C library is not glibc."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def op_tests() -> str:
     """ "" where the tests of the measured functions pass, else the end of their output."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *OP_TESTS]
@@ -210,6 +216,7 @@ def growth(job) -> int:
 
 def fresh_process(function, *arguments):
     """The result of a function called in a new process that has imported this module and computed nothing."""
+    release_kept_memory()  # the float64 truth of a large head leaves 13 GiB, which another process may need
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.measure"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
