@@ -90,7 +90,7 @@ def test_awkward_shapes(shape, plan):
 def test_chunks_and_recomputed_long_pairs_change_nothing(rows, kl, monkeypatch):
     """6 rows hold some pairs and not others; with 1 and 2 every pair is longer than the chunk and is computed twice."""
     monkeypatch.setattr(backend, "chunk_rows", lambda *a: rows)
-    monkeypatch.setattr(backend, "longest_held", lambda rows, device: rows)
+    monkeypatch.setattr(backend, "longest_held", lambda rows, *a: rows)
     monkeypatch.setattr(backend, "block_rows", lambda *a: 2)
     args = (make_case((3, 5, 1, 2, 2, 4, 1, 1), ignored=(1, 9)), Objective(kl=kl), {"softcap": 3.0})
     truth = loss_and_gradients(*args)

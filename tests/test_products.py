@@ -87,10 +87,17 @@ def test_chunks_do_not_add_products(monkeypatch):
     assert head_products(step(kl="reverse", plan="two_pass"), N) == 6
 
 
+def test_a_long_pair_is_held_while_its_logits_are_no_larger_than_a_head(monkeypatch):
+    assert [backend.longest_held(10, 64, models) for models in (1, 2)] == [64, 32]
+    assert backend.longest_held(100, 64, 1) == 100
+    monkeypatch.setenv("TISDPO_CHUNK_MIB", "1")  # who names a budget gets it
+    assert backend.longest_held(10, 64, 1) == 10
+
+
 def test_a_pair_longer_than_the_budget_is_recomputed_and_no_other(monkeypatch):
     """Three pairs of 14, 8 and 15 tokens, none ignored, and room for 14: only the third needs its logits a second time."""
     monkeypatch.setattr(backend, "chunk_rows", lambda *a: 14)
-    monkeypatch.setattr(backend, "longest_held", lambda rows, device: rows)
+    monkeypatch.setattr(backend, "longest_held", lambda rows, *a: rows)
     rows = sum(LENGTHS)
     for kwargs, models, price in ((dict(), 1, 3), (dict(kl="forward"), 2, 4)):
         counted = head_products(step(ignored=(), **kwargs), rows)

@@ -254,7 +254,8 @@ def linear_tis_dpo_loss(
     and 3. plan="two_pass" (recompute in the backward, 4 and 6) is for comparison, and what "auto" takes for float16, whose small
     gradients a GradScaler has to scale before they are rounded. Neither plan has second derivatives. Memory: a byte
     budget of logits and a [V, H] float32 accumulator; the gradients are computed in the forward, and skipped where none is needed. A
-    pair longer than the budget is computed twice.
+    pair longer than the budget is held while its logits take no more than a head does (rows * models <= H), and computed twice beyond
+    that; with TISDPO_CHUNK_MIB set, always.
 
     Raises TypeError and ValueError that name the argument, what was expected and what came.
     """

@@ -314,7 +314,7 @@ def head_bytes(shape: Shape, plan: Plan) -> int:
     v, h, b, n = shape.vocabulary, shape.hidden, plan.itemsize, plan.tokens
     rows = backend.chunk_rows(v, buffers, 4, plan.device)
     bounds = [i * plan.seq_len for i in range(2 * plan.pairs_per_gpu + 1)]
-    held = buffer_rows(bounds, rows, backend.longest_held(rows, plan.device))
+    held = buffer_rows(bounds, rows, backend.longest_held(rows, h, buffers))
     accumulator = v * h * 4 if plan.lora is None else 0
     rounded = v * h * b if plan.lora is None and b < 4 else 0
     widened = min(v * h * 4, products.SLICE_BYTES) if plan.device == "cpu" and b < 4 else 0  # a slice of the head; gone when rounding

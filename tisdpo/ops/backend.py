@@ -25,10 +25,6 @@ LEAST_ROWS = {"cpu": 256, "default": 1}
 # Rows of a chunk are visited in blocks of about this many bytes: on a CPU a block then stays in the last-level cache between the passes.
 BLOCK_BYTES = {"cpu": 2 << 20, "default": 256 << 20}
 
-# A pair longer than the chunk is held nevertheless, up to this many times the budget; beyond that its logits are computed twice. On a CPU
-# a second product costs far more than the memory.
-LONG_PAIR = {"cpu": 8, "default": 1}
-
 log = logging.getLogger("tisdpo")
 
 
@@ -112,9 +108,13 @@ def chunk_bytes(device: str, models: int) -> int:
     return size
 
 
-def longest_held(chunk_rows: int, device: str) -> int:
-    """Rows of the longest pair whose logits are kept instead of computed twice."""
-    return chunk_rows * _for(device, LONG_PAIR)
+def longest_held(chunk_rows: int, hidden_size: int, models: int) -> int:
+    """Rows of the longest pair whose logits are kept instead of computed twice.
+
+    A pair longer than the budget is kept while its logits, r * V * models, take no more than a head in their dtype, H * V: so much a
+    step has anyway. With TISDPO_CHUNK_MIB the budget is all there is.
+    """
+    return chunk_rows if "TISDPO_CHUNK_MIB" in os.environ else max(chunk_rows, hidden_size // models)
 
 
 def block_rows(vocabulary: int, itemsize: int, device: str) -> int:

@@ -140,8 +140,9 @@ class _Walk:
         self.cu_seqlens, self.lengths = rows.cu_seqlens, rows.lengths
         self.objective, self.folds, self.with_gradient = objective, folds, with_gradient
         self.dtype = accumulation_dtype(policy.hidden.dtype)
-        self.rows = policy.chunk_rows(1 if self.reference is None else 2)
-        self.longest = backends.longest_held(self.rows, policy.hidden.device.type)
+        models = 1 if self.reference is None else 2
+        self.rows = policy.chunk_rows(models)
+        self.longest = backends.longest_held(self.rows, policy.hidden.shape[1], models)
 
     def allocate(self, bounds: list[int]) -> None:
         """The memory for the logits, once: buffers that grew from chunk to chunk would leave holes behind."""

@@ -48,7 +48,7 @@ class Tiles:
             size = models * rows * len(policy.weight) * dtype.itemsize >> 20
             raise torch.OutOfMemoryError(
                 f"no memory for a chunk of {size} MiB of logits; lower the budget by TISDPO_CHUNK_MIB "
-                f"(now {backend.chunk_bytes(device.type, models) >> 20}; a single pair may take more). {error}"
+                f"(now {backend.chunk_bytes(device.type, models) >> 20}; unset, a single pair may take as much as a head). {error}"
             ) from None
 
     def logits(self, a: int, b: int) -> tuple[Tensor, Tensor | None]:
