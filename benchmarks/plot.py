@@ -207,8 +207,8 @@ def page(cpu: list[dict], end_to_end: dict | None, gpu: dict | None) -> str:
     return "\n".join(lines)
 
 
-def figures(cpu: dict) -> str:
-    """The README's block: time and memory of both kinds of step, from the float32 file."""
+def figures(cpu: dict, end_to_end: dict | None) -> str:
+    """The README's block: time and memory of both kinds of step, from the float32 file, and whole training steps."""
     steps = {r["step"]: r for r in cpu["steps"]}
     one, two = steps["no KL"], steps["KL, online reference"]
 
@@ -218,7 +218,16 @@ def figures(cpu: dict) -> str:
     def memory(result: dict, name: str) -> str:
         return f"{result['rows'][name]['extra_bytes'] / MIB:.0f}"
 
-    plain = "plain torch"
+    def whole(result: dict, name: str) -> str:
+        row = result["rows"][name]
+        return f"{row['tokens_per_second']:.0f} tokens/s and {row['peak_bytes'] / MIB:,.0f} MiB"
+
+    plain, step = "plain torch", None if end_to_end is None else end_to_end["steps"][0]
+    last = "" if step is None else (
+        f"- whole DPO training steps of a small {step['model']} (V = {step['shape']['vocabulary']:,}) that all take the same batch: "
+        f"{whole(step, 'tisdpo')}; TRL's trainer {whole(step, 'TRL')}, plain torch {whole(step, 'unfused')} "
+        f"([data](benchmarks/results/{end_to_end['file']}))\n"
+    )  # fmt: skip
     return (
         f"Measured on {cpu['device']['cores']} CPU cores ({cpu['device']['name']}), {cpu['dtype']}, {size_text(one['size'])}, backend "
         f"`{cpu['backend']}` ([data](benchmarks/results/{cpu['file']}), [all results](benchmarks/RESULTS.md)):\n\n"
@@ -226,7 +235,7 @@ def figures(cpu: dict) -> str:
         f"(plain torch {ratio(one, plain)} and {ratio(two, plain)}; TRL's chunked ops {ratio(one, 'TRL chunked')} and "
         f"{ratio(two, 'TRL chunked')})\n"
         f"- memory beyond the gradients: {memory(one, OURS)} MiB, with KL {memory(two, OURS)} (plain torch {memory(one, plain)} and "
-        f"{memory(two, plain)})\n"
+        f"{memory(two, plain)})\n" + last
     )
 
 
@@ -339,8 +348,9 @@ def main(argv: list[str] | None = None) -> int:
     if not (cpu and plotted(cpu[0]) and cpu[0]["dtype"] == "float32"):
         print(f"no cpu-float32-*.json of the default size in {RESULTS}; run python -m benchmarks.run", file=sys.stderr)
         return 2
-    text = page(cpu, newest("end-to-end"), newest("device"))
-    readme = with_figures(README.read_text(), figures(cpu[0]))
+    end_to_end = newest("end-to-end")
+    text = page(cpu, end_to_end, newest("device"))
+    readme = with_figures(README.read_text(), figures(cpu[0], end_to_end))
     if args.check:
         stale = [path.name for path, new in ((PAGE, text), (README, readme)) if not path.exists() or path.read_text() != new]
         print(f"not what the JSON files give: {', '.join(stale)}; run python -m benchmarks.plot" if stale else "up to date")
