@@ -11,7 +11,7 @@ import sys
 
 from setuptools import Extension, setup
 
-SOURCES = ["register", "fold_default", "fold_avx2", "fold_avx512"]
+SOURCES = ["register", "fold_default", "fold_avx2", "fold_avx512", "product"]
 
 
 def extensions() -> list[Extension]:
@@ -27,7 +27,7 @@ def extensions() -> list[Extension]:
         Extension(
             "tisdpo._C",
             [f"csrc/{name}.cpp" for name in SOURCES],
-            depends=["csrc/fold.h", "csrc/fold_kernels.h"],
+            depends=["csrc/fold.h", "csrc/fold_kernels.h", "csrc/product.h"],
             include_dirs=include_paths(),
             library_dirs=library_paths(),
             libraries=["torch_cpu"],

@@ -268,6 +268,7 @@ def test_doctor_tells_versions_devices_backend_and_packages(capsys, monkeypatch)
     assert re.search(rf"on cpu +{backend.resolve('auto', 'cpu')} \(", out)
     for name, reason in backend.available("cpu").items():
         assert re.search(rf"{name} on cpu +{'cannot run: ' + re.escape(reason) if reason else 'can run'}", out)
+    assert re.search(r"bf16 on cpu +heads are (multiplied as they are|widened to float32)", out)
     for extra in doctor.EXTRAS:
         assert re.search(rf"^  {extra} ", out, re.MULTILINE)
 

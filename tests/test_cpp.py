@@ -255,6 +255,71 @@ def test_arguments_are_checked_by_name():
         run()
 
 
+# Products of bfloat16
+
+needs_bf16 = pytest.mark.skipif(
+    bool(extension.problem()) or not torch.ops.tisdpo_cpp.has_bf16(), reason="no units for bfloat16 on this CPU, or no brgemm in this torch"
+)
+LAYOUTS = ["rows", "columns", "padded rows", "padded columns"]
+
+
+def matrix(rows, columns, layout, seed):
+    x = normal(*((columns, rows) if "columns" in layout else (rows, columns)), seed=seed, scale=1.0, dtype=torch.bfloat16)
+    if "padded" in layout:
+        x = torch.nn.functional.pad(x, (0, 3), value=math.nan)[:, :-3]
+    return x.T if "columns" in layout else x
+
+
+@needs_bf16
+@settings(deadline=None, max_examples=80)
+@given(
+    st.tuples(*[st.sampled_from([0, 1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 130, 511, 513, 700])] * 3),
+    st.tuples(*[st.sampled_from(LAYOUTS)] * 2), st.booleans(), st.integers(1, 3),
+)  # fmt: skip
+def test_products_of_bfloat16_keep_their_float32_sums(sizes, layouts, add, count):
+    M, K, N = sizes
+    a, b = matrix(M, K, layouts[0], 1), matrix(K, N, layouts[1], 2)
+    out = torch.full((M, N + 5), 0.5)
+    with threads(count):
+        torch.ops.tisdpo_cpp.mm_bf16(a, b, out[:, :N], add)
+    expected = a.double() @ b.double() + (0.5 if add else 0.0)
+    torch.testing.assert_close(out[:, :N].double(), expected, rtol=0, atol=4e-7 * max(K, 1))
+    assert (out[:, N:] == 0.5).all()
+
+
+@needs_bf16
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_products_do_not_depend_on_the_number_of_threads(layout):
+    a, b, results = matrix(300, 900, layout, 1), matrix(900, 333, "columns", 2), []
+    for count in (1, 2, 3):
+        results.append(torch.empty(300, 333))
+        with threads(count):
+            torch.ops.tisdpo_cpp.mm_bf16(a, b, results[-1], False)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@needs_bf16
+def test_arguments_of_products_are_checked_by_name():
+    a, b, out = matrix(4, 6, "rows", 1), matrix(6, 5, "rows", 2), torch.empty(4, 5)
+
+    def run(a=a, b=b, out=out):
+        torch.ops.tisdpo_cpp.mm_bf16(a, b, out, False)
+
+    for message, arguments in {
+        r"a and b must be matrices, got shapes \[6\] and \[6, 5\]": dict(a=a[0]),
+        r"a must be BFloat16, got Float": dict(a=a.float()),
+        r"b must be BFloat16, got Half": dict(b=b.half()),
+        r"b must have shape \[6, 5\], got \[7, 5\]": dict(b=matrix(7, 5, "rows", 1)),
+        r"a must have stride 1 along rows or columns, got 24 and 2": dict(a=matrix(8, 12, "rows", 1)[::2, ::2]),
+        r"out must have 4 rows of 5 logits .* got shape \[4, 6\]": dict(out=torch.empty(4, 6)),
+        r"out must be a matrix of Float, got BFloat16": dict(out=out.bfloat16()),
+    }.items():
+        with pytest.raises(RuntimeError, match=message):
+            run(**arguments)
+    with level("avx2"), pytest.raises(RuntimeError, match=r"mm_bf16 needs a CPU with AVX-512 BF16 .* got a CPU of level avx2"):
+        run()
+
+
 # The public functions by these kernels
 
 

@@ -9,7 +9,7 @@ import torch
 from packaging.requirements import Requirement
 
 import tisdpo
-from tisdpo.ops import backend
+from tisdpo.ops import backend, products
 
 # extra of the package: what it is for
 EXTRAS = {
@@ -129,6 +129,13 @@ def backends() -> list[tuple[str, str]]:
     for device in devices:
         for name, reason in backend.available(device).items():
             lines.append((f"{name} on {device}", f"cannot run: {reason}" if reason else "can run"))
+        native = products.gives_accumulators(torch.device(device), torch.bfloat16)
+        how = (
+            "multiplied as they are, with float32 sums"
+            if native
+            else "widened to float32 a slice at a time: no product here keeps float32 sums"
+        )
+        lines.append((f"bf16 on {device}", f"heads are {how}"))
     return lines
 
 

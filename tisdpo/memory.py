@@ -317,7 +317,8 @@ def head_bytes(shape: Shape, plan: Plan) -> int:
     held = buffer_rows(bounds, rows, backend.longest_held(rows, h, buffers))
     accumulator = v * h * 4 if plan.lora is None else 0
     rounded = v * h * b if plan.lora is None and b < 4 else 0
-    widened = min(v * h * 4, products.SLICE_BYTES) if plan.device == "cpu" and b < 4 else 0  # a slice of the head; gone when rounding
+    native = b == 4 or plan.device != "cpu" or products.gives_accumulators(torch.device("cpu"), torch.bfloat16)
+    widened = 0 if native else min(v * h * 4, products.SLICE_BYTES)  # a slice of the head; gone when rounding
     return buffers * held * v * 4 + accumulator + max(rounded, widened) + (2 + models) * n * h * b + 2 * 4 * held * h
 
 

@@ -1,14 +1,17 @@
 """The matrix products of the head, by the vendor library. Logits and dWeight accumulate in float32 whatever the dtype of the inputs.
 
-16-bit inputs: a GPU's product hands out its float32 accumulators (`out_dtype`); elsewhere the weight is widened to float32 a slice of
-the vocabulary at a time, so that no float32 copy of the head exists. Products of float32 operands are written as `out=` or in-place
-calls: autocast, which may be on while an operator runs, would round the operands of the others to 16 bits.
+16-bit inputs: a GPU's product hands out its float32 accumulators (`out_dtype`), and so does oneDNN's on a CPU with units for bfloat16
+(`mm_bf16` of the C++ extension); elsewhere the weight is widened to float32 a slice of the vocabulary at a time, so that no float32 copy of
+the head exists. Products of float32 operands are written as `out=` or in-place calls: autocast, which may be on while an operator runs,
+would round the operands of the others to 16 bits.
 """
 
 from functools import cache
 
 import torch
 from torch import Tensor
+
+from tisdpo.ops import extension
 
 SLICE_BYTES = 32 << 20  # of a widened slice of the head, or of a slice of dWeight
 CACHED_BYTES = 4 << 20  # of a slice of the head in the product of a CPU's logits: 5 to 20 % faster than in one call (benchmarks/NOTES.md)
@@ -19,8 +22,8 @@ def logits(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     if hidden.dtype == out.dtype:
         for a, b in _slices(weight, out.dtype, CACHED_BYTES) if hidden.device.type == "cpu" else [(0, len(weight))]:
             torch.mm(hidden, weight[a:b].T, out=out[:, a:b])
-    elif hidden.dtype in (torch.float16, torch.bfloat16) and out.dtype == torch.float32 and gives_accumulators(hidden.device):
-        torch.mm(hidden, weight.T, out_dtype=out.dtype, out=out)
+    elif gives_accumulators(hidden.device, hidden.dtype):
+        _mm_in_float32(hidden, weight.T, out)
     else:
         wide = hidden.to(out.dtype)
         for a, b in _slices(weight, out.dtype):
@@ -30,19 +33,20 @@ def logits(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
 
 def gradient_dtype(weight: Tensor, accumulation: torch.dtype) -> torch.dtype:
     """The dtype in which the two products below want dL/dlogits: that of the head where they can multiply it with float32 accumulators."""
-    return weight.dtype if gives_accumulators(weight.device) else accumulation
+    return weight.dtype if gives_accumulators(weight.device, weight.dtype) else accumulation
 
 
 def grad_hidden(d: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """d [n, V] @ weight [V, H] -> [n, H] in `dtype`, the accumulation dtype; d as `gradient_dtype` says."""
+    out = d.new_empty(d.shape[0], weight.shape[1], dtype=dtype)
     if weight.dtype == dtype:
-        return torch.mm(d, weight, out=d.new_empty(d.shape[0], weight.shape[1]))
+        return torch.mm(d, weight, out=out)
     if weight.dtype == d.dtype:
-        return torch.mm(d, weight, out_dtype=dtype)
-    total = d.new_zeros(d.shape[0], weight.shape[1])
+        return _mm_in_float32(d, weight, out)
+    out.zero_()
     for a, b in _slices(weight, d.dtype):
-        total.addmm_(d[:, a:b], weight[a:b].to(d.dtype))
-    return total
+        out.addmm_(d[:, a:b], weight[a:b].to(d.dtype))
+    return out
 
 
 def add_grad_weight_(total: Tensor, d: Tensor, hidden: Tensor, *, first: bool) -> None:
@@ -53,10 +57,8 @@ def add_grad_weight_(total: Tensor, d: Tensor, hidden: Tensor, *, first: bool) -
     hidden = hidden.to(d.dtype)
     if d.dtype == total.dtype:
         torch.addmm(total, d.T, hidden, beta=0.0 if first else 1.0, out=total)
-    elif first:
-        torch.mm(d.T, hidden, out_dtype=total.dtype, out=total)
-    elif adds_in_place(total.device):
-        torch.addmm(total, d.T, hidden, out_dtype=total.dtype, out=total)
+    elif first or adds_in_place(total.device):
+        _mm_in_float32(d.T, hidden, total, add=not first)
     else:
         for a, b in _slices(total, total.dtype):
             total[a:b] += torch.mm(d[:, a:b].T, hidden, out_dtype=total.dtype)
@@ -64,22 +66,48 @@ def add_grad_weight_(total: Tensor, d: Tensor, hidden: Tensor, *, first: bool) -
 
 def column_sums(d: Tensor, coefficient: Tensor) -> Tensor:
     """d [n, V].T @ coefficient [n] -> [V] in the dtype of the coefficient."""
+    out = coefficient.new_empty(d.shape[1])
     if d.dtype == coefficient.dtype:
-        return torch.mv(d.T, coefficient, out=coefficient.new_empty(d.shape[1]))
-    return torch.mm(d.T, coefficient.to(d.dtype)[:, None], out_dtype=coefficient.dtype)[:, 0]
+        return torch.mv(d.T, coefficient, out=out)
+    _mm_in_float32(d.T, coefficient.to(d.dtype)[:, None], out[:, None])
+    return out
+
+
+def _mm_in_float32(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> Tensor:
+    """out = a @ b, or out += a @ b, for 16-bit a and b and a float32 out."""
+    if a.device.type == "cpu":
+        torch.ops.tisdpo_cpp.mm_bf16(_along_one_stride(a), _along_one_stride(b), out, add)
+    elif add:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    return out
+
+
+def _along_one_stride(x: Tensor) -> Tensor:
+    """x, or a copy where neither its rows nor its columns lie in one piece."""
+    return x if 1 in x.stride() else x.contiguous()
 
 
 @cache
-def gives_accumulators(device: torch.device) -> bool:
-    """Whether a product of 16-bit operands on this device can be had in float32."""
-    return device.type != "cpu" and _works(lambda x: torch.mm(x, x, out_dtype=torch.float32), device)
+def gives_accumulators(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a product of operands of this dtype can be had in float32 on this device, at the speed of 16 bits."""
+    if device.type == "cpu":
+        return dtype == torch.bfloat16 and not extension.problem() and torch.ops.tisdpo_cpp.has_bf16() and _mm_bf16_is_right()
+    return dtype.itemsize == 2 and _works(lambda x: torch.mm(x, x, out_dtype=torch.float32), device)
 
 
 @cache
 def adds_in_place(device: torch.device) -> bool:
     """Whether such a product can be added to a float32 matrix in the library (torch releases differ)."""
     total = torch.zeros(16, 16, device=device)
-    return _works(lambda x: torch.addmm(total, x, x, out_dtype=torch.float32, out=total), device)
+    return device.type == "cpu" or _works(lambda x: torch.addmm(total, x, x, out_dtype=torch.float32, out=total), device)
+
+
+def _mm_bf16_is_right() -> bool:
+    """Of whole numbers, exactly. It rests on a function of libtorch that is not part of its stable interface."""
+    x = (torch.arange(66.0 * 66) % 7).view(66, 66)
+    return torch.equal(_mm_in_float32(x.bfloat16(), x.bfloat16(), torch.empty_like(x)), torch.mm(x, x, out=torch.empty_like(x)))
 
 
 def _works(product, device: torch.device) -> bool:
