@@ -1,4 +1,4 @@
-"""How many head-sized matrix products a loss step runs, counted by torch's profiler: the price list of the documentation."""
+"""How many head-sized matrix products a loss step runs, counted by torch's profiler: the price list of the documentation; 16-bit ones."""
 
 import math
 
@@ -136,3 +136,41 @@ def test_16_bit_heads_cost_the_same(monkeypatch, native):
         tisdpo.linear_tis_dpo_loss(hidden, weight, case.target, case.cu_seqlens, ref_logps=ref).loss.backward()
 
     assert head_products(run, sum(LENGTHS), vocabulary=(V, 250, V - 750)) == 3
+
+
+def in_float64(a, b, out, add=False):
+    """What a device does that hands out its float32 sums."""
+    return out.copy_(a.double() @ b.double() + (out if add else 0))
+
+
+@pytest.mark.parametrize("rows", [0, 1, H - 1, H, H + 1, 2 * H, 3 * H])
+@pytest.mark.parametrize("slice_bytes", [250 * H * 4, 1 << 20])
+def test_waiting_rows_make_the_product(monkeypatch, rows, slice_bytes):
+    monkeypatch.setattr(products, "_mm_in_float32", in_float64)
+    monkeypatch.setattr(products, "IN_PLACE_BYTES", slice_bytes)
+    d, hidden, weight = (torch.randn(n, m).bfloat16() for n, m in ((rows, V), (rows, H), (V, H)))
+    waiting = products.WaitingRows(weight, rows)
+    waiting.result.fill_(math.nan)
+    for a in range(0, rows, 7):
+        b = min(a + 7, rows)
+        waiting.put(a, b, torch.cat([d[a:b], d[a:b]], 1)[:, :V], hidden[a:b].float())
+    torch.testing.assert_close(waiting.product(), (d.double().T @ hidden.double()).bfloat16(), rtol=2**-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [H - 5, 3 * H, 3 * H + 1])
+def test_rows_wait_where_that_takes_no_more_memory(monkeypatch, rows):
+    """D of 3 H rows in 16 bits, H of them in the memory of the gradient, is as large as a float32 sum."""
+    monkeypatch.setattr(products, "gives_accumulators", lambda device, dtype: dtype == torch.bfloat16)
+    monkeypatch.setattr(products, "_mm_in_float32", in_float64)
+    case = make_case((rows // 2, rows - rows // 2), H=H, V=V, dtype=torch.bfloat16)
+    hidden, weight = case.hidden.requires_grad_(), case.weight.requires_grad_()
+    waited = []
+    own = products.WaitingRows.put
+    monkeypatch.setattr(products.WaitingRows, "put", lambda *args: (waited.append(1), own(*args)))
+    for plan in ("one_pass", "two_pass"):
+        loss = tisdpo.linear_tis_dpo_loss(hidden, weight, case.target, case.cu_seqlens, ref_logps=torch.zeros(rows), plan=plan).loss
+        wide = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+        true = tisdpo.linear_tis_dpo_loss(*wide, case.target, case.cu_seqlens, ref_logps=torch.zeros(rows).double()).loss
+        for found, expected in zip(torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(true, wide)):
+            torch.testing.assert_close(found.double(), expected, rtol=0.02, atol=0.01 * expected.abs().max().item())
+    assert bool(waited) == (rows <= 3 * H)

@@ -6,7 +6,8 @@ respect to the scores -> dHidden = c * (D @ W), dWeight += D^T @ (c * hidden), c
 for a pair that is longer than a chunk may be.
 
 Cost in head-sized products (u = 2 N H V FLOP): policy logits 1, reference logits 1 (KL or online reference), dHidden 1, dWeight 1
-(none with a frozen head). Memory: the chunk's logits (with KL of both models) + one [V, H] accumulator in float32.
+(none with a frozen head). Memory: the chunk's logits (with KL of both models) + a [V, H] sum in float32, where the head is trained
+(of a 16-bit head only beyond 3 H rows: `products.WaitingRows`).
 """
 
 from typing import NamedTuple

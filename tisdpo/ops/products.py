@@ -16,7 +16,7 @@ from tisdpo.ops import extension
 SLICE_BYTES = 32 << 20  # of a widened slice of the head, or of a slice of dWeight
 CACHED_BYTES = 4 << 20  # of a slice of the head in the product of a CPU's logits: 5 to 20 % faster than in one call (benchmarks/NOTES.md)
 
-IN_PLACE_BYTES = 8 << 20  # of a float32 slice of dWeight on a CPU where D waits in its memory; 4 MiB: 5 % slower products
+IN_PLACE_BYTES = 8 << 20  # of a float32 slice of dWeight on a CPU where D waits in its memory; with 4 MiB the product is 5 % slower
 
 
 def logits(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
@@ -59,25 +59,48 @@ def add_grad_weight_(total: Tensor, d: Tensor, hidden: Tensor, *, first: bool) -
     hidden = hidden.to(d.dtype)
     if d.dtype == total.dtype:
         torch.addmm(total, d.T, hidden, beta=0.0 if first else 1.0, out=total)
-    elif first or adds_in_place(total.device):
-        _mm_in_float32(d.T, hidden, total, add=not first)
     else:
-        for a, b in _slices(total, total.dtype):
-            total[a:b] += torch.mm(d[:, a:b].T, hidden, out_dtype=total.dtype)
+        _mm_in_float32(d.T, hidden, total, add=not first)
 
 
-def waiting(total: Tensor, n: int) -> list[tuple[int, int, Tensor]]:
-    """(a, b, [n, b-a]): in the memory of the rows a..b of total [V, H], room for the columns a..b of a D [n, V]; n <= H."""
-    slices = _slices(total, torch.float32, IN_PLACE_BYTES if total.device.type == "cpu" else SLICE_BYTES)
-    return [(a, b, total[a:b].view(-1)[: n * (b - a)].view(n, b - a)) for a, b in slices]
+class WaitingRows:
+    """dWeight [V, H] = D.T @ hidden of a 16-bit head in one product, for a D [n, V] and hidden [n, H] that come a few rows at a time.
 
+    The first H rows of D wait in the memory of the result, which is as large, the others beside it. The product is made in float32 and
+    rounded once, a slice of the vocabulary at a time; the part of D that this needs lies where the slice goes.
+    """
 
-def multiply_waiting_(total: Tensor, hidden: Tensor) -> None:
-    """total [V, H] = D.T @ hidden [n, H] for the D that waits in total: a slice at a time in float32, rounded once."""
-    out = None
-    for a, b, d in waiting(total, len(hidden)):
-        out = total.new_empty(b - a, total.shape[1], dtype=torch.float32) if out is None else out
-        total[a:b] = _mm_in_float32(d.T, hidden, out[: b - a])
+    def __init__(self, weight: Tensor, rows: int):
+        self.result, self.hidden = weight.new_empty(weight.shape), weight.new_empty(rows, weight.shape[1])
+        self.others = weight.new_empty(max(rows - weight.shape[1], 0), len(weight))
+        inside = rows - len(self.others)
+        slices = _slices(weight, torch.float32, IN_PLACE_BYTES if weight.device.type == "cpu" else SLICE_BYTES)
+        self.slices = [(a, b, self.result[a:b].view(-1)[: inside * (b - a)].view(inside, b - a)) for a, b in slices]
+
+    @staticmethod
+    def serves(weight: Tensor, rows: int) -> bool:
+        """Whether that takes no more memory than sums in float32 would: D of up to 3 H rows does not."""
+        return gives_accumulators(weight.device, weight.dtype) and rows <= 3 * weight.shape[1]
+
+    def put(self, a: int, b: int, d: Tensor, hidden: Tensor) -> None:
+        """Rows a..b of D and of hidden."""
+        self.hidden[a:b] = hidden
+        inside = min(b, self.result.shape[1])
+        for first, last, place in self.slices if a < inside else ():
+            place[a:inside] = d[: inside - a, first:last]
+        if b > inside:
+            outside = max(a, inside)
+            self.others[outside - inside : b - inside] = d[outside - a :]
+
+    def product(self) -> Tensor:
+        """dWeight; D is gone then."""
+        out = self.result.new_empty(self.slices[0][1], self.result.shape[1], dtype=torch.float32)
+        for a, b, d in self.slices:
+            _mm_in_float32(d.T, self.hidden[: len(d)], out[: b - a])
+            if len(self.others):
+                _mm_in_float32(self.others[:, a:b].T, self.hidden[len(d) :], out[: b - a], add=True)
+            self.result[a:b] = out[: b - a]
+        return self.result
 
 
 def column_sums(d: Tensor, coefficient: Tensor) -> Tensor:
@@ -93,10 +116,13 @@ def _mm_in_float32(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> Tens
     """out = a @ b, or out += a @ b, for 16-bit a and b and a float32 out."""
     if a.device.type == "cpu":
         torch.ops.tisdpo_cpp.mm_bf16(_along_one_stride(a), _along_one_stride(b), out, add)
-    elif add:
+    elif not add:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    elif adds_in_place(out.device):
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     else:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
+        for first, last in _slices(out, out.dtype):
+            out[first:last] += torch.mm(a[first:last], b, out_dtype=out.dtype)
     return out
 
 
@@ -117,7 +143,7 @@ def gives_accumulators(device: torch.device, dtype: torch.dtype) -> bool:
 def adds_in_place(device: torch.device) -> bool:
     """Whether such a product can be added to a float32 matrix in the library (torch releases differ)."""
     total = torch.zeros(16, 16, device=device)
-    return device.type == "cpu" or _works(lambda x: torch.addmm(total, x, x, out_dtype=torch.float32, out=total), device)
+    return _works(lambda x: torch.addmm(total, x, x, out_dtype=torch.float32, out=total), device)
 
 
 def _mm_bf16_is_right() -> bool:

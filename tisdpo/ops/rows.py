@@ -83,8 +83,8 @@ def heads(hidden, weight, ref_hidden, ref_weight, index) -> tuple[HeadRows, Head
 class GradientSums:
     """Gradients of hidden [N, H], weight [V, H] and bias [V] while the chunks go by; those not needed stay empty and cost nothing.
 
-    dWeight = D^T @ (c * hidden) is summed over the chunks in a float32 [V, H]. For a 16-bit head and no more rows than H that is not
-    needed: D [N, V], in 16 bits for this product anyway, waits in the memory of the result and is multiplied once, at the end.
+    dWeight = D^T @ (c * hidden) is summed over the chunks in a float32 [V, H], or, for a 16-bit head and few rows, made of all of D at the
+    end: that takes less memory and less time (`products.WaitingRows`).
     """
 
     def __init__(self, rows: HeadRows, needs: tuple[bool, bool, bool]):
@@ -94,9 +94,9 @@ class GradientSums:
         # every row that carries loss is written below; only the ignored ones need zeros
         empty = rows.hidden.new_empty
         self.hidden = (rows.hidden.new_zeros if count < len(rows.hidden) else empty)(rows.hidden.shape) if needs[0] else empty(0)
-        self.waits = needs[1] and products.gives_accumulators(rows.weight.device, rows.weight.dtype) and count <= rows.weight.shape[1]
-        self.weight = empty(rows.weight.shape, dtype=rows.weight.dtype if self.waits else dtype) if needs[1] else empty(0)
-        self.scaled = empty(count, rows.hidden.shape[1]) if self.waits else None  # c * hidden
+        waits = needs[1] and products.WaitingRows.serves(rows.weight, count)
+        self.waiting = products.WaitingRows(rows.weight, count) if waits else None
+        self.weight = empty(rows.weight.shape, dtype=dtype) if needs[1] and not waits else empty(0)
         self.bias = rows.weight.new_zeros(len(rows.weight), dtype=dtype) if needs[2] else empty(0)
         self.first = True
 
@@ -111,10 +111,8 @@ class GradientSums:
         if self.needs[1]:
             hidden = rows.take(a, b)
             hidden = hidden if coefficient is None else hidden * coefficient[:, None]
-            if self.waits:
-                self.scaled[a:b] = hidden
-                for first, last, place in products.waiting(self.weight, len(self.scaled)):
-                    place[a:b] = d[:, first:last]
+            if self.waiting is not None:
+                self.waiting.put(a, b, d, hidden)
             else:
                 products.add_grad_weight_(self.weight, d, hidden, first=self.first)
             self.first = False
@@ -124,8 +122,8 @@ class GradientSums:
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients in the dtypes of their inputs; 16-bit ones are rounded once, here."""
-        if self.needs[1] and self.first:
+        if self.waiting is not None:
+            self.weight = self.waiting.product()
+        elif self.needs[1] and self.first:
             self.weight.zero_()  # no row carried loss
-        elif self.waits:
-            products.multiply_waiting_(self.weight, self.scaled)
         return self.hidden, self.weight.to(self.rows.weight.dtype), self.bias.to(self.rows.weight.dtype)
