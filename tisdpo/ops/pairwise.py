@@ -59,6 +59,7 @@ def linear_pairwise(
         total += part
         sums.append(part_sums)
     sums = torch.cat(sums, 1) if sums else total.new_zeros(4, 0)
+    del walk  # and with it the logits: what follows needs memory of its own
     return total, sums, *grads.result()
 
 
