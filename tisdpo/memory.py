@@ -18,9 +18,9 @@ Gradient checkpointing keeps n b H a layer, and one layer at a time as above. Th
 holds 2 n b I of its own, less 2 n b H that it has freed by then (measured); with LoRA on a 16-bit base 8 n (I + H).
 Layers of another kind (no gate, state spaces, experts) are counted as if they were Llama's, with the experts of one token for I.
 
-Head, for N = n completion tokens at most: the logits of one chunk in float32 (`tisdpo.ops.pairwise.buffer_rows`, for policy and, with KL,
-reference), where the head is trained its gradient as `tisdpo.ops.products` sums it (16 bits: [max(N, H), V] of D's rows for N <= 3 H, a
-float32 [V, H] and its rounded copy beyond), [N, H] three or four times.
+Head, for N = n completion tokens at most: the logits of one chunk in float32 (`tisdpo.ops.pairwise`, for policy and, with KL, reference),
+where the head is trained its gradient (16 bits: [max(N, H), V] for the rows of D that wait, N <= 3 H; else a float32 [V, H] and its rounded
+copy), [N, H] three to five times.
 
 Not counted: fragmentation, buckets of ZeRO, quantised bases, autocast (which keeps float32 weights and casts them at every use).
 """
@@ -313,20 +313,19 @@ def head_bytes(shape: Shape, plan: Plan) -> int:
     """Logits of a chunk, sum of the head's gradient, hidden states of the completion tokens and their gradient."""
     models, buffers = 2 if plan.reference != "precomputed" else 1, 2 if plan.kl else 1
     v, h, b, n = shape.vocabulary, shape.hidden, plan.itemsize, plan.tokens
-    rows = backend.chunk_rows(v, buffers, 4, plan.device)
-    bounds = [i * plan.seq_len for i in range(2 * plan.pairs_per_gpu + 1)]
-    held = buffer_rows(bounds, rows, backend.longest_held(rows, h, buffers))
     native = b == 4 or plan.device != "cpu" or products.gives_accumulators(torch.device("cpu"), getattr(torch, plan.dtype))
     widened = 0 if native else min(v * h * 4, products.SLICE_BYTES)  # a slice of the head; gone when rounding
-    if plan.lora is not None:
-        gradient = widened
-    elif b == 4:
-        gradient = v * h * 4
-    elif native and n <= 3 * h:  # products.WaitingRows
-        gradient = v * max(n, h) * b + min(v * h * 4, products.SLICE_BYTES)
-    else:
-        gradient = v * h * 4 + max(v * h * b, widened)  # summed in float32, rounded
-    return buffers * held * v * 4 + gradient + (2 + models) * n * h * b + 2 * 4 * held * h
+    waits = plan.lora is None and b < 4 and native and n <= 3 * h  # products.WaitingRows
+    rows = backend.chunk_rows(v, buffers, 4, plan.device, waits)
+    states = (2 + models) * n * h * b
+    if waits:
+        held, finishing = min(rows, n), min(v * h * 4, products.SLICE_BYTES) + 4 * n * h
+        return max(buffers * held * v * 4, finishing) + v * max(n, h) * b + 4 * n * h + states
+    bounds = [i * plan.seq_len for i in range(2 * plan.pairs_per_gpu + 1)]
+    held = buffer_rows(bounds, rows, backend.longest_held(rows, h, buffers))
+    logits, gradient = buffers * held * v * 4 + 2 * 4 * held * h, 0 if plan.lora is not None else v * h * 4
+    rounded = v * h * b if plan.lora is None and b < 4 else 0
+    return gradient + max(logits + widened, rounded) + states
 
 
 # The page

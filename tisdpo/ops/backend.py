@@ -17,6 +17,9 @@ GPUS = ("cuda", "xpu")  # devices that Triton compiles for; ROCm calls itself cu
 # thousand rows of the largest vocabularies.
 CHUNK_BYTES = {"cpu": (48 << 20, 96 << 20), "default": (1 << 30, 1 << 30)}
 
+# The same where D waits elsewhere (`products.WaitingRows`): dWeight is made once, so fewer rows cost less.
+CHUNK_BYTES_WAITING = {"cpu": (40 << 20, 64 << 20), "default": (1 << 30, 1 << 30)}
+
 # But never fewer rows than this: for every chunk dWeight [V, H] is read and written once, whatever its rows, so with a large vocabulary
 # a fixed number of bytes would make that the largest part (V = 151936: 82 rows 1.34 x the products, 270 rows 1.22 x). TISDPO_CHUNK_MIB is
 # taken as it is.
@@ -88,17 +91,17 @@ def _announce(backend: str, why: str, device: str) -> None:
     log.info("tisdpo runs the %r backend on %s: %s", backend, device, why)
 
 
-def chunk_rows(vocabulary: int, models: int, itemsize: int, device: str) -> int:
+def chunk_rows(vocabulary: int, models: int, itemsize: int, device: str, waits: bool = False) -> int:
     """Rows of logits that fit the byte budget: bytes / (V * itemsize * models), at least one; LEAST_ROWS without TISDPO_CHUNK_MIB."""
     least = 1 if "TISDPO_CHUNK_MIB" in os.environ else _for(device, LEAST_ROWS)
-    return max(least, chunk_bytes(device, models) // (max(vocabulary, 1) * itemsize * models))
+    return max(least, chunk_bytes(device, models, waits) // (max(vocabulary, 1) * itemsize * models))
 
 
-def chunk_bytes(device: str, models: int) -> int:
-    """The budget: CHUNK_BYTES, or TISDPO_CHUNK_MIB of the environment. Raises ValueError where that is no positive number."""
+def chunk_bytes(device: str, models: int, waits: bool = False) -> int:
+    """The budget: CHUNK_BYTES or CHUNK_BYTES_WAITING, or TISDPO_CHUNK_MIB of the environment; ValueError if that is not positive."""
     text = os.environ.get("TISDPO_CHUNK_MIB")
     if text is None:
-        return _for(device, CHUNK_BYTES)[models - 1]
+        return _for(device, CHUNK_BYTES_WAITING if waits else CHUNK_BYTES)[models - 1]
     try:
         size = int(float(text) * (1 << 20))
     except ValueError:

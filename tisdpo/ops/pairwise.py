@@ -3,11 +3,12 @@
 The upstream gradient of every token of a pair is (one scalar per sequence, known once the pair's sums are known) x w_t. So chunks hold
 whole pairs: logits -> statistics -> D = dscore_t/dlogits in place, unscaled -> the pair sums -> the pairwise loss and its gradient with
 respect to the scores -> dHidden = c * (D @ W), dWeight += D^T @ (c * hidden), c_t = w_t * dloss/dscore. Nothing is recomputed, except
-for a pair that is longer than a chunk may be.
+for a pair that is longer than a chunk may be. Where D waits elsewhere for its factors (a trained 16-bit head with at most 3 H rows, see
+`products.WaitingRows`), a few rows of any pairs follow each other instead.
 
 Cost in head-sized products (u = 2 N H V FLOP): policy logits 1, reference logits 1 (KL or online reference), dHidden 1, dWeight 1
 (none with a frozen head). Memory: the chunk's logits (with KL of both models) + a [V, H] sum in float32, where the head is trained
-(of a 16-bit head only beyond 3 H rows: `products.WaitingRows`).
+and D does not wait.
 """
 
 from typing import NamedTuple
@@ -49,13 +50,11 @@ def linear_pairwise(
     policy, reference = heads(hidden, weight, ref_hidden, ref_weight, index)
     name = backends.resolve(backend, hidden.device.type, hidden.dtype)
     folds = fold.Fold(name, kl, fold.Transform(logit_scale, softcap, temperature), bias, ref_bias, ignored=rows.ignored is not None)
-    walk = _Walk(policy, reference, target, token_weights, ref_logps, rows, objective, folds, any(needs))
     grads = GradientSums(policy, tuple(needs))
+    walk = _Walk(policy, reference, target, token_weights, ref_logps, rows, objective, folds, grads)
     total, sums = hidden.new_zeros((), dtype=walk.dtype), []
-    chunks = _whole_pairs(rows.bounds, walk.rows)
-    walk.allocate(rows.bounds)
-    for first, last in chunks:
-        part, part_sums = walk.chunk(first, rows.bounds[first : last + 1], normalizer, grads)
+    for first, last in walk.chunks(rows.bounds):
+        part, part_sums = walk.chunk(first, rows.bounds[first : last + 1], normalizer)
         total += part
         sums.append(part_sums)
     sums = torch.cat(sums, 1) if sums else total.new_zeros(4, 0)
@@ -135,26 +134,36 @@ def buffer_rows(bounds: list[int], rows: int, longest: int) -> int:
 class _Walk:
     """What stays the same from chunk to chunk."""
 
-    def __init__(self, policy, reference, target, token_weights, ref_logps, rows, objective, folds, with_gradient):
+    def __init__(self, policy, reference, target, token_weights, ref_logps, rows, objective, folds, grads):
         # Without KL only the log-probs of the reference are needed: its logits are there and gone before those of the policy, in one buffer
         self.policy, self.reference, self.before = policy, *((None, reference) if objective.kl is None else (reference, None))
         self.target, self.token_weights, self.ref_logps = target, token_weights, ref_logps
         self.cu_seqlens, self.lengths = rows.cu_seqlens, rows.lengths
-        self.objective, self.folds, self.with_gradient = objective, folds, with_gradient
+        self.objective, self.folds, self.grads, self.with_gradient = objective, folds, grads, any(grads.needs)
         self.dtype = accumulation_dtype(policy.hidden.dtype)
         models = 1 if self.reference is None else 2
-        self.rows = policy.chunk_rows(models)
+        self.rows = policy.chunk_rows(models, grads.waits)
         self.longest = backends.longest_held(self.rows, policy.hidden.shape[1], models)
 
-    def allocate(self, bounds: list[int]) -> None:
-        """The memory for the logits, once: buffers that grew from chunk to chunk would leave holes behind."""
-        self.tiles = Tiles(self.policy, self.reference, buffer_rows(bounds, self.rows, self.longest))
+    def chunks(self, bounds: list[int]) -> list[tuple[int, int]]:
+        """(first, last) boundary of every chunk, after the memory for logits is there: one that grew would leave holes behind.
 
-    def chunk(self, first: int, bounds: list[int], normalizer: Tensor, grads: GradientSums) -> tuple[Tensor, Tensor]:
+        Where D waits for its pair elsewhere, or there is none, pairs need no logits of their own: one chunk, visited a few rows at a time.
+        """
+        together = self.grads.waits or not self.with_gradient
+        if together:
+            self.longest = 0
+            rows = max((b - a for a, b in row_ranges(0, bounds[-1], self.rows)), default=0)
+        else:
+            rows = buffer_rows(bounds, self.rows, self.longest)
+        self.tiles = Tiles(self.policy, self.reference, rows)
+        return [(0, len(bounds) - 1)] if together and len(bounds) > 1 else _whole_pairs(bounds, self.rows)
+
+    def chunk(self, first: int, bounds: list[int], normalizer: Tensor) -> tuple[Tensor, Tensor]:
         """Loss [] and sums [4, s] of the sequences from number `first` on, with these boundaries; adds their gradients."""
         start, stop = bounds[0], bounds[-1]
         rows = stop - start if stop - start <= self.longest else self.rows
-        ranges = row_ranges(start, stop, max(rows, 1))
+        ranges = row_ranges(start, stop, rows)
         cu = self.cu_seqlens[first : first + len(bounds)] - start
         sequence = torch.repeat_interleave(torch.arange(len(bounds) - 1, device=cu.device), cu.diff(), output_size=stop - start)
         kl_sign = self._token_kl_sign(sequence)
@@ -165,23 +174,26 @@ class _Walk:
             z, ref_z = self.tiles.logits(a, b)
             found = self.folds.statistics(z, self.target[a:b], ref_z)
             stats.append(found if ref_logp is None else found._replace(ref_logp=ref_logp))
-            if self.with_gradient and len(ranges) == 1:
+            if self.grads.waits:
+                self.grads.hold(a, b, self._unscaled_gradient(a, b, z, ref_z, stats[-1], None if kl_sign is None else kl_sign[a:b]))
+            elif self.with_gradient and len(ranges) == 1:
                 held = self._unscaled_gradient(a, b, z, ref_z, stats[0], kl_sign)
 
         lengths = self.lengths[first : first + len(bounds) - 1].to(self.dtype)
         loss, sums, g_scores = self._pairs(fold.concatenated(stats, self.dtype, cu.device), start, stop, cu, lengths, normalizer)
-        if self.with_gradient:
-            coefficient = g_scores[sequence]
-            if self.token_weights is not None:
-                coefficient = coefficient * self.token_weights[start:stop]
-            for (a, b), s in zip(ranges, stats):
-                place = slice(a - start, b - start)
-                d = (
-                    held
-                    if held is not None
-                    else self._unscaled_gradient(a, b, *self.tiles.logits(a, b), s, None if kl_sign is None else kl_sign[place])
-                )
-                grads.add(a, b, d, coefficient[place])
+        if not self.with_gradient:
+            return loss, sums
+        coefficient = g_scores[sequence]
+        if self.token_weights is not None:
+            coefficient = coefficient * self.token_weights[start:stop]
+        if self.grads.waits:
+            self.grads.scale(start, stop, coefficient)
+            return loss, sums
+        for (a, b), s in zip(ranges, stats):
+            place = slice(a - start, b - start)
+            sign = None if kl_sign is None else kl_sign[place]
+            d = self._unscaled_gradient(a, b, *self.tiles.logits(a, b), s, sign) if held is None else held
+            self.grads.add(a, b, d, coefficient[place])
         return loss, sums
 
     def _reference_logp(self, a: int, b: int) -> Tensor:

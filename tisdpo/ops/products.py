@@ -64,14 +64,14 @@ def add_grad_weight_(total: Tensor, d: Tensor, hidden: Tensor, *, first: bool) -
 
 
 class WaitingRows:
-    """dWeight [V, H] = D.T @ hidden of a 16-bit head in one product, for a D [n, V] and hidden [n, H] that come a few rows at a time.
+    """dWeight [V, H] = D.T @ hidden of a 16-bit head in one product, for a D [n, V] that comes a few rows at a time.
 
     The first H rows of D wait in the memory of the result, which is as large, the others beside it. The product is made in float32 and
     rounded once, a slice of the vocabulary at a time; the part of D that this needs lies where the slice goes.
     """
 
     def __init__(self, weight: Tensor, rows: int):
-        self.result, self.hidden = weight.new_empty(weight.shape), weight.new_empty(rows, weight.shape[1])
+        self.result = weight.new_empty(weight.shape)
         self.others = weight.new_empty(max(rows - weight.shape[1], 0), len(weight))
         inside = rows - len(self.others)
         slices = _slices(weight, torch.float32, IN_PLACE_BYTES if weight.device.type == "cpu" else SLICE_BYTES)
@@ -82,9 +82,8 @@ class WaitingRows:
         """Whether that takes no more memory than sums in float32 would: D of up to 3 H rows does not."""
         return gives_accumulators(weight.device, weight.dtype) and rows <= 3 * weight.shape[1]
 
-    def put(self, a: int, b: int, d: Tensor, hidden: Tensor) -> None:
-        """Rows a..b of D and of hidden."""
-        self.hidden[a:b] = hidden
+    def put(self, a: int, b: int, d: Tensor) -> None:
+        """Rows a..b of D."""
         inside = min(b, self.result.shape[1])
         for first, last, place in self.slices if a < inside else ():
             place[a:inside] = d[: inside - a, first:last]
@@ -92,13 +91,20 @@ class WaitingRows:
             outside = max(a, inside)
             self.others[outside - inside : b - inside] = d[outside - a :]
 
-    def product(self) -> Tensor:
-        """dWeight; D is gone then."""
+    def column_sums(self, coefficient: Tensor) -> Tensor:
+        """D.T @ coefficient [n] -> [V] in the dtype of the coefficient."""
+        inside = len(coefficient) - len(self.others)
+        out = torch.cat([column_sums(d, coefficient[:inside]) for _, _, d in self.slices])
+        return out if inside == len(coefficient) else out.add_(column_sums(self.others, coefficient[inside:]))
+
+    def product(self, hidden: Tensor) -> Tensor:
+        """dWeight for hidden [n, H], rounded to 16 bits; D is gone then."""
+        hidden = hidden.to(self.result.dtype)
         out = self.result.new_empty(self.slices[0][1], self.result.shape[1], dtype=torch.float32)
         for a, b, d in self.slices:
-            _mm_in_float32(d.T, self.hidden[: len(d)], out[: b - a])
+            _mm_in_float32(d.T, hidden[: len(d)], out[: b - a])
             if len(self.others):
-                _mm_in_float32(self.others[:, a:b].T, self.hidden[len(d) :], out[: b - a], add=True)
+                _mm_in_float32(self.others[:, a:b].T, hidden[len(d) :], out[: b - a], add=True)
             self.result[a:b] = out[: b - a]
         return self.result
 

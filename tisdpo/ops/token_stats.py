@@ -183,7 +183,7 @@ def linear_token_stats_backward(
     for a, b, place, z, ref_z in _tiles(policy, reference, index, len(target)):
         g = None if g_kl is None else g_kl[place]
         d = folds.gradient(z, target[place], ref_z, _gathered(stats, place), g_logps[place], g, dtype=dtype)
-        sums.add(a, b, d, None)
+        sums.add(a, b, d)
     return sums.result()
 
 
