@@ -207,36 +207,48 @@ def page(cpu: list[dict], end_to_end: dict | None, gpu: dict | None) -> str:
     return "\n".join(lines)
 
 
-def figures(cpu: dict, end_to_end: dict | None) -> str:
-    """The README's block: time and memory of both kinds of step, from the float32 file, and whole training steps."""
-    steps = {r["step"]: r for r in cpu["steps"]}
-    one, two = steps["no KL"], steps["KL, online reference"]
+def figures(reports: list[dict], end_to_end: dict | None) -> str:
+    """The README's block: time and memory of both kinds of step from the files of the default size, and whole training steps."""
+    columns = [(report, step) for report in reports for step in ("no KL", "KL, online reference")]
+    rows = [{r["step"]: r for r in report["steps"]}[step]["rows"] for report, step in columns]
+    heads = [f"{report['dtype']}, {step}" for report, step in columns]
+    lines = [
+        f"Time over the matrix products of the step, and MiB beyond the gradients ({size_text(reports[0]['steps'][0]['size'])}; "
+        + "; ".join(_where(report) for report in reports) + "; [all results](benchmarks/RESULTS.md)):",
+        "", "| | " + " | ".join(heads) + " |", "| --- |" + " --- |" * len(columns),
+    ]  # fmt: skip
+    for name in (OURS, "plain torch", "plain torch, float32 logits", "TRL chunked"):
+        cells = [f"{row[name]['ratio']:.2f} x, {row[name]['extra_bytes'] / MIB:,.0f} MiB" if name in row else "" for row in rows]
+        bold = "**" if name == OURS else ""
+        lines.append(f"| {bold}{name}{bold} | " + " | ".join(bold + cell + bold for cell in cells) + " |")
+    if reports[-1]["dtype"] == "bfloat16":
+        errors = [[max(row[name]["error"].values()) for row in rows[-2:]] for name in (OURS, "plain torch")]
+        ours, plain = (f"{100 * a:.1f} % (with KL {100 * b:.1f} %)" for a, b in errors)
+        lines += [
+            "",
+            f"Largest error of bfloat16 gradients, against float64: {ours}; plain torch, which rounds its logits, {plain}.",
+        ]
+    if end_to_end is not None:
+        step = end_to_end["steps"][0]
 
-    def ratio(result: dict, name: str) -> str:
-        return f"{result['rows'][name]['ratio']:.2f}"
+        def whole(name: str) -> str:
+            row = step["rows"][name]
+            return f"{row['tokens_per_second']:.0f} tokens/s and {row['peak_bytes'] / MIB:,.0f} MiB"
 
-    def memory(result: dict, name: str) -> str:
-        return f"{result['rows'][name]['extra_bytes'] / MIB:.0f}"
+        lines += [
+            "",
+            f"Whole DPO training steps of a small {step['model']} (V = {step['shape']['vocabulary']:,}, float32, "
+            f"{end_to_end['device']['cores']} CPU cores) that all take the same batch: {whole('tisdpo')}; "
+            f"TRL's trainer {whole('TRL')}, plain torch {whole('unfused')} "
+            f"([data](benchmarks/results/{end_to_end['file']})).",
+        ]
+    return "\n".join(lines) + "\n"
 
-    def whole(result: dict, name: str) -> str:
-        row = result["rows"][name]
-        return f"{row['tokens_per_second']:.0f} tokens/s and {row['peak_bytes'] / MIB:,.0f} MiB"
 
-    plain, step = "plain torch", None if end_to_end is None else end_to_end["steps"][0]
-    last = "" if step is None else (
-        f"- whole DPO training steps of a small {step['model']} (V = {step['shape']['vocabulary']:,}) that all take the same batch: "
-        f"{whole(step, 'tisdpo')}; TRL's trainer {whole(step, 'TRL')}, plain torch {whole(step, 'unfused')} "
-        f"([data](benchmarks/results/{end_to_end['file']}))\n"
-    )  # fmt: skip
-    return (
-        f"Measured on {cpu['device']['cores']} CPU cores ({cpu['device']['name']}), {cpu['dtype']}, {size_text(one['size'])}, backend "
-        f"`{cpu['backend']}` ([data](benchmarks/results/{cpu['file']}), [all results](benchmarks/RESULTS.md)):\n\n"
-        f"- time over the matrix products of the step: {ratio(one, OURS)}, with KL and online reference {ratio(two, OURS)} "
-        f"(plain torch {ratio(one, plain)} and {ratio(two, plain)}; TRL's chunked ops {ratio(one, 'TRL chunked')} and "
-        f"{ratio(two, 'TRL chunked')})\n"
-        f"- memory beyond the gradients: {memory(one, OURS)} MiB, with KL {memory(two, OURS)} (plain torch {memory(one, plain)} and "
-        f"{memory(two, plain)})\n" + last
-    )
+def _where(report: dict) -> str:
+    device = report["device"]
+    what = f"{device['cores']} cores of an {device['name']} with {device['vectors'].replace('AVX512', 'AVX-512')}"
+    return f"[{report['dtype']}](benchmarks/results/{report['file']}): {what}, backend `{report['backend']}`"
 
 
 def with_figures(text: str, block: str) -> str:
@@ -350,7 +362,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     end_to_end = newest("end-to-end")
     text = page(cpu, end_to_end, newest("device"))
-    readme = with_figures(README.read_text(), figures(cpu[0], end_to_end))
+    readme = with_figures(README.read_text(), figures([report for report in cpu if plotted(report)], end_to_end))
     if args.check:
         stale = [path.name for path, new in ((PAGE, text), (README, readme)) if not path.exists() or path.read_text() != new]
         print(f"not what the JSON files give: {', '.join(stale)}; run python -m benchmarks.plot" if stale else "up to date")
