@@ -23,9 +23,9 @@ COLORS = {OURS: "#c2410c", "tisdpo two passes": "#f59e0b", "plain torch": "#3341
 # Why a provider is faster than one pass somewhere: (its name, what must hold of the size, the reason)
 REASONS = [
     ("", lambda size: size["tokens"] * size["vocabulary"] > 1 << 23,
-     "it holds all logits at once, so each product is one call; in chunks the head is packed anew for each, and dWeight read and "
-     "written (NOTES.md). One pass in one chunk is the row of that name, and between it and these rows the order changes from run to "
-     "run; the budget is yours: TISDPO_CHUNK_MIB"),
+     "it holds all logits at once, so each product is one call; in chunks the head is packed anew for each and, in float32, dWeight "
+     "read and written (NOTES.md). One pass in one chunk is the row of that name, and between it and these rows the order changes from run "
+     "to run; the budget is yours: TISDPO_CHUNK_MIB"),
     ("", lambda size: size["tokens"] * size["vocabulary"] <= 1 << 23,
      "few logits: they fit into the cache, nothing is saved by chunks, and the fixed cost of the operators counts"),
 ]  # fmt: skip

@@ -25,12 +25,14 @@ def fold_bytes(z: int, out: int, models: int) -> dict[str, int]:
 
 def step_work(size: Size, step: Step, itemsize: int, chunks: int) -> tuple[float, float]:
     """(operations, bytes) of one pass: its products, and the traffic of float32 logits (written by the product, read by the statistics,
-    read and written by the gradient, read by two more products) and of the head and its gradient, which every chunk touches."""
+    read and written by the gradient, read by two more products) and of the head and its gradient, which every chunk touches; a 16-bit
+    head's gradient is written once instead, and D in 16 bits once more and read again (`products.WaitingRows`)."""
     N, H, V = size.tokens * (1 - size.masked), size.hidden, size.vocabulary
     models = 1 + step.reference_products
     logits = 4 * N * V * (6 - step.frozen + 3 * step.reference_products)
-    heads = chunks * V * H * (itemsize * (models + 1) + (0 if step.frozen else 8))
-    return 2 * N * H * V * step.products, logits + heads
+    heads = chunks * V * H * itemsize * (models + 1)
+    gradient = 0 if step.frozen else chunks * V * H * 8 if itemsize == 4 else V * H * itemsize + 2 * N * V * itemsize
+    return 2 * N * H * V * step.products, logits + heads + gradient
 
 
 def ceilings(size: Size, device: str, dtype: torch.dtype, rounds: int) -> dict[str, float]:
