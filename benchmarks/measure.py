@@ -155,17 +155,11 @@ def summary(seconds: list[float]) -> dict[str, float]:
     return {"seconds": statistics.median(seconds), "p20": max(low, min(seconds)), "p80": min(high, max(seconds)), "rounds": len(seconds)}
 
 
-def interleaved(jobs: dict, rounds: int, device: str, failed: dict | None = None, slow: float = math.inf) -> dict[str, dict]:
-    """`summary` of every job, run in turn `rounds` times; with `failed`, a job that raises leaves and its reason is noted there.
-
-    slow: jobs that take more than so many times the first one's time run in every third round only (three times at least).
-    """
+def interleaved(jobs: dict, rounds: int, device: str, failed: dict | None = None) -> dict[str, dict]:
+    """`summary` of every job, run in turn `rounds` times; with `failed`, a job that raises leaves and its reason is noted there."""
     flush, seconds = l2_flush(device), {name: [] for name in jobs}
-    first = seconds[next(iter(jobs))]
-    for i in range(rounds):
+    for _ in range(rounds):
         for name in list(seconds):
-            if i > 2 and i % 3 and statistics.median(seconds[name]) > slow * statistics.median(first):
-                continue
             try:
                 seconds[name].append(timed(jobs[name], device, flush))
             except Exception as error:
@@ -290,7 +284,7 @@ def compare(
     out = (torch.empty_like(problem.hidden), torch.empty_like(problem.weight))
     z = torch.empty(size.tokens, size.vocabulary, dtype=dtype, device=device)
     failed = {}
-    times = interleaved({"products": lambda: problem.products(step, z, out), **jobs}, rounds, device, failed, slow=2.5)
+    times = interleaved({"products": lambda: problem.products(step, z, out), **jobs}, rounds, device, failed)
     for name, why in failed.items():  # memory that sufficed alone may not beside the buffers of the products
         rows[name]["failed"] = why
     products = times.pop("products")

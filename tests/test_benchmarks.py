@@ -160,14 +160,6 @@ def test_a_study_is_kept_and_put_on_the_page(tmp_path, monkeypatch):
         studies.main([str(tmp_path / "run")])
 
 
-def test_slow_jobs_run_in_every_third_round(monkeypatch):
-    took = {"products": 1.0, "ours": 2.0, "slow": 9.0}
-    monkeypatch.setattr(measure, "timed", lambda job, device, flush: took[job])
-    rows = measure.interleaved({name: name for name in took}, 9, "cpu", slow=2.5)
-    assert {name: row["rounds"] for name, row in rows.items()} == {"products": 9, "ours": 9, "slow": 5}
-    assert [rows[name]["seconds"] for name in took] == list(took.values())
-
-
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 def test_freed_memory_is_kept():
     """In a process of its own, for it stays so: a tensor soon lies where earlier ones were, without a page fault.
