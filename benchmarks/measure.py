@@ -8,7 +8,6 @@ growth of the high-water mark of a fresh process on a CPU, beyond inputs and the
 import ctypes
 import gc
 import json
-import math
 import multiprocessing
 import os
 import platform
