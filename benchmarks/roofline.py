@@ -7,6 +7,7 @@ that is larger than every cache, both measured here. Operations and bytes are co
 """
 
 import argparse
+import math
 import statistics
 import sys
 
@@ -14,6 +15,7 @@ import torch
 
 from benchmarks.measure import l2_flush, timed
 from benchmarks.registry import Size, Step
+from tisdpo.ops import backend
 
 FOLD_OPERATIONS = 13  # a logit and model: exponential, subtraction, comparison, sums; counted in csrc/fold_kernels.h
 
@@ -23,16 +25,21 @@ def fold_bytes(z: int, out: int, models: int) -> dict[str, int]:
     return {"statistics": z * models, "gradient": z * models + out}
 
 
-def step_work(size: Size, step: Step, itemsize: int, chunks: int) -> tuple[float, float]:
-    """(operations, bytes) of one pass: its products, and the traffic of float32 logits (written by the product, read by the statistics,
-    read and written by the gradient, read by two more products) and of the head and its gradient, which every chunk touches; a 16-bit
-    head's gradient is written once instead, and D in 16 bits once more and read again (`products.WaitingRows`)."""
+def step_work(size: Size, step: Step, itemsize: int, device: str = "cpu") -> tuple[float, float]:
+    """(operations, bytes) of one pass: its products, and the traffic of logits, D and the head.
+
+    Float32 logits are written by the product and read by the statistics and the gradient; those of the reference too. D of float32 is
+    written over them and read by two products (one with a frozen head); D of 16 bits likewise, and copied to where it waits. The head is
+    read for every chunk; so is, and written, the sum of its float32 gradient; a 16-bit one is written once.
+    """
     N, H, V = size.tokens * (1 - size.masked), size.hidden, size.vocabulary
-    models = 1 + step.reference_products
-    logits = 4 * N * V * (6 - step.frozen + 3 * step.reference_products)
-    heads = chunks * V * H * itemsize * (models + 1)
-    gradient = 0 if step.frozen else chunks * V * H * 8 if itemsize == 4 else V * H * itemsize + 2 * N * V * itemsize
-    return 2 * N * H * V * step.products, logits + heads + gradient
+    models, trained = 1 + step.reference_products, not step.frozen
+    rows = backend.chunk_rows(V, 1 if step.kl is None else 2, 4, device, later=step.frozen or itemsize == 2)
+    d = itemsize * (2 + trained + (2 * trained if itemsize == 2 else 0))
+    logits = N * V * (12 * models + d)
+    chunks = math.ceil(N / rows)
+    gradient = V * H * (8 * chunks if itemsize == 4 else itemsize) * trained
+    return 2 * N * H * V * step.products, logits + chunks * V * H * itemsize * (models + 1) + gradient
 
 
 def ceilings(size: Size, device: str, dtype: torch.dtype, rounds: int) -> dict[str, float]:

@@ -221,7 +221,8 @@ bool has_bf16() { return capability() == "avx512" && multiplies_bf16(); }
 
 // out [M, N] = a [M, K] @ b [K, N], or out += it, with float32 sums.
 void mm_bf16(const Tensor& a, const Tensor& b, const Tensor& out, bool add) {
-  STD_TORCH_CHECK(has_bf16(), "mm_bf16 needs a CPU with AVX-512 BF16 and a libtorch with brgemm, got a CPU of level ", capability());
+  STD_TORCH_CHECK(has_bf16(), "mm_bf16 needs a CPU with AVX-512 BF16 and a libtorch with brgemm, got a CPU of level ", capability(),
+                  " (TISDPO_CPU_CAPABILITY lowers it; set it before the first step)");
   STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2, "a and b must be matrices, got shapes ", shape(a), " and ", shape(b));
   int64_t M = a.size(0), K = a.size(1), N = b.size(1);
   Rows rows = rows_of(out, "out", M, N);

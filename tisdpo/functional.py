@@ -99,8 +99,8 @@ def linear_token_logps(
     and `kl`, for any upstream gradient (two passes: the backward computes the logits again).
 
     Cost: 4 products of 2 N H V FLOP, forward and backward together; with KL 6. With frozen head one less. Memory: a chunk of
-    logits (a byte budget) and, with a trainable head, a [V, H] float32 sum (16-bit heads: beyond 3 H rows). N
-    counts only positions that are not ignored.
+    logits (a byte budget) and, with a trainable head, a [V, H] float32 sum. N counts only
+    positions that are not ignored.
 
     Raises TypeError and ValueError that name the argument, what was expected and what came.
     """
@@ -254,9 +254,10 @@ def linear_tis_dpo_loss(
     Cost in products of 2 N H V FLOP, forward and backward together: trainable head 3, with KL or online reference 4; frozen head 2
     and 3. plan="two_pass" (recompute in the backward, 4 and 6) is for comparison, and what "auto" takes for float16, whose small
     gradients a GradScaler has to scale before they are rounded. Neither plan has second derivatives. Memory: a byte
-    budget of logits and a [V, H] float32 sum; the gradients are computed in the forward, and skipped where none is needed. A pair
-    longer than the budget is held while its logits take no more than a head does (rows * models <= H), and computed twice beyond that;
-    with TISDPO_CHUNK_MIB set, always. A trained 16-bit head with at most 3 H rows needs neither sum nor whole pairs: docs/design.md.
+    budget of logits and, with a trainable head, a [V, H] float32 sum or, in 16 bits and up to 2 H rows, [max(N - H, 0), V] of 16 bits;
+    the gradients are computed in the forward, and skipped where none is needed. With a float32 sum a pair longer than the budget is
+    held while its logits take no more than a head does (rows * models <= H), and computed twice beyond that; with TISDPO_CHUNK_MIB set,
+    always (docs/design.md).
 
     Raises TypeError and ValueError that name the argument, what was expected and what came.
     """

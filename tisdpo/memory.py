@@ -19,7 +19,7 @@ holds 2 n b I of its own, less 2 n b H that it has freed by then (measured); wit
 Layers of another kind (no gate, state spaces, experts) are counted as if they were Llama's, with the experts of one token for I.
 
 Head, for N = n completion tokens at most: the logits of one chunk in float32 (`tisdpo.ops.pairwise`, for policy and, with KL, reference),
-where the head is trained its gradient (16 bits: [max(N, H), V] for the rows of D that wait, N <= 3 H; else a float32 [V, H] and its rounded
+where the head is trained its gradient (16 bits: [max(N, H), V] for the rows of D that wait, N <= 2 H; else a float32 [V, H] and its rounded
 copy), [N, H] three to five times.
 
 Not counted: fragmentation, buckets of ZeRO, quantised bases, autocast (which keeps float32 weights and casts them at every use).
@@ -315,17 +315,19 @@ def head_bytes(shape: Shape, plan: Plan) -> int:
     v, h, b, n = shape.vocabulary, shape.hidden, plan.itemsize, plan.tokens
     native = b == 4 or plan.device != "cpu" or products.gives_accumulators(torch.device("cpu"), getattr(torch, plan.dtype))
     widened = 0 if native else min(v * h * 4, products.SLICE_BYTES)  # a slice of the head; gone when rounding
-    waits = plan.lora is None and b < 4 and native and n <= 3 * h  # products.WaitingRows
-    rows = backend.chunk_rows(v, buffers, 4, plan.device, waits)
+    waits = plan.lora is None and b < 4 and native and products.WaitingRows.few(n, h)
+    rows = backend.chunk_rows(v, buffers, 4, plan.device, waits or plan.lora is not None)
     states = (2 + models) * n * h * b
+    if plan.lora is not None:
+        together = min(max(rows, 2 * plan.seq_len), n)  # whose D @ W wait for their pair, in float32
+        return buffers * min(rows, n) * v * 4 + widened + 2 * 4 * together * h + states
     if waits:
-        held, finishing = min(rows, n), min(v * h * 4, products.SLICE_BYTES) + 4 * n * h
-        return max(buffers * held * v * 4, finishing) + v * max(n, h) * b + 4 * n * h + states
+        finishing = min(v * h * 4, products.SLICE_BYTES) + 4 * n * h
+        return max(buffers * min(rows, n) * v * 4, finishing) + v * max(n, h) * b + 4 * n * h + states
     bounds = [i * plan.seq_len for i in range(2 * plan.pairs_per_gpu + 1)]
     held = buffer_rows(bounds, rows, backend.longest_held(rows, h, buffers))
-    logits, gradient = buffers * held * v * 4 + 2 * 4 * held * h, 0 if plan.lora is not None else v * h * 4
-    rounded = v * h * b if plan.lora is None and b < 4 else 0
-    return gradient + max(logits + widened, rounded) + states
+    rounded = v * h * b if b < 4 else 0
+    return v * h * 4 + max(buffers * held * v * 4 + 2 * 4 * held * h + widened, rounded) + states
 
 
 # The page

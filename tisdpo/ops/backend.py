@@ -17,12 +17,12 @@ GPUS = ("cuda", "xpu")  # devices that Triton compiles for; ROCm calls itself cu
 # thousand rows of the largest vocabularies.
 CHUNK_BYTES = {"cpu": (48 << 20, 96 << 20), "default": (1 << 30, 1 << 30)}
 
-# The same where D waits elsewhere (`products.WaitingRows`): dWeight is made once, so fewer rows cost less.
-CHUNK_BYTES_WAITING = {"cpu": (40 << 20, 64 << 20), "default": (1 << 30, 1 << 30)}
+# The same where nothing in the logits waits for its pair and dWeight is not summed over chunks: fewer rows cost less.
+CHUNK_BYTES_LATER = {"cpu": (40 << 20, 64 << 20), "default": (1 << 30, 1 << 30)}
 
-# But never fewer rows than this: for every chunk dWeight [V, H] is read and written once, whatever its rows, so with a large vocabulary
-# a fixed number of bytes would make that the largest part (V = 151936: 82 rows 1.34 x the products, 270 rows 1.22 x). TISDPO_CHUNK_MIB is
-# taken as it is.
+# But never fewer rows than this: for every chunk the head is packed and a float32 dWeight read and written, whatever its rows, so with a
+# large vocabulary a fixed number of bytes would make that the largest part (float32, V = 151936: 82 rows 1.34 x the products, 270 rows
+# 1.22 x; 16 bits, V = 32000: 128 to 196 rows 1.19 x, 256 rows 1.11 x). TISDPO_CHUNK_MIB is taken as it is.
 LEAST_ROWS = {"cpu": 256, "default": 1}
 
 # Rows of a chunk are visited in blocks of about this many bytes: on a CPU a block then stays in the last-level cache between the passes.
@@ -91,17 +91,17 @@ def _announce(backend: str, why: str, device: str) -> None:
     log.info("tisdpo runs the %r backend on %s: %s", backend, device, why)
 
 
-def chunk_rows(vocabulary: int, models: int, itemsize: int, device: str, waits: bool = False) -> int:
+def chunk_rows(vocabulary: int, models: int, itemsize: int, device: str, later: bool = False) -> int:
     """Rows of logits that fit the byte budget: bytes / (V * itemsize * models), at least one; LEAST_ROWS without TISDPO_CHUNK_MIB."""
     least = 1 if "TISDPO_CHUNK_MIB" in os.environ else _for(device, LEAST_ROWS)
-    return max(least, chunk_bytes(device, models, waits) // (max(vocabulary, 1) * itemsize * models))
+    return max(least, chunk_bytes(device, models, later) // (max(vocabulary, 1) * itemsize * models))
 
 
-def chunk_bytes(device: str, models: int, waits: bool = False) -> int:
-    """The budget: CHUNK_BYTES or CHUNK_BYTES_WAITING, or TISDPO_CHUNK_MIB of the environment; ValueError if that is not positive."""
+def chunk_bytes(device: str, models: int, later: bool = False) -> int:
+    """The budget: CHUNK_BYTES or CHUNK_BYTES_LATER, or TISDPO_CHUNK_MIB of the environment; ValueError if that is not positive."""
     text = os.environ.get("TISDPO_CHUNK_MIB")
     if text is None:
-        return _for(device, CHUNK_BYTES_WAITING if waits else CHUNK_BYTES)[models - 1]
+        return _for(device, CHUNK_BYTES_LATER if later else CHUNK_BYTES)[models - 1]
     try:
         size = int(float(text) * (1 << 20))
     except ValueError:

@@ -3,8 +3,8 @@
 The upstream gradient of every token of a pair is (one scalar per sequence, known once the pair's sums are known) x w_t. So chunks hold
 whole pairs: logits -> statistics -> D = dscore_t/dlogits in place, unscaled -> the pair sums -> the pairwise loss and its gradient with
 respect to the scores -> dHidden = c * (D @ W), dWeight += D^T @ (c * hidden), c_t = w_t * dloss/dscore. Nothing is recomputed, except
-for a pair that is longer than a chunk may be. Where D waits elsewhere for its factors (a trained 16-bit head with at most 3 H rows, see
-`products.WaitingRows`), a few rows of any pairs follow each other instead.
+for a pair that is longer than a chunk may be. Where the factors c may come later than D (a frozen head: they go to dHidden; a trained
+16-bit head with at most 2 H rows: D waits in `products.WaitingRows`), a few rows of any pairs follow each other instead.
 
 Cost in head-sized products (u = 2 N H V FLOP): policy logits 1, reference logits 1 (KL or online reference), dHidden 1, dWeight 1
 (none with a frozen head). Memory: the chunk's logits (with KL of both models) + a [V, H] sum in float32, where the head is trained
@@ -142,22 +142,26 @@ class _Walk:
         self.objective, self.folds, self.grads, self.with_gradient = objective, folds, grads, any(grads.needs)
         self.dtype = accumulation_dtype(policy.hidden.dtype)
         models = 1 if self.reference is None else 2
-        self.rows = policy.chunk_rows(models, grads.waits)
+        self.rows = policy.chunk_rows(models, grads.later)
         self.longest = backends.longest_held(self.rows, policy.hidden.shape[1], models)
 
     def chunks(self, bounds: list[int]) -> list[tuple[int, int]]:
         """(first, last) boundary of every chunk, after the memory for logits is there: one that grew would leave holes behind.
 
-        Where D waits for its pair elsewhere, or there is none, pairs need no logits of their own: one chunk, visited a few rows at a time.
+        Where the factors of D may come later, pairs need no logits of their own: a chunk is visited a few rows at a time, and where D
+        waits, or there is none, all pairs are one chunk.
         """
-        together = self.grads.waits or not self.with_gradient
-        if together:
+        later, chunks = self.grads.later, _whole_pairs(bounds, self.rows)
+        if later and (self.grads.waits or not self.with_gradient):
+            chunks = [(0, len(bounds) - 1)] if len(bounds) > 1 else []
+        if later:
             self.longest = 0
-            rows = max((b - a for a, b in row_ranges(0, bounds[-1], self.rows)), default=0)
+            ranges = [row_ranges(bounds[first], bounds[last], self.rows) for first, last in chunks]
+            rows = max((b - a for parts in ranges for a, b in parts), default=0)
         else:
             rows = buffer_rows(bounds, self.rows, self.longest)
-        self.tiles = Tiles(self.policy, self.reference, rows)
-        return [(0, len(bounds) - 1)] if together and len(bounds) > 1 else _whole_pairs(bounds, self.rows)
+        self.tiles = Tiles(self.policy, self.reference, rows, later)
+        return chunks
 
     def chunk(self, first: int, bounds: list[int], normalizer: Tensor) -> tuple[Tensor, Tensor]:
         """Loss [] and sums [4, s] of the sequences from number `first` on, with these boundaries; adds their gradients."""
@@ -174,8 +178,9 @@ class _Walk:
             z, ref_z = self.tiles.logits(a, b)
             found = self.folds.statistics(z, self.target[a:b], ref_z)
             stats.append(found if ref_logp is None else found._replace(ref_logp=ref_logp))
-            if self.grads.waits:
-                self.grads.hold(a, b, self._unscaled_gradient(a, b, z, ref_z, stats[-1], None if kl_sign is None else kl_sign[a:b]))
+            if self.with_gradient and self.grads.later:
+                sign = None if kl_sign is None else kl_sign[a - start : b - start]
+                self.grads.hold(a, b, self._unscaled_gradient(a, b, z, ref_z, stats[-1], sign))
             elif self.with_gradient and len(ranges) == 1:
                 held = self._unscaled_gradient(a, b, z, ref_z, stats[0], kl_sign)
 
@@ -186,7 +191,7 @@ class _Walk:
         coefficient = g_scores[sequence]
         if self.token_weights is not None:
             coefficient = coefficient * self.token_weights[start:stop]
-        if self.grads.waits:
+        if self.grads.later:
             self.grads.scale(start, stop, coefficient)
             return loss, sums
         for (a, b), s in zip(ranges, stats):

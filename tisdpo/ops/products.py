@@ -24,8 +24,8 @@ def logits(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     if hidden.dtype == out.dtype:
         for a, b in _slices(weight, out.dtype, CACHED_BYTES) if hidden.device.type == "cpu" else [(0, len(weight))]:
             torch.mm(hidden, weight[a:b].T, out=out[:, a:b])
-    elif gives_accumulators(hidden.device, hidden.dtype):
-        _mm_in_float32(hidden, weight.T, out)
+    elif out.dtype == torch.float32 and gives_accumulators(hidden.device, hidden.dtype):
+        _mm_in_float32(hidden.contiguous(), weight.T, out)  # of a transposed one the whole head would be packed
     else:
         wide = hidden.to(out.dtype)
         for a, b in _slices(weight, out.dtype):
@@ -79,8 +79,13 @@ class WaitingRows:
 
     @staticmethod
     def serves(weight: Tensor, rows: int) -> bool:
-        """Whether that takes no more memory than sums in float32 would: D of up to 3 H rows does not."""
-        return gives_accumulators(weight.device, weight.dtype) and rows <= 3 * weight.shape[1]
+        """Whether such products are to be had here, and D waits in no more memory than float32 sums would take (`few`)."""
+        return gives_accumulators(weight.device, weight.dtype) and WaitingRows.few(rows, weight.shape[1])
+
+    @staticmethod
+    def few(rows: int, hidden_size: int) -> bool:
+        """D [rows, V] in 16 bits is no larger than a [V, H] of float32."""
+        return rows <= 2 * hidden_size
 
     def put(self, a: int, b: int, d: Tensor) -> None:
         """Rows a..b of D."""
@@ -148,14 +153,14 @@ def gives_accumulators(device: torch.device, dtype: torch.dtype) -> bool:
 @cache
 def adds_in_place(device: torch.device) -> bool:
     """Whether such a product can be added to a float32 matrix in the library (torch releases differ)."""
-    total = torch.zeros(16, 16, device=device)
+    total = torch.zeros(16, 16, dtype=torch.float32, device=device)
     return _works(lambda x: torch.addmm(total, x, x, out_dtype=torch.float32, out=total), device)
 
 
 def _mm_bf16_is_right() -> bool:
     """Of whole numbers, exactly. It rests on a function of libtorch that is not part of its stable interface."""
-    x = (torch.arange(66.0 * 66) % 7).view(66, 66)
-    return torch.equal(_mm_in_float32(x.bfloat16(), x.bfloat16(), torch.empty_like(x)), torch.mm(x, x, out=torch.empty_like(x)))
+    x = (torch.arange(66 * 66, dtype=torch.float32, device="cpu") % 7).view(66, 66)
+    return torch.equal(_mm_in_float32(x.bfloat16(), x.bfloat16(), torch.empty_like(x)), x @ x)
 
 
 def _works(product, device: torch.device) -> bool:

@@ -26,10 +26,10 @@ class HeadRows:
         """hidden @ weight.T of rows a..b, written to `out` [b - a, V]."""
         return products.logits(self.take(a, b), self.weight, out)
 
-    def chunk_rows(self, models: int, waits: bool = False) -> int:
-        """Rows of a chunk when `models` buffers of logits live at a time, and D elsewhere (`waits`) or in one of them."""
+    def chunk_rows(self, models: int, later: bool) -> int:
+        """Rows of a chunk when `models` buffers of logits live at a time; `later`: nothing in them waits for its pair."""
         dtype = accumulation_dtype(self.hidden.dtype)
-        return backend.chunk_rows(len(self.weight), models, dtype.itemsize, self.hidden.device.type, waits)
+        return backend.chunk_rows(len(self.weight), models, dtype.itemsize, self.hidden.device.type, later)
 
 
 class Tiles:
@@ -38,7 +38,7 @@ class Tiles:
     Where both have the same head (LoRA, or a frozen tied one), their hidden states are stacked: the head is read once.
     """
 
-    def __init__(self, policy: HeadRows, reference: HeadRows | None, rows: int):
+    def __init__(self, policy: HeadRows, reference: HeadRows | None, rows: int, later: bool):
         self.policy, self.reference, self.rows = policy, reference, rows
         self.shared = reference is not None and _same(policy.weight, reference.weight)
         models = 1 if reference is None else 2
@@ -47,9 +47,10 @@ class Tiles:
             self.buffer = torch.empty(models * rows, len(policy.weight), dtype=dtype, device=device)
         except torch.OutOfMemoryError as error:
             size = models * rows * len(policy.weight) * dtype.itemsize >> 20
+            pairs = "" if later else "; unset, a single pair may take as much as a head"
             raise torch.OutOfMemoryError(
                 f"no memory for a chunk of {size} MiB of logits; lower the budget by TISDPO_CHUNK_MIB "
-                f"(now {backend.chunk_bytes(device.type, models) >> 20}; unset, a single pair may take as much as a head). {error}"
+                f"(now {backend.chunk_bytes(device.type, models, later) >> 20}{pairs}). {error}"
             ) from None
 
     def logits(self, a: int, b: int) -> tuple[Tensor, Tensor | None]:
@@ -87,8 +88,9 @@ class GradientSums:
     """Gradients of hidden [N, H], weight [V, H] and bias [V] while the chunks go by; those not needed stay empty and cost nothing.
 
     With dL/dlogits = c_t * d_t: dHidden = c * (D @ W), dWeight = D^T @ (c * hidden), dBias = D^T @ c: the factors go where H is, not V.
-    dWeight is summed over the chunks in a float32 [V, H], or, for a 16-bit head and few rows, made of all of D at the end: that takes less
-    memory and less time (`products.WaitingRows`), and the factors may come later than D (`waits`).
+    dWeight is summed over the chunks in a float32 [V, H], or, for a 16-bit head and few rows, made of all of D at the end, which takes less
+    memory (`products.WaitingRows`). Then, and without dWeight and dBias, the factors may come later than D (`later`): by `hold` and `scale`
+    instead of `add`.
     """
 
     def __init__(self, rows: HeadRows, needs: tuple[bool, bool, bool]):
@@ -100,23 +102,23 @@ class GradientSums:
         empty = rows.hidden.new_empty
         self.hidden = (rows.hidden.new_zeros if self.count < len(rows.hidden) else empty)(rows.hidden.shape) if needs[0] else empty(0)
         self.weight = empty(rows.weight.shape, dtype=dtype) if needs[1] and not self.waits else empty(0)
-        self.bias = rows.weight.new_zeros(len(rows.weight), dtype=dtype) if needs[2] else empty(0)
+        self.later = self.waits or not (needs[1] or needs[2])
+        self.bias = rows.weight.new_zeros(len(rows.weight), dtype=dtype) if needs[2] and not self.waits else empty(0)
         self.first = True
+        self.held: list[tuple[int, int, Tensor]] = []  # D @ W of rows a..b, without the factors
         if self.waits:
-            self.waiting = products.WaitingRows(rows.weight, self.count)
-            self.unscaled = empty(self.count, rows.hidden.shape[1], dtype=dtype) if needs[0] else None
-            self.coefficient = empty(self.count, dtype=dtype)
+            self.waiting, self.coefficient = products.WaitingRows(rows.weight, self.count), empty(self.count, dtype=dtype)
 
     def add(self, a: int, b: int, d: Tensor, coefficient: Tensor | None = None) -> None:
         """Add the rows a..b with dL/dlogits = coefficient [b-a] * d [b-a, V]; no coefficients: 1."""
         if coefficient is None:
             coefficient = torch.ones(len(d), dtype=self.dtype, device=d.device)
-        if self.waits:
+        if self.later:
             self.hold(a, b, d)
             self.scale(a, b, coefficient)
             return
         if self.needs[0]:
-            self._set_hidden(a, b, products.grad_hidden(d, self.rows.weight, self.dtype).mul_(coefficient[:, None]))
+            self._set_hidden(a, b, products.grad_hidden(d, self.rows.weight, self.dtype), coefficient)
         if self.needs[1]:
             products.add_grad_weight_(self.weight, d, self.rows.take(a, b) * coefficient[:, None], first=self.first)
             self.first = False
@@ -124,21 +126,23 @@ class GradientSums:
             self.bias += products.column_sums(d, coefficient)
 
     def hold(self, a: int, b: int, d: Tensor) -> None:
-        """d [b-a, V] of the rows a..b, where it waits; their coefficients follow."""
+        """d [b-a, V] of the rows a..b; their coefficients follow."""
         if self.needs[0]:
-            self.unscaled[a:b] = products.grad_hidden(d, self.rows.weight, self.dtype)
-        self.waiting.put(a, b, d)
+            self.held.append((a, b, products.grad_hidden(d, self.rows.weight, self.dtype)))
+        if self.waits:
+            self.waiting.put(a, b, d)
 
     def scale(self, a: int, b: int, coefficient: Tensor) -> None:
-        """The coefficients of rows that wait."""
-        self.coefficient[a:b] = coefficient
+        """The coefficients of all rows that are held, a..b."""
+        for first, last, grad in self.held:
+            self._set_hidden(first, last, grad, coefficient[first - a : last - a])
+        self.held.clear()
+        if self.waits:
+            self.coefficient[a:b] = coefficient
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients in the dtypes of their inputs; 16-bit ones are rounded once, here."""
         if self.waits:
-            if self.needs[0]:
-                self._set_hidden(0, self.count, self.unscaled.mul_(self.coefficient[:, None]))
-                self.unscaled = None
             if self.needs[2]:
                 self.bias = self.waiting.column_sums(self.coefficient)
             self.weight = self.waiting.product(self.rows.take(0, self.count) * self.coefficient[:, None])
@@ -146,5 +150,6 @@ class GradientSums:
             self.weight.zero_()  # no row carried loss
         return self.hidden, self.weight.to(self.rows.weight.dtype), self.bias.to(self.rows.weight.dtype)
 
-    def _set_hidden(self, a: int, b: int, grad: Tensor) -> None:
-        self.hidden[slice(a, b) if self.rows.index is None else self.rows.index[a:b]] = grad.to(self.hidden.dtype)
+    def _set_hidden(self, a: int, b: int, grad: Tensor, coefficient: Tensor) -> None:
+        place = slice(a, b) if self.rows.index is None else self.rows.index[a:b]
+        self.hidden[place] = grad.mul_(coefficient[:, None]).to(self.hidden.dtype)

@@ -154,7 +154,7 @@ def linear_token_stats(
     policy, reference = heads(hidden, weight, ref_hidden, ref_weight, index)
     name = backends.resolve(backend, hidden.device.type, hidden.dtype)
     folds = fold.Fold(name, kl, fold.Transform(logit_scale, softcap, temperature), bias, ref_bias)
-    for _a, _b, place, z, ref_z in _tiles(policy, reference, index, len(target)):
+    for _a, _b, place, z, ref_z in _tiles(policy, reference, index, len(target), later=True):
         _scatter(outputs, place, folds.statistics(z, target[place], ref_z))
     return outputs
 
@@ -180,10 +180,11 @@ def linear_token_stats_backward(
     g_logps, g_kl = _upstream(g_logps, g_kl, stats, kl)
     sums = GradientSums(policy, tuple(needs))
     dtype = products.gradient_dtype(weight, sums.dtype)
-    for a, b, place, z, ref_z in _tiles(policy, reference, index, len(target)):
+    for a, b, place, z, ref_z in _tiles(policy, reference, index, len(target), sums.later):
         g = None if g_kl is None else g_kl[place]
         d = folds.gradient(z, target[place], ref_z, _gathered(stats, place), g_logps[place], g, dtype=dtype)
         sums.add(a, b, d)
+        del z, ref_z, d  # and with them, after the last chunk, the logits: what follows needs memory of its own
     return sums.result()
 
 
@@ -204,10 +205,10 @@ def gradient_shapes(hidden: Tensor, weight: Tensor, needs) -> tuple[Tensor, Tens
     )
 
 
-def _tiles(policy: HeadRows, reference: HeadRows | None, index: Tensor | None, tokens: int):
+def _tiles(policy: HeadRows, reference: HeadRows | None, index: Tensor | None, tokens: int, later: bool):
     """(a, b, place, z, ref_z) for chunk after chunk: rows a..b of those that carry loss, `place` their index in the outputs."""
-    ranges = row_ranges(0, tokens if index is None else len(index), policy.chunk_rows(1 if reference is None else 2))
-    tiles = Tiles(policy, reference, max((b - a for a, b in ranges), default=0))
+    ranges = row_ranges(0, tokens if index is None else len(index), policy.chunk_rows(1 if reference is None else 2, later))
+    tiles = Tiles(policy, reference, max((b - a for a, b in ranges), default=0), later)
     for a, b in ranges:
         yield a, b, slice(a, b) if index is None else index[a:b], *tiles.logits(a, b)
 
