@@ -35,7 +35,7 @@ import torch
 
 from tisdpo.errors import InputError
 from tisdpo.ops import backend, products
-from tisdpo.ops.pairwise import buffer_rows
+from tisdpo.ops.pairwise import PARTS, buffer_rows
 
 GIB = 1 << 30
 RESERVE = GIB  # CUDA's context and its libraries' workspaces: an assumption
@@ -319,7 +319,7 @@ def head_bytes(shape: Shape, plan: Plan) -> int:
     rows = backend.chunk_rows(v, buffers, 4, plan.device, waits or plan.lora is not None)
     states = (2 + models) * n * h * b
     if plan.lora is not None:
-        together = min(max(rows, 2 * plan.seq_len), n)  # whose D @ W wait for their pair, in float32
+        together = min(max(PARTS * rows, 2 * plan.seq_len), n)  # whose D @ W wait for their pair, in float32
         return buffers * min(rows, n) * v * 4 + widened + 2 * 4 * together * h + states
     if waits:
         finishing = min(v * h * 4, products.SLICE_BYTES) + 4 * n * h

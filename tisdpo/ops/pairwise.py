@@ -72,6 +72,11 @@ def _(
     return hidden.new_empty((), dtype=dtype), sums, *gradient_shapes(hidden, weight, needs)
 
 
+# A chunk whose rows are visited in parts, because only D @ W [rows, H] is held until its pairs are complete, has about this many: whole
+# pairs divide into more equal parts, and [rows, H] stays small beside the logits of one part.
+PARTS = 4
+
+
 class _Rows(NamedTuple):
     """The rows to walk over, and the sequences' boundaries [S+1] among them, on the device and on the host.
 
@@ -151,7 +156,8 @@ class _Walk:
         Where the factors of D may come later, pairs need no logits of their own: a chunk is visited a few rows at a time, and where D
         waits, or there is none, all pairs are one chunk.
         """
-        later, chunks = self.grads.later, _whole_pairs(bounds, self.rows)
+        later = self.grads.later
+        chunks = _whole_pairs(bounds, self.rows * (PARTS if later else 1))
         if later and (self.grads.waits or not self.with_gradient):
             chunks = [(0, len(bounds) - 1)] if len(bounds) > 1 else []
         if later:
