@@ -169,16 +169,26 @@ def test_rows_wait_where_that_takes_no_more_memory(monkeypatch, rows):
     """D of 2 H rows in 16 bits is as large as a float32 sum."""
     monkeypatch.setattr(products, "gives_accumulators", lambda device, dtype: dtype == torch.bfloat16)
     monkeypatch.setattr(products, "_mm_in_float32", in_float64)
-    case = make_case((rows // 2, rows - rows // 2), H=H, V=V, dtype=torch.bfloat16)
-    hidden, weight = case.hidden.requires_grad_(), case.weight.requires_grad_()
+    monkeypatch.setattr(backend, "chunk_rows", lambda *a: 7)
+    case = make_case((rows // 2, rows - rows // 2 - 9, 5, 6), H=H, V=V, dtype=torch.bfloat16, ignored=(3, rows // 2))  # `rows` carry loss
+    inputs = [case.hidden, case.weight, case.bias]
     waited = []
     own = products.WaitingRows.put
     monkeypatch.setattr(products.WaitingRows, "put", lambda *args: (waited.append(1), own(*args)))
+
+    def gradients(dtype, **options):
+        policy = [x.detach().to(dtype).requires_grad_() for x in inputs]
+        reference = {name: getattr(case, name).to(dtype) for name in ("ref_hidden", "ref_weight", "ref_bias")}
+        objective = tisdpo.Objective(kl="reverse", detach_chosen_kl=True, beta=0.01)
+        output = tisdpo.linear_tis_dpo_loss(
+            *policy[:2], case.target, case.cu_seqlens, bias=policy[2], token_weights=case.token_weights.float(), objective=objective,
+            **reference, **options,
+        )  # fmt: skip
+        return torch.autograd.grad(output.loss, policy)
+
+    true = gradients(torch.float64)
     for plan in ("one_pass", "two_pass"):
-        loss = tisdpo.linear_tis_dpo_loss(hidden, weight, case.target, case.cu_seqlens, ref_logps=torch.zeros(rows), plan=plan).loss
-        wide = [x.detach().double().requires_grad_() for x in (hidden, weight)]
-        true = tisdpo.linear_tis_dpo_loss(*wide, case.target, case.cu_seqlens, ref_logps=torch.zeros(rows).double()).loss
-        for found, expected in zip(torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(true, wide)):
+        for found, expected in zip(gradients(torch.bfloat16, plan=plan), true):
             torch.testing.assert_close(found.double(), expected, rtol=0.02, atol=0.01 * expected.abs().max().item())
     assert bool(waited) == (rows <= 2 * H)
 

@@ -99,8 +99,8 @@ def linear_token_logps(
     and `kl`, for any upstream gradient (two passes: the backward computes the logits again).
 
     Cost: 4 products of 2 N H V FLOP, forward and backward together; with KL 6. With frozen head one less. Memory: a chunk of
-    logits (a byte budget) and, with a trainable head, a [V, H] float32 sum. N counts only
-    positions that are not ignored.
+    logits (a byte budget) and, with a trainable head, what `linear_tis_dpo_loss`
+    sums its gradient in. N counts only positions that are not ignored.
 
     Raises TypeError and ValueError that name the argument, what was expected and what came.
     """
