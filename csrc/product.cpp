@@ -1,20 +1,23 @@
 // Products of bfloat16 matrices that keep their float32 sums: torch.mm on a CPU rounds them to bfloat16.
 //
-// Tiles are multiplied by oneDNN's brgemm (AVX-512 BF16 or AMX units), which libtorch_cpu exports as at::native::cpublas::brgemm. That is
-// no part of the stable ABI, so the symbol is weak: its mangled name holds the types of its arguments, and a libtorch without exactly this
-// function leaves a null pointer, upon which products are made in float32 (tisdpo/ops/products.py). What remains to be done here is the
-// layout: brgemm wants b as words of two items that follow each other along K, [K / 2, columns], and a row by row.
+// b is packed as words of two items that follow each other along K, [K / 2, columns], a tile at a time; a is read row by row, and the sums
+// of a few rows stay in registers (AVX-512 BF16). On CPUs with AMX the tiles are multiplied by oneDNN's brgemm, which wants the same layout
+// and which libtorch_cpu exports as at::native::cpublas::brgemm. That is no part of the stable ABI, so the symbol is weak: its mangled name
+// holds the types of its arguments, and a libtorch without exactly this function leaves a null pointer.
 //
 // Bytes: each item of a and b is read once for every group of tiles and written packed to the second-level cache.
 #include "product.h"
 
 #ifdef __x86_64__
+#include <cpuid.h>
 #include <immintrin.h>
 
+#include <cstring>
+
 #ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))), apply_to = function)
 #else
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,prefer-vector-width=512")
 #endif
 
 // A [M, K] with rows of lda items, B packed in rows of ldb words, C [M, N] of float32; C += with add.
@@ -58,27 +61,34 @@ inline __m512i pairs(const uint16_t* p, const uint16_t* q, int64_t n) {
 // Columns j..j+n and K k..k+depth of b: words [depth / 2, TILE], zeros up to whole groups of 32 along K.
 void pack_b(const Matrix& b, int64_t k, int64_t depth, int64_t j, int64_t n, uint32_t* to) {
   if (b.column_stride == 1) {
+    // Items of both rows by turns, in each quarter of a vector; then the quarters in their order.
+    const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
     for (int64_t d = 0; d < depth || d % 32; d += 2) {
       const uint16_t* p = b.data + (k + d) * b.row_stride + j;
-      for (int64_t c = 0; c < n; c += 16) {
-        __m512i words = d < depth ? pairs(p + c, d + 1 < depth ? p + b.row_stride + c : nullptr, n - c) : _mm512_setzero_si512();
-        _mm512_storeu_si512(to + d / 2 * TILE + c, words);
+      for (int64_t c = 0; c < n; c += 32) {
+        const __mmask32 columns = first_of_32(n - c);
+        __m512i upper = _mm512_maskz_loadu_epi16(d < depth ? columns : 0, p + c);
+        __m512i lower = _mm512_maskz_loadu_epi16(d + 1 < depth ? columns : 0, p + b.row_stride + c);
+        __m512i even = _mm512_unpacklo_epi16(upper, lower), odd = _mm512_unpackhi_epi16(upper, lower);
+        _mm512_storeu_si512(to + d / 2 * TILE + c, _mm512_permutex2var_epi64(even, first, odd));
+        _mm512_storeu_si512(to + d / 2 * TILE + c + 16, _mm512_permutex2var_epi64(even, second, odd));
       }
     }
     return;
   }
-  for (int64_t c = 0; c < n; c += 16)
+  for (int64_t c = 0; c < n; c += 16) {
+    const uint16_t* columns[16];  // of those beyond n nothing is asked, so they may be copies of the last
+    for (int i = 0; i < 16; i++) columns[i] = b.data + (j + at_most(c + i, n - 1)) * b.column_stride + k;
     for (int64_t d = 0; d < depth; d += 32) {
+      const __mmask32 items = first_of_32(depth - d);
       __m512i v[16];
 #pragma GCC unroll 16
-      for (int i = 0; i < 16; i++) {
-        __mmask32 mask = c + i < n ? first_of_32(depth - d) : 0;
-        v[i] = _mm512_maskz_loadu_epi16(mask, b.data + (j + c + i) * b.column_stride + k + d);
-      }
+      for (int i = 0; i < 16; i++) v[i] = _mm512_maskz_loadu_epi16(items, columns[i] + d);
       transpose(v);
 #pragma GCC unroll 16
       for (int i = 0; i < 16; i++) _mm512_storeu_si512(to + (d / 2 + i) * TILE + c, v[i]);
     }
+  }
 }
 
 // Rows i..i+m and K k..k+depth of a: items [m, DEPTH], zeros up to whole groups of 32 along K.
@@ -105,24 +115,100 @@ void pack_a(const Matrix& a, int64_t i, int64_t m, int64_t k, int64_t depth, uin
     }
 }
 
-// Rows top..bottom of a column tile. In blocks of TILE rows and, of what is left, of powers of two: brgemm compiles a kernel for each size.
-void multiply(int64_t top, int64_t bottom, int64_t n, int64_t depth, const uint16_t* a, int64_t lda, const uint32_t* b, float* out,
-              int64_t out_stride, bool add) {
-  for (int64_t i = top, m = TILE; i < bottom; i += m) {
-    while (m > bottom - i) m /= 2;
-    brgemm(m, n, depth, lda, TILE, out_stride, add, a + (i - top) * lda, reinterpret_cast<const uint16_t*>(b), out + (i - top) * out_stride,
-           true);
+// The cache lines of a tile that is packed next, to be fetched one by one while this one is multiplied.
+class Ahead {
+ public:
+  Ahead() = default;
+  // Rows of so many items in memory, not of the matrix.
+  Ahead(const uint16_t* items, int64_t rows, int64_t columns, int64_t stride)
+      : line_(reinterpret_cast<const char*>(items)), lines_((2 * columns + 63) / 64), left_(lines_), rows_(rows), skip_(2 * stride - 64 * lines_) {}
+  void fetch() {
+    if (rows_ == 0) return;
+    _mm_prefetch(line_, _MM_HINT_T0);
+    line_ += 64;
+    if (--left_ > 0) return;
+    left_ = lines_, line_ += skip_, rows_--;
   }
+
+ private:
+  const char* line_ = nullptr;
+  int64_t lines_ = 0, left_ = 0, rows_ = 0, skip_ = 0;
+};
+
+Ahead tile_of_b(const Matrix& b, int64_t k, int64_t depth, int64_t j, int64_t n) {
+  if (b.column_stride == 1) return {b.data + k * b.row_stride + j, depth, n, b.row_stride};
+  return {b.data + j * b.column_stride + k, n, depth, b.column_stride};
+}
+
+// Two items as a word, in all lanes.
+inline __m512bh broadcast(const uint16_t* items) {
+  int32_t word;
+  std::memcpy(&word, items, sizeof word);
+  return (__m512bh)_mm512_set1_epi32(word);
+}
+
+// The columns n of ROWS rows. Six rows of a tile are 24 sums, beside which four vectors of b and a word of a have a register each.
+template <int ROWS>
+inline void multiply_rows_of_tile(int64_t n, int64_t depth, const uint16_t* a, int64_t lda, const uint32_t* b, float* out, int64_t out_stride,
+                                  bool add, Ahead& ahead) {
+  constexpr int VECTORS = TILE / 16;
+  const __mmask16 exists[VECTORS] = {first_of_16(n), first_of_16(n - 16), first_of_16(n - 32), first_of_16(n - 48)};
+  __m512 sums[ROWS][VECTORS];
+#pragma GCC unroll 6
+  for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; v++)
+      sums[r][v] = add ? _mm512_maskz_loadu_ps(exists[v], out + r * out_stride + 16 * v) : _mm512_setzero_ps();
+  for (int64_t d = 0; d < depth;) {
+    ahead.fetch();
+    for (int64_t stop = at_most(d + 16, depth); d < stop; d += 2, b += TILE) {
+      __m512bh words[VECTORS];
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; v++) words[v] = (__m512bh)_mm512_loadu_si512(b + 16 * v);
+#pragma GCC unroll 6
+      for (int r = 0; r < ROWS; r++) {
+        __m512bh word = broadcast(a + r * lda + d);
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; v++) sums[r][v] = _mm512_dpbf16_ps(sums[r][v], word, words[v]);
+      }
+    }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; v++) _mm512_mask_storeu_ps(out + r * out_stride + 16 * v, exists[v], sums[r][v]);
+}
+
+// Rows top..bottom of a column tile.
+void multiply(const Product& p, int64_t top, int64_t bottom, int64_t n, int64_t depth, const uint16_t* a, int64_t lda, const uint32_t* b,
+              float* out, bool add, Ahead& ahead) {
+  if (p.by_brgemm) {  // in blocks of TILE rows and, of what is left, of powers of two: it compiles a kernel for each size
+    for (int64_t i = top, m = TILE; i < bottom; i += m) {
+      while (m > bottom - i) m /= 2;
+      brgemm(m, n, depth, lda, TILE, p.out_stride, add, a + (i - top) * lda, reinterpret_cast<const uint16_t*>(b),
+             out + (i - top) * p.out_stride, true);
+    }
+    return;
+  }
+  constexpr decltype(&multiply_rows_of_tile<1>) of_rows[] = {multiply_rows_of_tile<1>, multiply_rows_of_tile<2>, multiply_rows_of_tile<3>,
+                                                             multiply_rows_of_tile<4>, multiply_rows_of_tile<5>, multiply_rows_of_tile<6>};
+  for (int64_t i = top; i < bottom; i += 6, a += 6 * lda, out += 6 * p.out_stride)
+    of_rows[at_most(6, bottom - i) - 1](n, depth, a, lda, b, out, p.out_stride, add, ahead);
 }
 
 int64_t whole(int64_t depth) { return (depth + 31) / 32 * 32; }
 
 }  // namespace
 
-bool multiplies_bf16() {
-  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl") && brgemm && brgemm_release;
+bool multiplies_bf16() { return __builtin_cpu_supports("avx512bf16"); }
+
+bool has_amx_bf16() {  // not by __builtin_cpu_supports, where older compilers refuse the name
+  unsigned a, b, c, d;
+  static const bool has = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & (1u << 22));
+  return has;
 }
+
+bool has_brgemm() { return brgemm && brgemm_release; }
 
 void multiply_columns(const Product& p, int64_t first, int64_t last, int64_t top, int64_t bottom, uint32_t* scratch) {
   uint32_t* odd = scratch + WORDS;
@@ -132,19 +218,25 @@ void multiply_columns(const Product& p, int64_t first, int64_t last, int64_t top
       int64_t j = tile * TILE, n = at_most(TILE, p.N - j);
       pack_b(p.b, k, depth, j, n, scratch);
       bool add = p.add || k > 0;
+      int64_t next_k = k, next_j = j + TILE;
+      if (tile + 1 == last) {
+        if (k + DEPTH < p.K) next_k = k + DEPTH, next_j = first * TILE;
+        else next_k = 0;
+      }
+      Ahead ahead;
+      if (next_j < p.N) ahead = tile_of_b(p.b, next_k, at_most(DEPTH, p.K - next_k), next_j, at_most(TILE, p.N - next_j));
       if (depth % 2 == 0) {
-        multiply(top, bottom, n, depth, p.a.data + top * p.a.row_stride + k, p.a.row_stride, scratch, p.out + top * p.out_stride + j,
-                 p.out_stride, add);
+        multiply(p, top, bottom, n, depth, p.a.data + top * p.a.row_stride + k, p.a.row_stride, scratch, p.out + top * p.out_stride + j, add, ahead);
         continue;
       }
       for (int64_t i = top; i < bottom; i += TILE) {  // no word may begin with the last item of a row
         int64_t end = at_most(i + TILE, bottom);
         pack_a(p.a, i, end - i, k, depth, odd);
-        multiply(i, end, n, depth + 1, reinterpret_cast<uint16_t*>(odd), DEPTH, scratch, p.out + i * p.out_stride + j, p.out_stride, add);
+        multiply(p, i, end, n, depth + 1, reinterpret_cast<uint16_t*>(odd), DEPTH, scratch, p.out + i * p.out_stride + j, add, ahead);
       }
     }
   }
-  brgemm_release(true);
+  if (p.by_brgemm) brgemm_release(true);
 }
 
 void pack_columns(const Product& p, int64_t first, int64_t last, uint32_t* packed) {
@@ -158,13 +250,15 @@ void multiply_rows(const Product& p, int64_t first, int64_t last, const uint32_t
   for (int64_t row_tile = first; row_tile < last; row_tile++) {
     int64_t i = row_tile * TILE, end = at_most(i + TILE, p.M);
     for (int64_t k = 0; k < p.K; k += DEPTH) pack_a(p.a, i, end - i, k, at_most(DEPTH, p.K - k), scratch + k / DEPTH * WORDS);
+    Ahead ahead;
+    if (row_tile + 1 < last) ahead = tile_of_b({p.a.data, p.a.column_stride, 1}, 0, at_most(DEPTH, p.K), end, at_most(TILE, p.M - end));
     for (int64_t tile = 0; tile < tiles(p.N); tile++)
       for (int64_t k = 0; k < p.K; k += DEPTH)
-        multiply(i, end, at_most(TILE, p.N - tile * TILE), whole(at_most(DEPTH, p.K - k)),
+        multiply(p, i, end, at_most(TILE, p.N - tile * TILE), whole(at_most(DEPTH, p.K - k)),
                  reinterpret_cast<uint16_t*>(scratch + k / DEPTH * WORDS), DEPTH, packed + (tile * depths(p.K) + k / DEPTH) * WORDS,
-                 p.out + i * p.out_stride + tile * TILE, p.out_stride, p.add || k > 0);
+                 p.out + i * p.out_stride + tile * TILE, p.add || k > 0, ahead);
   }
-  brgemm_release(true);
+  if (p.by_brgemm) brgemm_release(true);
 }
 
 }  // namespace tisdpo
@@ -177,6 +271,8 @@ void multiply_rows(const Product& p, int64_t first, int64_t last, const uint32_t
 namespace tisdpo {
 
 bool multiplies_bf16() { return false; }
+bool has_amx_bf16() { return false; }
+bool has_brgemm() { return false; }
 void multiply_columns(const Product&, int64_t, int64_t, int64_t, int64_t, uint32_t*) {}
 void pack_columns(const Product&, int64_t, int64_t, uint32_t*) {}
 void multiply_rows(const Product&, int64_t, int64_t, const uint32_t*, uint32_t*) {}

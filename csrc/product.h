@@ -18,19 +18,21 @@ struct Product {
   float* out = nullptr;
   int64_t out_stride = 0;
   bool add = false;
+  bool by_brgemm = false;  // else by what is compiled here
 
   bool a_is_transposed() const { return a.column_stride != 1; }
 };
 
 constexpr int64_t TILE = 64;    // rows and columns of out that are multiplied at a time
-constexpr int64_t DEPTH = 512;  // of the contraction, likewise
+constexpr int64_t DEPTH = 1024;  // of the contraction, likewise
 constexpr int64_t WORDS = TILE * DEPTH / 2;  // of 32 bits in a packed tile: two items that follow each other along K
 
 inline int64_t tiles(int64_t n) { return (n + TILE - 1) / TILE; }
 inline int64_t depths(int64_t n) { return (n + DEPTH - 1) / DEPTH; }
 
-// Whether this CPU multiplies bfloat16 and this libtorch hands out the kernel that does it.
-bool multiplies_bf16();
+bool multiplies_bf16();  // whether this CPU does, given that it has AVX-512
+bool has_amx_bf16();     // whether it has the units for which brgemm is better than what is compiled here
+bool has_brgemm();       // whether this libtorch hands it out
 
 // Columns of tiles first..last and rows top..bottom of out. `scratch`: 2 * WORDS. For an `a` whose rows are stored one by one.
 void multiply_columns(const Product& p, int64_t first, int64_t last, int64_t top, int64_t bottom, uint32_t* scratch);

@@ -34,20 +34,22 @@ std::string capability() {
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = "avx2";
   if (best == "avx2" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl"))
-    best = "avx512";
+    best = multiplies_bf16() && has_amx_bf16() && has_brgemm() ? "amx" : "avx512";
 #endif
   const char* asked = std::getenv("TISDPO_CPU_CAPABILITY");
   if (!asked || !*asked || asked == best) return best;
   std::string forced = asked;
-  STD_TORCH_CHECK(forced == "default" || (forced == "avx2" && best == "avx512"),
-                  "TISDPO_CPU_CAPABILITY must be default, avx2 or avx512 and no more than this CPU has (", best, "), got ", forced);
+  bool lower = forced == "default" || (forced == "avx2" && best != "default") || (forced == "avx512" && best == "amx");
+  bool same_by_brgemm = forced == "amx" && best == "avx512" && multiplies_bf16() && has_brgemm();  // which needs no AMX, for tests
+  STD_TORCH_CHECK(lower || same_by_brgemm,
+                  "TISDPO_CPU_CAPABILITY must be default, avx2, avx512 or amx and no more than this CPU has (", best, "), got ", forced);
   return forced;
 }
 
 const Kernels& kernels() {
 #ifdef __x86_64__
   std::string level = capability();
-  if (level == "avx512") return avx512_kernels;
+  if (level == "avx512" || level == "amx") return avx512_kernels;
   if (level == "avx2") return avx2_kernels;
 #endif
   return default_kernels;
@@ -217,17 +219,21 @@ Matrix bfloat16_matrix(const Tensor& x, const char* name, int64_t rows, int64_t 
   return {static_cast<const uint16_t*>(x.data_ptr()), x.stride(0), along_column};
 }
 
-bool has_bf16() { return capability() == "avx512" && multiplies_bf16(); }
+bool has_bf16() {
+  std::string level = capability();
+  return level == "amx" || (level == "avx512" && multiplies_bf16());
+}
 
 // out [M, N] = a [M, K] @ b [K, N], or out += it, with float32 sums.
 void mm_bf16(const Tensor& a, const Tensor& b, const Tensor& out, bool add) {
-  STD_TORCH_CHECK(has_bf16(), "mm_bf16 needs a CPU with AVX-512 BF16 and a libtorch with brgemm, got a CPU of level ", capability(),
+  STD_TORCH_CHECK(has_bf16(), "mm_bf16 needs a CPU with AVX-512 BF16, got a CPU of level ", capability(),
                   " (TISDPO_CPU_CAPABILITY lowers it; set it before the first step)");
   STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2, "a and b must be matrices, got shapes ", shape(a), " and ", shape(b));
   int64_t M = a.size(0), K = a.size(1), N = b.size(1);
   Rows rows = rows_of(out, "out", M, N);
   STD_TORCH_CHECK(rows.type == Type::float32 && out.dim() == 2, "out must be a matrix of Float, got ", out.scalar_type());
-  Product p{bfloat16_matrix(a, "a", M, K), bfloat16_matrix(b, "b", K, N), M, N, K, reinterpret_cast<float*>(rows.data), rows.inner_stride, add};
+  Product p{bfloat16_matrix(a, "a", M, K), bfloat16_matrix(b, "b", K, N), M, N, K, reinterpret_cast<float*>(rows.data), rows.inner_stride, add,
+            capability() == "amx"};
   if (M == 0 || N == 0) return;
   if (K == 0) {
     for (int64_t i = 0; !add && i < M; i++) std::fill_n(p.out + i * p.out_stride, N, 0.0f);

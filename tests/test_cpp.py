@@ -16,7 +16,7 @@ from tisdpo import Objective, Weighting, reference
 from tisdpo.ops import cpp_fold, extension, torch_fold
 
 needs_extension = pytest.mark.skipif(bool(extension.problem()), reason=extension.problem())
-LEVELS = ["default", "avx2", "avx512"]
+LEVELS = ["default", "avx2", "avx512", "amx"]
 if not extension.problem():
     LEVELS = LEVELS[: LEVELS.index(torch.ops.tisdpo_cpp.capability()) + 1]
 PLAIN = TRANSFORMS["plain"]
@@ -251,15 +251,29 @@ def test_arguments_are_checked_by_name():
             run(**arguments)
     with pytest.raises(RuntimeError, match=r"cu_seqlens must not decrease and lie within 0..3, got 4 at 1"):
         ops.spread(None, None, torch.ones(3), torch.tensor([0, 4]), torch.ones(3), torch.ones(3))
-    with level("sse9"), pytest.raises(RuntimeError, match=r"TISDPO_CPU_CAPABILITY must be default, avx2 or avx512 .* got sse9"):
+    with level("sse9"), pytest.raises(RuntimeError, match=r"TISDPO_CPU_CAPABILITY must be default, avx2, avx512 or amx .* got sse9"):
         run()
 
 
 # Products of bfloat16
 
-needs_bf16 = pytest.mark.skipif(
-    bool(extension.problem()) or not torch.ops.tisdpo_cpp.has_bf16(), reason="no units for bfloat16 on this CPU, or no brgemm in this torch"
-)
+
+def multiplies_bf16(name: str) -> bool:
+    try:
+        with level(name):
+            return not extension.problem() and torch.ops.tisdpo_cpp.has_bf16()
+    except RuntimeError:  # more than this CPU has, or no brgemm in this torch
+        return False
+
+
+def with_units(*names):
+    """The kernel compiled here and oneDNN's brgemm, which is taken on CPUs with AMX but does without."""
+    reason = "no units for bfloat16 on this CPU, or no brgemm in this torch"
+    marks = [pytest.param(n, marks=pytest.mark.skipif(not multiplies_bf16(n), reason=reason)) for n in names]
+    return pytest.mark.parametrize("name", marks)
+
+
+needs_bf16 = with_units("avx512", "amx")
 LAYOUTS = ["rows", "columns", "padded rows", "padded columns"]
 
 
@@ -273,14 +287,14 @@ def matrix(rows, columns, layout, seed):
 @needs_bf16
 @settings(deadline=None, max_examples=80)
 @given(
-    st.tuples(*[st.sampled_from([0, 1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 130, 511, 513, 700])] * 3),
+    st.tuples(*[st.sampled_from([0, 1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 130, 511, 513, 1023, 1025, 1100])] * 3),
     st.tuples(*[st.sampled_from(LAYOUTS)] * 2), st.booleans(), st.integers(1, 3),
 )  # fmt: skip
-def test_products_of_bfloat16_keep_their_float32_sums(sizes, layouts, add, count):
+def test_products_of_bfloat16_keep_their_float32_sums(name, sizes, layouts, add, count):
     M, K, N = sizes
     a, b = matrix(M, K, layouts[0], 1), matrix(K, N, layouts[1], 2)
     out = torch.full((M, N + 5), 0.5)
-    with threads(count):
+    with level(name), threads(count):
         torch.ops.tisdpo_cpp.mm_bf16(a, b, out[:, :N], add)
     expected = a.double() @ b.double() + (0.5 if add else 0.0)
     torch.testing.assert_close(out[:, :N].double(), expected, rtol=0, atol=4e-7 * max(K, 1))
@@ -289,17 +303,17 @@ def test_products_of_bfloat16_keep_their_float32_sums(sizes, layouts, add, count
 
 @needs_bf16
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_products_do_not_depend_on_the_number_of_threads(layout):
-    a, b, results = matrix(300, 900, layout, 1), matrix(900, 333, "columns", 2), []
+def test_products_do_not_depend_on_the_number_of_threads(name, layout):
+    a, b, results = matrix(300, 1900, layout, 1), matrix(1900, 333, "columns", 2), []
     for count in (1, 2, 3):
         results.append(torch.empty(300, 333))
-        with threads(count):
+        with level(name), threads(count):
             torch.ops.tisdpo_cpp.mm_bf16(a, b, results[-1], False)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
-@needs_bf16
-def test_arguments_of_products_are_checked_by_name():
+@with_units("avx512")
+def test_arguments_of_products_are_checked_by_name(name):
     a, b, out = matrix(4, 6, "rows", 1), matrix(6, 5, "rows", 2), torch.empty(4, 5)
 
     def run(a=a, b=b, out=out):
@@ -316,7 +330,7 @@ def test_arguments_of_products_are_checked_by_name():
     }.items():
         with pytest.raises(RuntimeError, match=message):
             run(**arguments)
-    with level("avx2"), pytest.raises(RuntimeError, match=r"mm_bf16 needs a CPU with AVX-512 BF16 .* got a CPU of level avx2"):
+    with level("avx2"), pytest.raises(RuntimeError, match=r"mm_bf16 needs a CPU with AVX-512 BF16, got a CPU of level avx2"):
         run()
 
 

@@ -1,7 +1,7 @@
 """The matrix products of the head, by the vendor library. Logits and dWeight accumulate in float32 whatever the dtype of the inputs.
 
-16-bit inputs: a GPU's product hands out its float32 accumulators (`out_dtype`), and so does oneDNN's on a CPU with units for bfloat16
-(`mm_bf16` of the C++ extension); elsewhere the weight is widened to float32 a slice of the vocabulary at a time, so that no float32 copy of
+16-bit inputs: a GPU's product hands out its float32 accumulators (`out_dtype`), and so does `mm_bf16` of the C++ extension on a
+CPU with units for bfloat16; elsewhere the weight is widened to float32 a slice of the vocabulary at a time, so that no float32 copy of
 the head exists. Products of float32 operands are written as `out=` or in-place calls: autocast, which may be on while an operator runs,
 would round the operands of the others to 16 bits.
 """
