@@ -51,29 +51,27 @@ inline void transpose(__m512i v[16]) {
   }
 }
 
-// Words of the items of rows p and q (0 without q), 16 columns of which n exist.
-inline __m512i pairs(const uint16_t* p, const uint16_t* q, int64_t n) {
-  __m512i lower = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_of_16(n), p));
-  if (!q) return lower;
-  return _mm512_or_si512(lower, _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_of_16(n), q)), 16));
+// Words of the items of two rows that are `stride` apart, of which `rows` and n columns exist: of the first 16 columns and of the next.
+inline void interleave(const uint16_t* items, int64_t stride, int64_t rows, int64_t n, __m512i& first, __m512i& second) {
+  const __mmask32 columns = first_of_32(n);
+  __m512i lower = _mm512_maskz_loadu_epi16(rows > 0 ? columns : 0, items);
+  __m512i upper = _mm512_maskz_loadu_epi16(rows > 1 ? columns : 0, items + stride);
+  // By turns in each quarter of a vector; then the quarters in their order.
+  __m512i left = _mm512_unpacklo_epi16(lower, upper), right = _mm512_unpackhi_epi16(lower, upper);
+  first = _mm512_permutex2var_epi64(left, _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), right);
+  second = _mm512_permutex2var_epi64(left, _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), right);
 }
 
 // Columns j..j+n and K k..k+depth of b: words [depth / 2, TILE], zeros up to whole groups of 32 along K.
 void pack_b(const Matrix& b, int64_t k, int64_t depth, int64_t j, int64_t n, uint32_t* to) {
   if (b.column_stride == 1) {
-    // Items of both rows by turns, in each quarter of a vector; then the quarters in their order.
-    const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
-    for (int64_t d = 0; d < depth || d % 32; d += 2) {
-      const uint16_t* p = b.data + (k + d) * b.row_stride + j;
+    for (int64_t d = 0; d < depth || d % 32; d += 2)
       for (int64_t c = 0; c < n; c += 32) {
-        const __mmask32 columns = first_of_32(n - c);
-        __m512i upper = _mm512_maskz_loadu_epi16(d < depth ? columns : 0, p + c);
-        __m512i lower = _mm512_maskz_loadu_epi16(d + 1 < depth ? columns : 0, p + b.row_stride + c);
-        __m512i even = _mm512_unpacklo_epi16(upper, lower), odd = _mm512_unpackhi_epi16(upper, lower);
-        _mm512_storeu_si512(to + d / 2 * TILE + c, _mm512_permutex2var_epi64(even, first, odd));
-        _mm512_storeu_si512(to + d / 2 * TILE + c + 16, _mm512_permutex2var_epi64(even, second, odd));
+        __m512i first, second;
+        interleave(b.data + (k + d) * b.row_stride + j + c, b.row_stride, depth - d, n - c, first, second);
+        _mm512_storeu_si512(to + d / 2 * TILE + c, first);
+        _mm512_storeu_si512(to + d / 2 * TILE + c + 16, second);
       }
-    }
     return;
   }
   for (int64_t c = 0; c < n; c += 16) {
@@ -92,26 +90,27 @@ void pack_b(const Matrix& b, int64_t k, int64_t depth, int64_t j, int64_t n, uin
 }
 
 // Rows i..i+m and K k..k+depth of a: items [m, DEPTH], zeros up to whole groups of 32 along K.
-void pack_a(const Matrix& a, int64_t i, int64_t m, int64_t k, int64_t depth, uint32_t* to) {
+void pack_a(const Matrix& a, int64_t top, int64_t m, int64_t k, int64_t depth, uint32_t* to) {
   if (a.column_stride == 1) {
     for (int64_t r = 0; r < m; r++)
       for (int64_t d = 0; d < depth; d += 32)
         _mm512_storeu_si512(to + (r * DEPTH + d) / 2,
-                            _mm512_maskz_loadu_epi16(first_of_32(depth - d), a.data + (i + r) * a.row_stride + k + d));
+                            _mm512_maskz_loadu_epi16(first_of_32(depth - d), a.data + (top + r) * a.row_stride + k + d));
     return;
   }
   for (int64_t d = 0; d < depth; d += 32)
-    for (int64_t r = 0; r < m; r += 16) {
-      __m512i v[16];
+    for (int64_t r = 0; r < m; r += 32) {
+      __m512i v[16], w[16];
 #pragma GCC unroll 16
-      for (int w = 0; w < 16; w++) {
-        int64_t e = d + 2 * w;
-        const uint16_t* p = a.data + (k + e) * a.column_stride + i + r;
-        v[w] = e < depth ? pairs(p, e + 1 < depth ? p + a.column_stride : nullptr, m - r) : _mm512_setzero_si512();
-      }
+      for (int i = 0; i < 16; i++)
+        interleave(a.data + (k + d + 2 * i) * a.column_stride + top + r, a.column_stride, depth - d - 2 * i, m - r, v[i], w[i]);
       transpose(v);
+      transpose(w);
 #pragma GCC unroll 16
-      for (int w = 0; w < 16; w++) _mm512_storeu_si512(to + ((r + w) * DEPTH + d) / 2, v[w]);
+      for (int i = 0; i < 16; i++) {
+        _mm512_storeu_si512(to + ((r + i) * DEPTH + d) / 2, v[i]);
+        _mm512_storeu_si512(to + ((r + 16 + i) * DEPTH + d) / 2, w[i]);
+      }
     }
 }
 
