@@ -1,8 +1,9 @@
 """How things are measured: environment, interleaved times, peak memory, agreement with float64.
 
-Times are interleaved over rounds, providers in turn, so that whatever else the machine does falls on all alike; a ratio is a quotient of
-medians of one run. On a GPU by events, with the L2 cache overwritten before every call. Peak memory is the allocator's on a GPU, and the
-growth of the high-water mark of a fresh process on a CPU, beyond inputs and the gradients handed out.
+Times are interleaved over rounds, providers in turn, so that whatever else the machine does falls on all alike; a ratio is the median of
+quotients, each of a time and that of the products just before, so that a machine that becomes slower or faster moves both. On a GPU by
+events, with the L2 cache overwritten before every call. Peak memory is the allocator's on a GPU, and the growth of the high-water mark of
+a fresh process on a CPU, beyond inputs and the gradients handed out.
 """
 
 import ctypes
@@ -154,11 +155,19 @@ def summary(seconds: list[float]) -> dict[str, float]:
     return {"seconds": statistics.median(seconds), "p20": max(low, min(seconds)), "p80": min(high, max(seconds)), "rounds": len(seconds)}
 
 
-def interleaved(jobs: dict, rounds: int, device: str, failed: dict | None = None) -> dict[str, dict]:
-    """`summary` of every job, run in turn `rounds` times; with `failed`, a job that raises leaves and its reason is noted there."""
-    flush, seconds = l2_flush(device), {name: [] for name in jobs}
+def interleaved(jobs: dict, rounds: int, device: str, failed: dict | None = None, beside: str = "") -> dict[str, dict]:
+    """`summary` of every job, run in turn `rounds` times.
+
+    failed: a job that raises leaves and its reason is noted there. beside: this job runs before each of the others, whose `ratio`
+    is the median of their quotients to it.
+    """
+    flush, seconds, ratios = l2_flush(device), {name: [] for name in jobs}, {}
     for _ in range(rounds):
-        for name in list(seconds):
+        for name in [name for name in seconds if name != beside] or [beside]:
+            if beside:
+                seconds[beside].append(unit := timed(jobs[beside], device, flush))
+            if name == beside:  # all others have failed
+                continue
             try:
                 seconds[name].append(timed(jobs[name], device, flush))
             except Exception as error:
@@ -166,7 +175,10 @@ def interleaved(jobs: dict, rounds: int, device: str, failed: dict | None = None
                     raise
                 failed[name] = reason(error)
                 del seconds[name]
-    return {name: summary(values) for name, values in seconds.items()}
+                continue
+            if beside:
+                ratios.setdefault(name, []).append(seconds[name][-1] / unit)
+    return {name: summary(t) | ({"ratio": statistics.median(ratios[name])} if name in ratios else {}) for name, t in seconds.items()}
 
 
 def reason(error: Exception) -> str:
@@ -283,12 +295,13 @@ def compare(
     out = (torch.empty_like(problem.hidden), torch.empty_like(problem.weight))
     z = torch.empty(size.tokens, size.vocabulary, dtype=dtype, device=device)
     failed = {}
-    times = interleaved({"products": lambda: problem.products(step, z, out), **jobs}, rounds, device, failed)
+    jobs = {"products": lambda: problem.products(step, z, out), **jobs}
+    times = interleaved(jobs, rounds, device, failed, beside="products")
     for name, why in failed.items():  # memory that sufficed alone may not beside the buffers of the products
         rows[name]["failed"] = why
     products = times.pop("products")
     for name, figures in times.items():
-        rows[name] |= figures | {"ratio": figures["seconds"] / products["seconds"]}
+        rows[name] |= figures
     flop = 2 * size.tokens * size.hidden * size.vocabulary * step.products
     return {
         "size": asdict(size), "step": step.name, "products": step.products, "dtype": str(dtype).removeprefix("torch."),

@@ -96,6 +96,27 @@ def test_the_pages_are_what_the_files_give(capsys):
     assert plot.main(["--check"]) == 0, capsys.readouterr().out
 
 
+def test_a_ratio_is_to_the_products_just_before(monkeypatch):
+    speeds, done = iter([1, 1, 2, 2, 4, 4, 8, 8]), []
+
+    def timed(job, device, flush):
+        done.append(job)
+        if job == "raises":
+            raise MemoryError("full")
+        return next(speeds) * {"products": 1.0, "a": 2.0, "b": 3.0}[job]
+
+    monkeypatch.setattr(measure, "timed", timed)
+    figures = measure.interleaved({x: x for x in ("products", "a", "b")}, 2, "cpu", beside="products")
+    assert done == ["products", "a", "products", "b"] * 2
+    assert (figures["a"]["ratio"], figures["b"]["ratio"]) == (2.0, 3.0) and "ratio" not in figures["products"]
+    assert (figures["products"]["rounds"], figures["a"]["rounds"], figures["b"]["seconds"]) == (4, 2, 15.0)
+
+    speeds, done, failed = iter([1, 1, 1]), [], {}
+    figures = measure.interleaved({"products": "products", "a": "raises"}, 3, "cpu", failed, beside="products")
+    assert done == ["products", "raises", "products", "products"] and failed == {"a": "MemoryError: full"}
+    assert list(figures) == ["products"]
+
+
 def test_losing_rows_are_named():
     row = {"task": "TIS-DPO", "error": {"loss": 0.0}, "p20": 1.0, "p80": 1.0, "ratio": 1.0}
     result = {
