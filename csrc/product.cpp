@@ -5,7 +5,9 @@
 // and which libtorch_cpu exports as at::native::cpublas::brgemm. That is no part of the stable ABI, so the symbol is weak: its mangled name
 // holds the types of its arguments, and a libtorch without exactly this function leaves a null pointer.
 //
-// Bytes: each item of a and b is read once for every group of tiles and written packed to the second-level cache.
+// Bytes: each item of a and b is read once for every group of tiles and written packed to the second-level cache; the next tile of b
+// is fetched meanwhile. Floor: the CPU's products of pairs; on two cores that do 1000 to 1045 GFLOP/s from registers, 920 to 950 were
+// measured, without the fetching 820 (benchmarks/NOTES.md).
 #include "product.h"
 
 #ifdef __x86_64__
@@ -120,7 +122,11 @@ class Ahead {
   Ahead() = default;
   // Rows of so many items in memory, not of the matrix.
   Ahead(const uint16_t* items, int64_t rows, int64_t columns, int64_t stride)
-      : line_(reinterpret_cast<const char*>(items)), lines_((2 * columns + 63) / 64), left_(lines_), rows_(rows), skip_(2 * stride - 64 * lines_) {}
+      : line_(reinterpret_cast<const char*>(items)),
+        lines_((2 * columns + 63) / 64),
+        left_(lines_),
+        rows_(rows),
+        skip_(2 * stride - 64 * lines_) {}
   void fetch() {
     if (rows_ == 0) return;
     _mm_prefetch(line_, _MM_HINT_T0);
@@ -148,8 +154,8 @@ inline __m512bh broadcast(const uint16_t* items) {
 
 // The columns n of ROWS rows. Six rows of a tile are 24 sums, beside which four vectors of b and a word of a have a register each.
 template <int ROWS>
-inline void multiply_rows_of_tile(int64_t n, int64_t depth, const uint16_t* a, int64_t lda, const uint32_t* b, float* out, int64_t out_stride,
-                                  bool add, Ahead& ahead) {
+inline void multiply_rows_of_tile(int64_t n, int64_t depth, const uint16_t* a, int64_t lda, const uint32_t* b, float* out,
+                                  int64_t out_stride, bool add, Ahead& ahead) {
   constexpr int VECTORS = TILE / 16;
   const __mmask16 exists[VECTORS] = {first_of_16(n), first_of_16(n - 16), first_of_16(n - 32), first_of_16(n - 48)};
   __m512 sums[ROWS][VECTORS];
@@ -225,7 +231,8 @@ void multiply_columns(const Product& p, int64_t first, int64_t last, int64_t top
       Ahead ahead;
       if (next_j < p.N) ahead = tile_of_b(p.b, next_k, at_most(DEPTH, p.K - next_k), next_j, at_most(TILE, p.N - next_j));
       if (depth % 2 == 0) {
-        multiply(p, top, bottom, n, depth, p.a.data + top * p.a.row_stride + k, p.a.row_stride, scratch, p.out + top * p.out_stride + j, add, ahead);
+        const uint16_t* rows = p.a.data + top * p.a.row_stride + k;
+        multiply(p, top, bottom, n, depth, rows, p.a.row_stride, scratch, p.out + top * p.out_stride + j, add, ahead);
         continue;
       }
       for (int64_t i = top; i < bottom; i += TILE) {  // no word may begin with the last item of a row

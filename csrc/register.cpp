@@ -232,8 +232,8 @@ void mm_bf16(const Tensor& a, const Tensor& b, const Tensor& out, bool add) {
   int64_t M = a.size(0), K = a.size(1), N = b.size(1);
   Rows rows = rows_of(out, "out", M, N);
   STD_TORCH_CHECK(rows.type == Type::float32 && out.dim() == 2, "out must be a matrix of Float, got ", out.scalar_type());
-  Product p{bfloat16_matrix(a, "a", M, K), bfloat16_matrix(b, "b", K, N), M, N, K, reinterpret_cast<float*>(rows.data), rows.inner_stride, add,
-            capability() == "amx"};
+  Product p{bfloat16_matrix(a, "a", M, K), bfloat16_matrix(b, "b", K, N), M, N, K, reinterpret_cast<float*>(rows.data),
+            rows.inner_stride, add, capability() == "amx"};
   if (M == 0 || N == 0) return;
   if (K == 0) {
     for (int64_t i = 0; !add && i < M; i++) std::fill_n(p.out + i * p.out_stride, N, 0.0f);
