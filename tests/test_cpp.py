@@ -269,6 +269,7 @@ def multiplies_bf16(name: str) -> bool:
 def with_units(*names):
     """The kernel compiled here and oneDNN's brgemm, which is taken on CPUs with AMX but does without."""
     reason = "no units for bfloat16 on this CPU, or no brgemm in this torch"
+    # Skipped, because the instructions do not exist elsewhere: there heads are widened to float32, which tests/test_products.py covers.
     marks = [pytest.param(n, marks=pytest.mark.skipif(not multiplies_bf16(n), reason=reason)) for n in names]
     return pytest.mark.parametrize("name", marks)
 

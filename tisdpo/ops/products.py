@@ -158,7 +158,7 @@ def adds_in_place(device: torch.device) -> bool:
 
 
 def _mm_bf16_is_right() -> bool:
-    """Of whole numbers, exactly. It rests on a function of libtorch that is not part of its stable interface."""
+    """Of whole numbers, exactly. With AMX it rests on a function of libtorch that is not part of its stable interface."""
     x = (torch.arange(66 * 66, dtype=torch.float32, device="cpu") % 7).view(66, 66)
     return torch.equal(_mm_in_float32(x.bfloat16(), x.bfloat16(), torch.empty_like(x)), x @ x)
 
