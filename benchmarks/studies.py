@@ -15,7 +15,8 @@ from pathlib import Path
 from benchmarks.measure import RESULTS
 from tisdpo.intervals import decimals, estimate, number
 from tisdpo.report import duration
-from tisdpo.study.page import claim_as_text
+from tisdpo.study.config import OF_ONE
+from tisdpo.study.page import claim_as_text, wall_as_text
 
 PAGE = Path(__file__).parents[1] / "docs" / "study.md"
 # of an arm: (title, where it stands in the results, its name there)
@@ -24,7 +25,10 @@ COLUMNS = (("true reward", "values", "reward"), ("right answers", "values", "rig
 
 
 def keep(directory: Path) -> Path:
-    """Copies results.json of a finished study, without the single policies (those are in its results.csv), to results/study-<name>.json."""
+    """Copies results.json of a finished study to results/study-<name>.json.
+
+    Of every policy it keeps the final metrics, and of every arm those of its base model.
+    """
     path = directory / "results.json"
     if not path.exists():
         raise SystemExit(f"{directory} holds no results.json; give the directory of a finished `tisdpo study`")
@@ -33,34 +37,54 @@ def keep(directory: Path) -> Path:
         raise SystemExit(
             f"{path} was made with changes that no revision holds ({results['environment']['revision']}); commit and run it again"
         )
-    results["policies"] = len(results["policies"])
+    base: dict[str, dict] = {}
+    for policy in results["policies"]:
+        base.setdefault(policy["arm"], {})[policy["seed"]] = _known(policy["base"])
+    results["base"] = base
+    results["policies"] = [
+        {"arm": p["arm"], "point": p["point"], "seed": p["seed"], "metrics": _known(p["metrics"])} for p in results["policies"]
+    ]
     kept = RESULTS / f"study-{results['name']}.json"
     kept.write_text(json.dumps(results, indent=1) + "\n")
     return kept
 
 
+def _known(metrics: dict) -> dict:
+    return {name: metrics[name] for name in OF_ONE if metrics.get(name) is not None}
+
+
 def block(results: dict) -> str:
     """Claims with verdicts, and the table of the arms, as Markdown."""
-    made = results["environment"]
+    made, policies = results["environment"], results["policies"]
+    policies = policies if isinstance(policies, int) else len(policies)  # until 2026-11-25 their number alone was kept
+    wall = f" ({wall_as_text(results['wall'])}, {made['cpu']})" if results.get("wall") else ""
     lines = [
-        f"`{results['command'].split(' output_dir=')[0]}`: {len(results['seeds'])} seeds, {results['policies']} policies, "
-        f"{duration(results['seconds'])} of one core; {made['date']}, revision {made['revision']}; "
-        f"data: `benchmarks/results/study-{results['name']}.json`. Every arm was searched over {_search(results)}.",
+        f"`{results['command'].split(' output_dir=')[0]}`: {len(results['seeds'])} seeds, {policies} policies, "
+        f"{duration(results['seconds'])} of one core{wall}; {made['date']}, revision {made['revision']}; "
+        f"data: `benchmarks/results/study-{results['name']}.json`. Searched for every arm: {_search(results)}.",
         "", "| claim | verdict | difference ± 95 % interval over seeds |", "| --- | --- | --- |",
     ]  # fmt: skip
     for claim in results["claims"]:
-        claim = claim_as_text(claim, results["quality"])
+        claim = claim_as_text(claim, results["data"]["kind"])
         found = [_comparison(one) for one in claim["comparisons"]]
         expected = "" if claim["expected"] == "above 0" else f" *({claim['expected']})*"
         lines.append(f"| {claim['text']}{expected} | **{claim['verdict']}** | {'<br>'.join(found)} |")
-    columns = [c for c in COLUMNS if any(_column(results, arm["name"], c) is not None for arm in results["arms"])]
-    lines += ["", f"| policy | {' | '.join(title for title, *_ in columns)} | compute |", f"|{' --- |' * (len(columns) + 2)}"]
-    digits = [decimals(_column(results, arm["name"], c) for arm in results["arms"]) for c in columns]
+    arms = [arm["name"] for arm in results["arms"] if "evaluation.data" not in arm["overrides"]]  # those are policies of other rows
+    columns = [c for c in COLUMNS if any(_column(results, arm, c) is not None for arm in arms)]
+    titles = [f"lead over {results['baseline']}" if name == "lead" else title for title, _, name in columns]
+    lines += ["", f"| policy | {' | '.join(titles)} | compute |", f"|{' --- |' * (len(columns) + 2)}"]
+    digits = [decimals(_column(results, arm, c) for arm in arms) for c in columns]
     flops = {arm: estimate(values["flop"].values()).mean for arm, values in results["values"].items()}
-    for arm in results["arms"]:
-        cells = [_cell(_column(results, arm["name"], c), n) for c, n in zip(columns, digits)]
-        lines.append(f"| {arm['name']} | {' | '.join(cells)} | {flops[arm['name']] / flops[results['baseline']]:.1f} |")
+    for arm in arms:
+        cells = [_cell(_column(results, arm, c), n) + _over(results, arm, c) for c, n in zip(columns, digits)]
+        lines.append(f"| {arm} | {' | '.join(cells)} | {flops[arm] / flops[results['baseline']]:.1f} |")
     return "\n".join(lines)
+
+
+def _over(results: dict, arm: str, column: tuple) -> str:
+    """Which frontier a lead is over, where it is not the baseline's."""
+    over = results["leads"].get(arm, {}).get("over", results["baseline"])
+    return f" over {over}" if column[2] == "lead" and over != results["baseline"] else ""
 
 
 def _comparison(one: dict) -> str:

@@ -6,15 +6,19 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from test_pipeline import SMALL
 
 from tisdpo import cli
 from tisdpo.config import load_config
+from tisdpo.doctor import cpu_name
 from tisdpo.errors import InputError
 from tisdpo.study import frontiers
 from tisdpo.study.config import PLACES, load_study
 from tisdpo.study.costs import Tokens, costs
+from tisdpo.study.page import claim_as_text
+from tisdpo.study.results import _wall, note_wall
 from tisdpo.study.shared import StudyRun
 
 STUDIES = sorted(path.stem for path in PLACES[1].glob("*.yaml"))
@@ -105,6 +109,26 @@ def test_results_hold_every_policy_and_claim(finished):
     assert not list(directory.rglob("policies/*/model"))
 
 
+def test_results_say_how_long_it_took_by_the_clock_and_on_what(finished):
+    directory, *_ = finished
+    results = json.loads((directory / "results.json").read_text())
+    calls = json.loads((directory / "wall.json").read_text())
+    assert [call["jobs"] for call in calls] == [1, 2]  # the third call had nothing to do
+    assert sum(call["policies"] for call in calls) == 12 and all(call["seconds"] > 0 for call in calls)
+    assert results["wall"] == {"seconds": pytest.approx(sum(call["seconds"] for call in calls)), "calls": 2, "jobs": [1, 2]}
+    assert cpu_name() in results["environment"]["cpu"]
+    assert results["environment"]["vectors"] == torch.backends.cpu.get_cpu_capability()
+    assert "by the clock in 2 calls, 1 or 2 jobs" in (directory / "study.html").read_text()
+
+
+def test_the_time_by_the_clock_is_not_guessed(tmp_path):
+    assert _wall(tmp_path, 3) is None
+    note_wall(tmp_path, 5.0, 2, jobs=2)
+    assert _wall(tmp_path, 3) is None  # a call that was killed finished the third
+    note_wall(tmp_path, 1.5, 1, jobs=2)
+    assert _wall(tmp_path, 3) == {"seconds": 6.5, "calls": 2, "jobs": [2]}
+
+
 def test_the_table_has_a_row_for_every_policy(finished):
     directory, *_ = finished
     rows = list(csv.DictReader((directory / "results.csv").open()))
@@ -124,6 +148,10 @@ def test_the_page_shows_claims_frontiers_costs_and_the_command(finished):
         "tisdpo study",
         "k is a factor on beta.",
         "two SFT models",
+        "compared with (S)",
+        "Share of sampled responses that ended by themselves.",
+        "from a synthetic world in which the reward of every token is known",
+        "Implicit reward of rejected",
     ):
         assert part in page
     assert page.count("<svg") > 6 and "http" not in page.split("</style>")[1]
@@ -222,6 +250,24 @@ def test_a_seed_does_not_choose_its_own_search_point():
 )
 def test_a_verdict_needs_the_whole_interval(differences, expect, within, verdict):
     assert frontiers.judged(dict(enumerate(differences)), expect, within).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    "verdict, expect, said",
+    [
+        ("unclear", "higher", "no clear difference"),
+        ("opposite", "higher", "the opposite"),
+        ("unclear", "equal", "not shown to be equal"),  # the interval may well lie on one side of 0
+        ("opposite", "equal", "differs by more"),
+        ("confirmed", "equal", "confirmed"),
+    ],
+)
+def test_a_verdict_in_words(verdict, expect, said):
+    one = {"compare": "A - B", "metric": "reward", "verdict": verdict, "differences": {"0": -0.05, "1": -0.03}}
+    claim = {"text": "t", "expect": expect, "within": 0.05 if expect == "equal" else None, "verdict": "not confirmed", "comparisons": [one]}
+    shown = claim_as_text(claim, "arithmetic")["comparisons"][0]
+    assert shown["verdict"] == said and shown["metric"] == "true reward"
+    assert claim_as_text(claim, "text")["comparisons"][0]["metric"] == "reward"
 
 
 def test_a_trend_is_the_slope_of_every_seed():

@@ -13,6 +13,7 @@ import torch
 import tisdpo
 from tisdpo.config import to_dict
 from tisdpo.contrastive import weight_diagnostics
+from tisdpo.doctor import cpu_name, usable_cores
 from tisdpo.evaluate import truth_agreement
 from tisdpo.intervals import estimate
 from tisdpo.weighting import Weighting, contrast_weights
@@ -123,6 +124,8 @@ def environment() -> dict:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads",
+        "cpu": f"{cpu_name()}, {usable_cores()} cores usable",
+        "vectors": torch.backends.cpu.get_cpu_capability(),
         "date": datetime.date.today().isoformat(),
         "revision": revision,
     }

@@ -25,9 +25,9 @@ OF_ONE = {
     "finished": "share of responses that end by themselves, at the best search point",
     "chosen_reward": "implicit reward of the chosen responses in the last fifth of training, at the best search point",
     "rejected_reward": "the same of the rejected responses",
-    "auc": "chance that |contrast| is larger on a token with reward than on one without",
+    "auc": "chance that the contrast is larger in size on a token with reward than on one without (0.5: it says nothing)",
     "spearman": "rank correlation of contrast and true token reward",
-    "signal_to_noise": "mean |log w| on tokens with reward, over the mean elsewhere",
+    "signal_to_noise": "mean |log w| of the weights w on tokens with reward, over the mean elsewhere",
     "effective_size": "effective sample size of the weights, as a share of the tokens (mean of both sides)",
     "flop": "floating-point operations of one policy, weight estimation included",
 }

@@ -18,7 +18,7 @@ from tisdpo.hf import quiet_libraries
 from tisdpo.settings import write_yaml
 from tisdpo.study.config import Study
 from tisdpo.study.page import write_page
-from tisdpo.study.results import collect, write_results
+from tisdpo.study.results import collect, note_wall, write_results
 from tisdpo.study.shared import StudyRun, identity
 
 
@@ -68,18 +68,22 @@ def train(study: Study) -> None:
     todo = [job for job in every if not job.done]
     if len(todo) < len(every):
         print(f"{len(every) - len(todo)} of {len(every)} policies are there already", file=sys.stderr)
+    if not todo:
+        return
     start = time.monotonic()
-    workers = min(study.config.jobs, len(todo))
-    for number, (job, metrics) in enumerate(_outcomes(todo, workers), start=1):
-        passed = time.monotonic() - start
-        left = passed / number * (len(todo) - number)
-        y = "reward" if "reward" in metrics else "accuracy"
-        print(
-            f"{len(every) - len(todo) + number}/{len(every)}  {job.name}: {y} {metrics[y]:.2f} at {metrics['kl']:.2f} nats"
-            f"  ({_minutes(passed)}, {_minutes(left)} left)",
-            file=sys.stderr,
-            flush=True,
-        )
+    try:
+        for number, (job, metrics) in enumerate(_outcomes(todo, min(study.config.jobs, len(todo))), start=1):
+            passed = time.monotonic() - start
+            left = passed / number * (len(todo) - number)
+            y = "reward" if "reward" in metrics else "accuracy"
+            print(
+                f"{len(every) - len(todo) + number}/{len(every)}  {job.name}: {y} {metrics[y]:.2f} at {metrics['kl']:.2f} nats"
+                f"  ({_minutes(passed)}, {_minutes(left)} left)",
+                file=sys.stderr,
+                flush=True,
+            )
+    finally:  # an interruption, too, has taken its time
+        note_wall(study.directory, time.monotonic() - start, sum(job.done for job in todo), study.config.jobs)
 
 
 def _outcomes(jobs: list[Job], workers: int):

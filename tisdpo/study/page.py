@@ -11,6 +11,7 @@ from tisdpo.study.config import OF_ONE, OF_TWO
 from tisdpo.summary import METRIC_INFO
 
 VERDICTS = {"confirmed": "confirmed", "opposite": "the opposite", "unclear": "no clear difference", "not measured": "not measured"}
+OF_EQUALS = VERDICTS | {"opposite": "differs by more", "unclear": "not shown to be equal"}
 LABELS = {
     "lead": "mean lead",
     "lead_at_kl": "lead at equal KL",
@@ -22,7 +23,13 @@ LABELS = {
     "rejected_reward": "implicit reward of rejected",
     "flop": "FLOP",
 }
-TABLE = ("right", "reward", "accuracy", "kl", "lead", "lead_at_kl", "auc", "spearman", "signal_to_noise", "effective_size", "length")
+# of a column of the table of all figures, where the text for writers of a claim does not fit
+HELP = {
+    "lead": "mean height of the frontier above that of the way it is compared with, over all KL that both reach (on the root-of-KL axis)",
+    "lead_at_kl": "height of the frontier above that of the way it is compared with, at the largest KL that both reach",
+}
+TABLE = ("right", "reward", "accuracy", "kl", "lead", "lead_at_kl", "auc", "spearman", "signal_to_noise", "effective_size",
+    "length", "finished")  # fmt: skip
 CURVES = {"rewards/chosen": "Implicit reward of chosen", "rewards/rejected": "Implicit reward of rejected"}
 PREFIXES = ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"))
 
@@ -34,10 +41,10 @@ def write_page(results: dict, path: Path) -> Path:
 
 def _page(results: dict) -> dict:
     arms = results["arms"]
-    listed = [{"id": "base", "label": "base model"}, *({"id": a["name"], "note": _note(a)} for a in arms)]
+    listed = [{"id": "base", "label": "base model"}, *({"id": a["name"], "note": _note(a, results["baseline"])} for a in arms)]
     methods = listed_methods({"methods": listed})
-    quality = METRIC_INFO[results["quality"]]["label"]
-    quality = f"true {quality}" if results["data"]["kind"] == "synthetic" else quality
+    kind = results["data"]["kind"]
+    quality = _label(results["quality"], kind)
     return {
         "name": results["name"],
         "description": results["description"],
@@ -49,30 +56,44 @@ def _page(results: dict) -> dict:
         "points": [", ".join(f"{key} = {value}" for key, value in point.items()) for point in results["points"] if point],
         "baseline": results["baseline"],
         "policies": len({p["id"] for p in results["policies"]}),
-        "claims": [claim_as_text(claim, quality) for claim in results["claims"]],
+        "claims": [claim_as_text(claim, kind) for claim in results["claims"]],
         "groups": _groups(results, methods, quality),
-        "table": metric_table(_metrics(results, quality), methods),
+        "table": metric_table(_metrics(results), methods),
         "curves": _curves(results, methods),
         "costs": _costs(results),
         "compute": _compute(results, methods, quality),
         "environment": results["environment"],
         "settings": yaml.safe_dump(results["settings"], sort_keys=False, allow_unicode=True, width=100),
         "time": duration(results["seconds"]),
+        "wall": wall_as_text(results["wall"]),
     }
 
 
-def _note(arm: dict) -> str:
+def wall_as_text(wall: dict | None) -> str:
+    """Time by the clock, with the number of policies at a time: "31 min 2 s by the clock, 2 jobs"; empty where it is not known."""
+    if wall is None:
+        return ""
+    calls = "" if wall["calls"] == 1 else f" in {wall['calls']} calls"
+    jobs = " or ".join(map(str, wall["jobs"]))
+    return f"{duration(wall['seconds'])} by the clock{calls}, {jobs} {'job' if jobs == '1' else 'jobs'}"
+
+
+def _note(arm: dict, baseline: str) -> str:
     settings = ", ".join(f"{key}: {value}" for key, value in arm["overrides"].items())
-    return "; ".join(part for part in (arm["note"], settings) if part)
+    against = "" if arm["against"] in (baseline, arm["name"]) else f"compared with {arm['against']}"
+    return "; ".join(part for part in (arm["note"], settings, against) if part)
 
 
-def _label(metric: str, quality: str) -> str:
-    return LABELS.get(metric) or (quality if metric == "reward" and "reward" in quality else METRIC_INFO[metric]["label"])
+def _label(metric: str, kind: str) -> str:
+    """Title of a metric; on real text only a model of the reward can give one, in the worlds it is the truth."""
+    if metric == "reward" and kind != "text":
+        return "true reward"
+    return LABELS.get(metric) or METRIC_INFO[metric]["label"]
 
 
-def claim_as_text(claim: dict, quality: str) -> dict:
-    """A claim with its comparisons as text."""
-    shown = []
+def claim_as_text(claim: dict, kind: str) -> dict:
+    """A claim about data of this kind, with its comparisons as text."""
+    shown, verdicts = [], OF_EQUALS if claim["expect"] == "equal" else VERDICTS
     for one in claim["comparisons"]:
         found = estimate(one["differences"].values())
         digits = max(2, decimals([found]))
@@ -81,10 +102,10 @@ def claim_as_text(claim: dict, quality: str) -> dict:
             figure = f"+{figure}"
         half = "" if found is None or found.half_width is None else number(found.half_width, digits)
         seeds = "\n".join(f"seed {seed}: {value:.4g}".replace("-", "−") for seed, value in one["differences"].items())
-        verdict = "one seed, so no interval" if found is not None and found.half_width is None else VERDICTS[one["verdict"]]
+        verdict = "one seed, so no interval" if found is not None and found.half_width is None else verdicts[one["verdict"]]
         shown.append(
             {
-                "compare": one["compare"].replace(" - ", " − "), "metric": _label(one["metric"], quality), "figure": figure, "half": half,
+                "compare": one["compare"].replace(" - ", " − "), "metric": _label(one["metric"], kind), "figure": figure, "half": half,
                 "seeds": seeds, "verdict": verdict, "sign": {"confirmed": "yes", "opposite": "no"}.get(one["verdict"], "open"),
             }
         )  # fmt: skip
@@ -99,7 +120,7 @@ def claim_as_text(claim: dict, quality: str) -> dict:
     }
 
 
-def _metrics(results: dict, quality: str) -> dict:
+def _metrics(results: dict) -> dict:
     """The arms' figures in the form of `metric_table`."""
     found = []
     for arm, values in results["values"].items():
@@ -111,8 +132,8 @@ def _metrics(results: dict, quality: str) -> dict:
         ]
     info = {}
     for name in TABLE:
-        described = {"help": "", "unit": "", "better": None, **METRIC_INFO.get(name, {}), "label": _label(name, quality)}
-        described["help"] = described["help"] or {**OF_TWO, **OF_ONE}[name]
+        described = {"help": "", "unit": "", "better": None, **METRIC_INFO.get(name, {}), "label": _label(name, results["data"]["kind"])}
+        described["help"] = described["help"] or {**OF_TWO, **OF_ONE, **HELP}[name]
         info[name] = described | ({"better": "higher"} if name in ("lead", "lead_at_kl") else {})
     return {"results": found, "metric_info": info}
 

@@ -1,6 +1,7 @@
 """results.json and results.csv of a study: every policy, every frontier, every claim with its verdict, what everything cost."""
 
 import csv
+import json
 import math
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +16,7 @@ from tisdpo.summary import environment
 
 PARTS = ("contrastive", "scoring", "policy")
 CURVES = {"rewards/chosen": "chosen_reward", "rewards/rejected": "rejected_reward"}
+WALL = "wall.json"  # what every call of `tisdpo study` took by the clock and how many policies it finished: see `note_wall`
 
 
 def collect(study: Study) -> dict:
@@ -41,8 +43,27 @@ def collect(study: Study) -> dict:
         "leads": {arm: _lead(lines, arm, study.against(arm)) for arm in study.arms if arm != study.against(arm)},
         "costs": _costs(study, policies),
         "seconds": sum(p["seconds"].get(stage, 0.0) for p in {p["id"]: p for p in policies}.values() for stage in p["seconds"]),
+        "wall": _wall(study.directory, len({p["id"] for p in policies})),
         "policies": policies,
     }
+
+
+def note_wall(directory: Path, seconds: float, policies: int, jobs: int) -> None:
+    """One more call of `tisdpo study` in wall.json: how long it trained by the clock, how many policies it finished, how many at a time."""
+    write_json(directory / WALL, [*_calls(directory), {"seconds": round(seconds, 1), "policies": policies, "jobs": jobs}])
+
+
+def _calls(directory: Path) -> list[dict]:
+    path = directory / WALL
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def _wall(directory: Path, policies: int) -> dict | None:
+    """Time by the clock of all calls; None where they did not train exactly these policies (one was killed, or the file has changed)."""
+    calls = _calls(directory)
+    if sum(call["policies"] for call in calls) != policies:
+        return None
+    return {"seconds": math.fsum(call["seconds"] for call in calls), "calls": len(calls), "jobs": sorted({call["jobs"] for call in calls})}
 
 
 def _policy(study: Study, arm: str, point: int, seed: int) -> dict:
