@@ -165,7 +165,7 @@ class ContrastConfig:
 
     constructions: list[Literal["P", "S", "D", "R"]] = option(
         "P: one model under two system prompts; S: SFT on chosen, SFT on rejected; D: DPO, DPO with the pairs swapped; "
-        "R: DPO against the reference, half the cost of D",
+        "R: DPO against the reference, half the contrastive training of D",
         default_factory=lambda: ["P", "S", "D"],
     )
     sft: StageConfig | None = option("training of the SFT models of S", default=None)

@@ -5,7 +5,7 @@ The constructions of the paper (arXiv 2410.04350, section 4.3), as pairs (pi+, p
     P   one model under a positive and under a negative system prompt       `system_prompts`
     S   SFT on the chosen responses, SFT on the rejected ones                two `TISDPOTrainer` runs with method="sft"
     D   DPO, and DPO with the pairs swapped                                  two runs with method="dpo", one with swap_pairs=True
-    R   DPO, and the reference it started from: half the cost of D           one run with method="dpo"
+    R   DPO, and the reference it started from: half the training of D       one run with method="dpo"
 
 Which models they are makes no difference here: `score_contrast` takes two models and, where they differ, their prompts.
 """
