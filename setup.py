@@ -11,7 +11,8 @@ import sys
 
 from setuptools import Extension, setup
 
-SOURCES = ["register", "fold_default", "fold_avx2", "fold_avx512", "product"]
+SOURCES = ["register", "kernels_default", "kernels_avx2", "kernels_avx512", "product_bf16"]
+HEADERS = ["fold", "fold_kernels", "product", "product_kernels", "vectors"]
 
 
 def extensions() -> list[Extension]:
@@ -27,7 +28,7 @@ def extensions() -> list[Extension]:
         Extension(
             "tisdpo._C",
             [f"csrc/{name}.cpp" for name in SOURCES],
-            depends=["csrc/fold.h", "csrc/fold_kernels.h", "csrc/product.h"],
+            depends=[f"csrc/{name}.h" for name in HEADERS],
             include_dirs=include_paths(),
             library_dirs=library_paths(),
             libraries=["torch_cpu"],

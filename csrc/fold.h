@@ -3,12 +3,15 @@
 
 #include <cstdint>
 
+// Never a function of its own: that would be linked once for all files, perhaps as compiled for instructions that this CPU has not.
+#define INLINE inline __attribute__((always_inline))
+
 namespace tisdpo {
 
 enum class Type { float32, bfloat16, float16 };
 enum class KL { none, reverse, forward };
 
-inline int64_t bytes(Type type) { return type == Type::float32 ? 4 : 2; }
+INLINE int64_t bytes(Type type) { return type == Type::float32 ? 4 : 2; }
 
 // Rows of V items, numbered through two dimensions, so that a slice of padded [B, T, V] logits needs no copy.
 struct Rows {
@@ -16,7 +19,7 @@ struct Rows {
   Type type = Type::float32;
   int64_t inner = 1, outer_stride = 0, inner_stride = 0;  // rows of the inner dimension; strides in items
 
-  char* row(int64_t r) const { return data + (r / inner * outer_stride + r % inner * inner_stride) * bytes(type); }
+  INLINE char* row(int64_t r) const { return data + (r / inner * outer_stride + r % inner * inner_stride) * bytes(type); }
 };
 
 // The logits of one model: raw rows, its bias [V] or nullptr.

@@ -3,37 +3,14 @@
 // A row is visited in blocks that stay in the first-level cache: a block is read once from memory, widened, biased and scaled, and then
 // used as often as needed. Bytes a logit: `item` for the statistics, `item` + the size of D for the gradient, per model. Exponentials a
 // logit: one per model for the statistics, one for the gradient (two for forward KL).
-//
-// Everything is in the anonymous namespace and only compiler builtins are called: a function shared with another file would be linked once,
-// perhaps in a version that this CPU cannot run.
 
-#include "fold.h"
+#include "vectors.h"
 
 namespace tisdpo {
 namespace {
 
-#define INLINE inline __attribute__((always_inline))
-
-typedef float Float __attribute__((vector_size(4 * LANES)));
-typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
-typedef uint16_t Half __attribute__((vector_size(2 * LANES)));
-
 constexpr int64_t BLOCK = 1024;  // logits: 4 KB, with a reference 8 KB
 constexpr float INFINITE = __builtin_inff();
-
-template <class V>
-INLINE V load(const void* p) {
-  V v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
-}
-
-template <class V>
-INLINE void store(void* p, V v) {
-  __builtin_memcpy(p, &v, sizeof v);
-}
-
-INLINE Float every(float x) { return x - Float{}; }  // -0.0 stays -0.0
 
 INLINE float sum(Float v) {
   float total = 0;
@@ -72,31 +49,6 @@ INLINE Float tanh(Float x) {
   p = p * s + 1.33314422036e-1f;
   p = p * s - 3.33332819422e-1f;
   return a < 0.625f ? x + x * (s * p) : far;
-}
-
-INLINE Float from_bfloat16(Half h) { return (Float)(__builtin_convertvector(h, Bits) << 16); }
-
-INLINE Half to_bfloat16(Float x) {
-  Bits u = (Bits)x;
-  Bits rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  return __builtin_convertvector(x == x ? rounded : Bits{} + 0x7fc0u, Half);
-}
-
-INLINE Float from_float16(Half h) {
-  Bits u = __builtin_convertvector(h, Bits);
-  Bits magnitude = (u & 0x7fffu) << 13;
-  Bits scaled = (Bits)((Float)magnitude * 0x1p112f);  // the exponents' biases differ by 112; subnormals come out right
-  Bits special = magnitude | 0x7f800000u;
-  return (Float)((magnitude >= (0x7c00u << 13) ? special : scaled) | ((u & 0x8000u) << 16));
-}
-
-INLINE Half to_float16(Float x) {
-  Bits u = (Bits)x & 0x7fffffffu;
-  Bits normal = (u - (112u << 23) + 0xfffu + ((u >> 13) & 1u)) >> 13;
-  Bits subnormal = (Bits)((Float)u + 0.5f) - (126u << 23);  // adding 1/2 rounds to multiples of 2^-24
-  Bits special = u > 0x7f800000u ? Bits{} + 0x7e00u : Bits{} + 0x7c00u;
-  Bits y = u >= 0x47800000u ? special : u < 0x38800000u ? subnormal : normal;
-  return __builtin_convertvector(y | (((Bits)x >> 16) & 0x8000u), Half);
 }
 
 // n items at p as floats at `to`, and -inf behind them up to a whole vector.

@@ -1,45 +1,56 @@
-// What the operator `mm_bf16` (register.cpp) asks of the products of bfloat16 matrices (product.cpp).
+// What the operator `mm` (register.cpp) asks of the matrix products: of any items (product_kernels.h, which exists once for every vector
+// width) and of bfloat16 by the units that CPUs have for it (product_bf16.cpp).
 #pragma once
 
-#include <cstdint>
+#include "fold.h"
 
 namespace tisdpo {
 
-// Items as bits; one of the strides, in items, is 1.
+// One of the strides, in items, is 1.
 struct Matrix {
-  const uint16_t* data = nullptr;
+  const char* data = nullptr;
+  Type type = Type::float32;
   int64_t row_stride = 0, column_stride = 0;
+
+  INLINE const char* at(int64_t row, int64_t column) const { return data + (row * row_stride + column * column_stride) * bytes(type); }
 };
 
-// out [M, N] = a [M, K] @ b [K, N], or with `add` out += it.
+// out [M, N] = a [M, K] @ b [K, N], or with `add` out += it, in float32.
 struct Product {
   Matrix a, b;
   int64_t M = 0, N = 0, K = 0;
   float* out = nullptr;
   int64_t out_stride = 0;
   bool add = false;
-  bool by_brgemm = false;  // else by what is compiled here
 
-  bool a_is_transposed() const { return a.column_stride != 1; }
+  INLINE bool a_is_transposed() const { return a.column_stride != 1; }
 };
 
-constexpr int64_t TILE = 64;    // rows and columns of out that are multiplied at a time
-constexpr int64_t DEPTH = 1024;  // of the contraction, likewise
-constexpr int64_t WORDS = TILE * DEPTH / 2;  // of 32 bits in a packed tile: two items that follow each other along K
+INLINE int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
-inline int64_t tiles(int64_t n) { return (n + TILE - 1) / TILE; }
-inline int64_t depths(int64_t n) { return (n + DEPTH - 1) / DEPTH; }
+// The products for one kind of items and CPU. `out` is made in tiles, a part of the contraction at a time.
+struct ProductKernels {
+  int64_t rows, columns;  // of a tile
+  int64_t block_rows;     // of a that are packed at a time
+  int64_t depth;          // of a part of the contraction
+  int64_t tile_bytes;     // such a part of the columns of a tile of b, packed
+  int64_t row_bytes;      // and of a row of a
+
+  // Column tiles first..last and rows top..bottom of out. For an `a` whose rows are stored one by one.
+  // `scratch`: tile_bytes for each of the tiles, row_bytes for each row of a block.
+  void (*multiply_columns)(const Product&, int64_t first, int64_t last, int64_t top, int64_t bottom, char* scratch);
+
+  // For a transposed `a`: column tiles first..last of b into `packed`, tile_bytes for each part of each; then the row tiles first..last of
+  // out. `scratch`: row_bytes for each row of a tile and part.
+  void (*pack_columns)(const Product&, int64_t first, int64_t last, char* packed);
+  void (*multiply_rows)(const Product&, int64_t first, int64_t last, const char* packed, char* scratch);
+};
+
+extern const ProductKernels default_products, avx2_products, avx512_products;  // of any items
+extern const ProductKernels bf16_products, brgemm_products;                    // of bfloat16, where the next three say so
 
 bool multiplies_bf16();  // whether this CPU does, given that it has AVX-512
 bool has_amx_bf16();     // whether it has the units for which brgemm is better than what is compiled here
 bool has_brgemm();       // whether this libtorch hands it out
-
-// Columns of tiles first..last and rows top..bottom of out. `scratch`: 2 * WORDS. For an `a` whose rows are stored one by one.
-void multiply_columns(const Product& p, int64_t first, int64_t last, int64_t top, int64_t bottom, uint32_t* scratch);
-
-// For a transposed `a`: column tiles first..last of b into `packed` [tiles(N), depths(K), WORDS]; then the row tiles first..last of out,
-// with `scratch` [depths(K), WORDS].
-void pack_columns(const Product& p, int64_t first, int64_t last, uint32_t* packed);
-void multiply_rows(const Product& p, int64_t first, int64_t last, const uint32_t* packed, uint32_t* scratch);
 
 }  // namespace tisdpo

@@ -199,64 +199,80 @@ void spread(const OptionalTensor& g_D, const OptionalTensor& g_K, const Tensor& 
   });
 }
 
-// Words that start a cache line.
+// Memory that starts with a cache line.
 class Scratch {
  public:
-  explicit Scratch(int64_t n) : words(static_cast<uint32_t*>(operator new(4 * n, std::align_val_t(64)))) {}
-  ~Scratch() { operator delete(words, std::align_val_t(64)); }
+  explicit Scratch(int64_t size) : data(static_cast<char*>(operator new(size, std::align_val_t(64)))) {}
+  ~Scratch() { operator delete(data, std::align_val_t(64)); }
   Scratch(const Scratch&) = delete;
-  uint32_t* const words;
+  char* const data;
 };
 
-Matrix bfloat16_matrix(const Tensor& x, const char* name, int64_t rows, int64_t columns) {
+Matrix matrix_of(const Tensor& x, const char* name, int64_t rows, int64_t columns) {
   STD_TORCH_CHECK(x.is_cpu(), name, " must be on the CPU, got a tensor elsewhere");
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::BFloat16, name, " must be BFloat16, got ", x.scalar_type());
   STD_TORCH_CHECK(x.dim() == 2 && x.size(0) == rows && x.size(1) == columns, name, " must have shape [", rows, ", ", columns, "], got ",
                   shape(x));
   int64_t along_column = columns > 1 ? x.stride(1) : 1, along_row = rows > 1 ? x.stride(0) : 1;
   STD_TORCH_CHECK(along_column == 1 || along_row == 1, name, " must have stride 1 along rows or columns, got ", x.stride(0), " and ",
                   x.stride(1));
-  return {static_cast<const uint16_t*>(x.data_ptr()), x.stride(0), along_column};
+  return {static_cast<const char*>(x.data_ptr()), type_of(x, name), x.stride(0), along_column};
 }
 
-bool has_bf16() {
+const ProductKernels& products(Type a, Type b) {
   std::string level = capability();
-  return level == "amx" || (level == "avx512" && multiplies_bf16());
+#ifdef __x86_64__
+  if (a == Type::bfloat16 && b == Type::bfloat16) {
+    if (level == "amx") return brgemm_products;
+    if (level == "avx512" && multiplies_bf16()) return bf16_products;
+  }
+  if (level == "avx512" || level == "amx") return avx512_products;
+  if (level == "avx2") return avx2_products;
+#endif
+  return default_products;
+}
+
+// The types of items whose products are to be made by `mm`: where they were measured to be faster than what torch has, or torch has none that
+// keep their float32 sums. MKL takes slower code on CPUs that are not Intel's.
+std::string multiplied() {
+  if (capability() == "default") return "";
+  std::string types = "bfloat16 float16";
+#ifdef __x86_64__
+  if (__builtin_cpu_is("amd")) types += " float32";
+#endif
+  return types;
 }
 
 // out [M, N] = a [M, K] @ b [K, N], or out += it, with float32 sums.
-void mm_bf16(const Tensor& a, const Tensor& b, const Tensor& out, bool add) {
-  STD_TORCH_CHECK(has_bf16(), "mm_bf16 needs a CPU with AVX-512 BF16, got a CPU of level ", capability(),
-                  " (TISDPO_CPU_CAPABILITY lowers it; set it before the first step)");
+void mm(const Tensor& a, const Tensor& b, const Tensor& out, bool add) {
   STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2, "a and b must be matrices, got shapes ", shape(a), " and ", shape(b));
   int64_t M = a.size(0), K = a.size(1), N = b.size(1);
   Rows rows = rows_of(out, "out", M, N);
   STD_TORCH_CHECK(rows.type == Type::float32 && out.dim() == 2, "out must be a matrix of Float, got ", out.scalar_type());
-  Product p{bfloat16_matrix(a, "a", M, K), bfloat16_matrix(b, "b", K, N), M, N, K, reinterpret_cast<float*>(rows.data),
-            rows.inner_stride, add, capability() == "amx"};
+  Product p{matrix_of(a, "a", M, K), matrix_of(b, "b", K, N), M, N, K, reinterpret_cast<float*>(rows.data), rows.inner_stride, add};
   if (M == 0 || N == 0) return;
   if (K == 0) {
     for (int64_t i = 0; !add && i < M; i++) std::fill_n(p.out + i * p.out_stride, N, 0.0f);
     return;
   }
-  int64_t threads = torch::stable::get_num_threads(), columns = tiles(N);
+  const ProductKernels& run = products(p.a.type, p.b.type);
+  int64_t threads = torch::stable::get_num_threads(), columns = parts(N, run.columns), depths = parts(K, run.depth);
   if (p.a_is_transposed()) {
-    Scratch packed(columns * depths(K) * WORDS);
-    torch::stable::parallel_for(0, columns, 1, [&](int64_t first, int64_t last) { pack_columns(p, first, last, packed.words); });
-    torch::stable::parallel_for(0, tiles(M), 1, [&](int64_t first, int64_t last) {
-      Scratch scratch(depths(K) * WORDS);
-      multiply_rows(p, first, last, packed.words, scratch.words);
+    Scratch packed(columns * depths * run.tile_bytes);
+    torch::stable::parallel_for(0, columns, 1, [&](int64_t first, int64_t last) { run.pack_columns(p, first, last, packed.data); });
+    torch::stable::parallel_for(0, parts(M, run.rows), 1, [&](int64_t first, int64_t last) {
+      Scratch scratch(depths * run.rows * run.row_bytes);
+      run.multiply_rows(p, first, last, packed.data, scratch.data);
     });
     return;
   }
   // Groups of up to 8 column tiles, so that out is in the cache while the contraction goes on; where they are too few, of rows too.
-  int64_t width = std::clamp<int64_t>(columns / threads, 1, 8), groups = (columns + width - 1) / width;
-  int64_t parts = std::min((threads + groups - 1) / groups, tiles(M)), height = (tiles(M) + parts - 1) / parts * TILE;
-  torch::stable::parallel_for(0, groups * parts, 1, [&](int64_t first, int64_t last) {
-    Scratch scratch(2 * WORDS);
+  int64_t width = std::clamp<int64_t>(columns / threads, 1, 8), groups = parts(columns, width), tiles = parts(M, run.rows);
+  int64_t shares = std::min(parts(threads, groups), tiles), height = parts(tiles, shares) * run.rows;
+  torch::stable::parallel_for(0, groups * shares, 1, [&](int64_t first, int64_t last) {
+    Scratch scratch(width * run.tile_bytes + run.block_rows * run.row_bytes);
     for (int64_t i = first; i < last; i++) {
-      int64_t group = i / parts * width, top = i % parts * height;
-      if (top < M) multiply_columns(p, group, std::min(group + width, columns), top, std::min(top + height, M), scratch.words);
+      int64_t group = i / shares * width, top = i % shares * height;
+      if (top < M) run.multiply_columns(p, group, std::min(group + width, columns), top, std::min(top + height, M), scratch.data);
     }
   });
 }
@@ -274,9 +290,9 @@ STABLE_TORCH_LIBRARY(tisdpo_cpp, m) {
       "sequence_sums(Tensor logps, Tensor ref_logps, Tensor? kl, Tensor cu_seqlens, Tensor? token_weights, Tensor? pos_logps, "
       "Tensor? neg_logps, float k, float mu_chosen, float mu_rejected, float lower, float upper, Tensor(a!) sums, Tensor(b!) used) -> ()");
   m.def("spread(Tensor? g_D, Tensor? g_K, Tensor weights, Tensor cu_seqlens, Tensor(a!) out_D, Tensor(b!) out_K) -> ()");
-  m.def("mm_bf16(Tensor a, Tensor b, Tensor(a!) out, bool add) -> ()");
+  m.def("mm(Tensor a, Tensor b, Tensor(a!) out, bool add) -> ()");
   m.def("capability() -> str");
-  m.def("has_bf16() -> bool");
+  m.def("multiplied() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tisdpo_cpp, CPU, m) {
@@ -284,10 +300,10 @@ STABLE_TORCH_LIBRARY_IMPL(tisdpo_cpp, CPU, m) {
   m.impl("gradient", TORCH_BOX(&gradient));
   m.impl("sequence_sums", TORCH_BOX(&sequence_sums));
   m.impl("spread", TORCH_BOX(&spread));
-  m.impl("mm_bf16", TORCH_BOX(&mm_bf16));
+  m.impl("mm", TORCH_BOX(&mm));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tisdpo_cpp, CompositeExplicitAutograd, m) {
   m.impl("capability", TORCH_BOX(&capability));
-  m.impl("has_bf16", TORCH_BOX(&has_bf16));
+  m.impl("multiplied", TORCH_BOX(&multiplied));
 }

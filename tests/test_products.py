@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import tisdpo
 from tisdpo import Objective
-from tisdpo.ops import backend, products
+from tisdpo.ops import backend, extension, products
 
 H, V = 24, 997  # in no other size, so that a product with the head is recognised by them
 LENGTHS = (5, 9, 1, 7, 12, 3)
@@ -19,7 +19,7 @@ OPTIONS = {"plain": {}, "transformed": {"softcap": 5.0, "logit_scale": 0.8, "tem
 
 
 # name of a product: position of its first operand among the inputs
-PRODUCTS = {"aten::mm": 0, "aten::addmm": 1, "aten::addmm_": 1, "aten::bmm": 0, "aten::baddbmm": 1, "tisdpo_cpp::mm_bf16": 0}
+PRODUCTS = {"aten::mm": 0, "aten::addmm": 1, "aten::addmm_": 1, "aten::bmm": 0, "aten::baddbmm": 1, "tisdpo_cpp::mm": 0}
 
 
 def head_products(step, rows: int, vocabulary=(V,)) -> float:
@@ -124,23 +124,54 @@ def test_scoring_costs_one_product():
 
 
 @pytest.mark.parametrize("native", [True, False])
-def test_16_bit_heads_cost_the_same(monkeypatch, native):
-    """Where their weight is widened slice by slice, that must not cost a second product."""
-    if native and not products.gives_accumulators(torch.device("cpu"), torch.bfloat16):
-        pytest.skip("no products of bfloat16 with float32 sums on this CPU")
-    if not native:
-        monkeypatch.setattr(products, "gives_accumulators", lambda device, dtype: False)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_heads_of_all_dtypes_cost_the_same(monkeypatch, dtype, native):
+    """By the products compiled here, and without; where a weight is widened slice by slice, that must not cost a second product."""
+    if native and extension.problem():
+        pytest.skip("no C++ extension")
+    monkeypatch.setattr(products, "compiled", lambda: frozenset([dtype, torch.float32] if native else []))
+    products.keeps_sums.cache_clear()
     monkeypatch.setattr(products, "SLICE_BYTES", 250 * H * 4)
-    case = make_case(LENGTHS, H=H, V=V, dtype=torch.bfloat16)
+    case = make_case(LENGTHS, H=H, V=V, dtype=dtype)
     hidden, weight, ref = case.hidden.requires_grad_(), case.weight.requires_grad_(), torch.zeros(sum(LENGTHS))
 
     def run():
-        tisdpo.linear_tis_dpo_loss(hidden, weight, case.target, case.cu_seqlens, ref_logps=ref).loss.backward()
+        tisdpo.linear_tis_dpo_loss(hidden, weight, case.target, case.cu_seqlens, ref_logps=ref, plan="one_pass").loss.backward()
 
     assert head_products(run, sum(LENGTHS), vocabulary=(V, 250, V - 750)) == 3
-    if native:  # a pair of more rows than may be there at a time, too
+    if native and dtype == torch.bfloat16:  # a pair of more rows than may be there at a time, too: D waits
         monkeypatch.setattr(backend, "chunk_rows", lambda *a: 5)
         assert head_products(run, sum(LENGTHS), vocabulary=(V, 250, V - 750)) == 3
+    products.keeps_sums.cache_clear()
+
+
+@pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_compiled_products_and_those_of_the_library_agree(monkeypatch, dtype, plan):
+    """Whatever this CPU takes: loss and gradients of both, against float64."""
+    if extension.problem():
+        pytest.skip("no C++ extension")
+    case = make_case((40, 70, 55, 80), H=96, V=500, ignored=(3, 60), dtype=dtype)
+    reference = {name: getattr(case, name) for name in ("ref_hidden", "ref_weight", "ref_bias")}
+
+    def gradients(dtype):
+        policy = [x.detach().to(dtype).requires_grad_() for x in (case.hidden, case.weight, case.bias)]
+        ref = {name: x.to(dtype) for name, x in reference.items()}
+        output = tisdpo.linear_tis_dpo_loss(
+            *policy[:2], case.target, case.cu_seqlens, bias=policy[2], token_weights=case.token_weights.float(), plan=plan,
+            objective=tisdpo.Objective(kl="reverse"), **ref,
+        )  # fmt: skip
+        return [output.loss.detach(), *torch.autograd.grad(output.loss, policy)]
+
+    true, errors = gradients(torch.float64), {}
+    for native in (True, False):
+        monkeypatch.setattr(products, "compiled", lambda native=native: frozenset([dtype, torch.float32] if native else []))
+        products.keeps_sums.cache_clear()
+        errors[native] = [((x.double() - y).norm() / y.norm()).item() for x, y in zip(gradients(dtype), true)]
+    products.keeps_sums.cache_clear()
+    rounding = torch.finfo(dtype).eps
+    for own, library in zip(errors[True], errors[False]):
+        assert own <= 2 * library + rounding, errors
 
 
 def in_float64(a, b, out, add=False):
@@ -151,7 +182,7 @@ def in_float64(a, b, out, add=False):
 @pytest.mark.parametrize("rows", [0, 1, H - 1, H, H + 1, 2 * H, 3 * H])
 @pytest.mark.parametrize("slice_bytes", [250 * H * 4, 1 << 20])
 def test_waiting_rows_make_the_product(monkeypatch, rows, slice_bytes):
-    monkeypatch.setattr(products, "_mm_in_float32", in_float64)
+    monkeypatch.setattr(products, "_mm", in_float64)
     monkeypatch.setattr(products, "IN_PLACE_BYTES", slice_bytes)
     d, hidden, weight = (torch.randn(n, m).bfloat16() for n, m in ((rows, V), (rows, H), (V, H)))
     waiting = products.WaitingRows(weight, rows)
@@ -167,8 +198,8 @@ def test_waiting_rows_make_the_product(monkeypatch, rows, slice_bytes):
 @pytest.mark.parametrize("rows", [H - 5, 2 * H, 2 * H + 1])
 def test_rows_wait_where_that_takes_no_more_memory(monkeypatch, rows):
     """D of 2 H rows in 16 bits is as large as a float32 sum."""
-    monkeypatch.setattr(products, "gives_accumulators", lambda device, dtype: dtype == torch.bfloat16)
-    monkeypatch.setattr(products, "_mm_in_float32", in_float64)
+    monkeypatch.setattr(products, "keeps_sums", lambda device, a, b: a == b == torch.bfloat16)
+    monkeypatch.setattr(products, "_mm", in_float64)
     monkeypatch.setattr(backend, "chunk_rows", lambda *a: 7)
     case = make_case((rows // 2, rows - rows // 2 - 9, 5, 6), H=H, V=V, dtype=torch.bfloat16, ignored=(3, rows // 2))  # `rows` carry loss
     inputs = [case.hidden, case.weight, case.bias]
@@ -195,7 +226,8 @@ def test_rows_wait_where_that_takes_no_more_memory(monkeypatch, rows):
 
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
 def test_the_default_dtype_does_not_matter(monkeypatch, default):
-    monkeypatch.setattr(products, "gives_accumulators", products.gives_accumulators.__wrapped__)  # without its cache
+    for name in ("keeps_sums", "compiled"):
+        monkeypatch.setattr(products, name, getattr(products, name).__wrapped__)  # without its cache
     case = make_case(LENGTHS, H=H, V=V, dtype=torch.bfloat16)
     expected = tisdpo.linear_token_logps(case.hidden, case.weight, case.target).logps
     before = torch.get_default_dtype()

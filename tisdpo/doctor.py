@@ -88,6 +88,12 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _multiplied(device: str, dtype: torch.dtype) -> str:
+    if products.keeps_sums(torch.device(device), dtype, dtype):
+        return "multiplied as they are, with float32 sums"
+    return "widened to float32 a slice at a time: no product here keeps float32 sums"
+
+
 def cpu_name() -> str:
     """The name the maker gave the CPU, or its architecture where the system does not tell."""
     names = _cpuinfo("model name")
@@ -129,13 +135,12 @@ def backends() -> list[tuple[str, str]]:
     for device in devices:
         for name, reason in backend.available(device).items():
             lines.append((f"{name} on {device}", f"cannot run: {reason}" if reason else "can run"))
-        native = products.gives_accumulators(torch.device(device), torch.bfloat16)
-        how = (
-            "multiplied as they are, with float32 sums"
-            if native
-            else "widened to float32 a slice at a time: no product here keeps float32 sums"
-        )
-        lines.append((f"bf16 on {device}", f"heads are {how}"))
+        lines.append((f"bf16 on {device}", f"heads are {_multiplied(device, torch.bfloat16)}"))
+        if device == "cpu":
+            own = torch.float32 in products.compiled()
+            lines.append(
+                ("float32 on cpu", f"matrix products are {'those compiled here: faster than' if own else 'those of'} torch's library")
+            )
     return lines
 
 

@@ -313,9 +313,11 @@ def head_bytes(shape: Shape, plan: Plan) -> int:
     """Logits of a chunk, sum of the head's gradient, hidden states of the completion tokens and their gradient."""
     models, buffers = 2 if plan.reference != "precomputed" else 1, 2 if plan.kl else 1
     v, h, b, n = shape.vocabulary, shape.hidden, plan.itemsize, plan.tokens
-    native = b == 4 or plan.device != "cpu" or products.gives_accumulators(torch.device("cpu"), getattr(torch, plan.dtype))
-    widened = 0 if native else min(v * h * 4, products.SLICE_BYTES)  # a slice of the head; gone when rounding
-    waits = plan.lora is None and b < 4 and native and products.WaitingRows.few(n, h)
+    dtype, cpu = getattr(torch, plan.dtype), plan.device == "cpu"
+    multiplied = b == 4 or not cpu or products.keeps_sums(torch.device("cpu"), dtype, dtype)
+    widened = 0 if multiplied else min(v * h * 4, products.SLICE_BYTES)  # a slice of the head; gone when rounding
+    narrow = b < 4 and (not cpu or products.gradient_dtype(torch.device("cpu"), dtype) == dtype)
+    waits = plan.lora is None and narrow and products.WaitingRows.few(n, h)
     rows = backend.chunk_rows(v, buffers, 4, plan.device, waits or plan.lora is not None)
     states = (2 + models) * n * h * b
     if plan.lora is not None:

@@ -219,7 +219,7 @@ class _Walk:
         return sign.masked_fill_(sequence % 2 == 0, 0.0) if self.objective.detach_chosen_kl else sign
 
     def _unscaled_gradient(self, a, b, z, ref_z, stats, kl_sign):
-        dtype = products.gradient_dtype(self.policy.weight, self.dtype)
+        dtype = products.gradient_dtype(self.policy.weight.device, self.policy.weight.dtype)
         return self.folds.gradient(z, self.target[a:b], ref_z, stats, None, kl_sign, dtype=dtype)
 
     def _pairs(

@@ -1,9 +1,10 @@
-"""The matrix products of the head, by the vendor library. Logits and dWeight accumulate in float32 whatever the dtype of the inputs.
+"""The matrix products of the head. Logits and dWeight accumulate in float32 whatever the dtype of the inputs.
 
-16-bit inputs: a GPU's product hands out its float32 accumulators (`out_dtype`), and so does `mm_bf16` of the C++ extension on a
-CPU with units for bfloat16; elsewhere the weight is widened to float32 a slice of the vocabulary at a time, so that no float32 copy of
-the head exists. Products of float32 operands are written as `out=` or in-place calls: autocast, which may be on while an operator runs,
-would round the operands of the others to 16 bits.
+By the vendor library, but for those that a CPU makes with the C++ extension (`tisdpo_cpp.mm`): of 16-bit items, because torch has none there
+that keep their float32 sums, and of float32 on CPUs where that is faster (`tisdpo doctor` says what is taken). A GPU's product hands
+out its float32 accumulators (`out_dtype`). Elsewhere a 16-bit weight is widened to float32 a slice of the vocabulary at a time, so that
+no float32 copy of the head exists. Products of float32 operands are written as `out=` or in-place calls: autocast, which may be on while
+an operator runs, would round the operands of the others to 16 bits.
 """
 
 from functools import cache
@@ -12,20 +13,21 @@ import torch
 from torch import Tensor
 
 from tisdpo.ops import extension
+from tisdpo.ops.backend import accumulation_dtype
 
 SLICE_BYTES = 32 << 20  # of a widened slice of the head, or of a slice of dWeight
-CACHED_BYTES = 4 << 20  # of a slice of the head in the product of a CPU's logits: 5 to 20 % faster than in one call (benchmarks/NOTES.md)
+CACHED_BYTES = 4 << 20  # of a slice of the head in the library's product of a CPU's logits: 5 to 20 % faster than in one call
 
 IN_PLACE_BYTES = 8 << 20  # of a float32 slice of dWeight on a CPU where D waits in its memory; with 4 MiB the product is 5 % slower
 
 
 def logits(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     """hidden [n, H] @ weight [V, H].T into out [n, V] (float32 or float64)."""
-    if hidden.dtype == out.dtype:
+    if out.dtype == torch.float32 and keeps_sums(hidden.device, hidden.dtype, weight.dtype):
+        _mm(hidden.contiguous(), weight.T, out)  # of a transposed one the whole head would be packed
+    elif hidden.dtype == out.dtype:
         for a, b in _slices(weight, out.dtype, CACHED_BYTES) if hidden.device.type == "cpu" else [(0, len(weight))]:
             torch.mm(hidden, weight[a:b].T, out=out[:, a:b])
-    elif out.dtype == torch.float32 and gives_accumulators(hidden.device, hidden.dtype):
-        _mm_in_float32(hidden.contiguous(), weight.T, out)  # of a transposed one the whole head would be packed
     else:
         wide = hidden.to(out.dtype)
         for a, b in _slices(weight, out.dtype):
@@ -33,18 +35,24 @@ def logits(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def gradient_dtype(weight: Tensor, accumulation: torch.dtype) -> torch.dtype:
-    """The dtype in which the two products below want dL/dlogits: that of the head where they can multiply it with float32 accumulators."""
-    return weight.dtype if gives_accumulators(weight.device, weight.dtype) else accumulation
+def gradient_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which the two products below want dL/dlogits for a head of this dtype: 16 bits where that keeps float32 sums.
+
+    Float16 would lose what is below 6e-8, so a CPU, which multiplies it no faster than float32, does without.
+    """
+    wide = accumulation_dtype(dtype)
+    if device.type == "cpu" and dtype == torch.float16:
+        return wide
+    return dtype if keeps_sums(device, dtype, dtype) else wide
 
 
 def grad_hidden(d: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """d [n, V] @ weight [V, H] -> [n, H] in `dtype`, the accumulation dtype; d as `gradient_dtype` says."""
     out = d.new_empty(d.shape[0], weight.shape[1], dtype=dtype)
+    if dtype == torch.float32 and keeps_sums(d.device, d.dtype, weight.dtype):
+        return _mm(d, weight, out)
     if weight.dtype == dtype:
         return torch.mm(d, weight, out=out)
-    if weight.dtype == d.dtype:
-        return _mm_in_float32(d, weight, out)
     out.zero_()
     for a, b in _slices(weight, d.dtype):
         out.addmm_(d[:, a:b], weight[a:b].to(d.dtype))
@@ -57,10 +65,10 @@ def add_grad_weight_(total: Tensor, d: Tensor, hidden: Tensor, *, first: bool) -
     hidden is rounded to the dtype of d, a 16-bit one where the product has float32 accumulators. No [V, H] temporary is made.
     """
     hidden = hidden.to(d.dtype)
-    if d.dtype == total.dtype:
-        torch.addmm(total, d.T, hidden, beta=0.0 if first else 1.0, out=total)
+    if total.dtype == torch.float32 and keeps_sums(d.device, d.dtype, d.dtype):
+        _mm(d.T, hidden, total, add=not first)
     else:
-        _mm_in_float32(d.T, hidden, total, add=not first)
+        torch.addmm(total, d.T, hidden, beta=0.0 if first else 1.0, out=total)
 
 
 class WaitingRows:
@@ -79,8 +87,8 @@ class WaitingRows:
 
     @staticmethod
     def serves(weight: Tensor, rows: int) -> bool:
-        """Whether such products are to be had here, and D waits in no more memory than float32 sums would take (`few`)."""
-        return gives_accumulators(weight.device, weight.dtype) and WaitingRows.few(rows, weight.shape[1])
+        """Whether D has 16 bits here, and waits in no more memory than float32 sums would take (`few`)."""
+        return gradient_dtype(weight.device, weight.dtype).itemsize == 2 and WaitingRows.few(rows, weight.shape[1])
 
     @staticmethod
     def few(rows: int, hidden_size: int) -> bool:
@@ -107,9 +115,9 @@ class WaitingRows:
         hidden = hidden.to(self.result.dtype)
         out = self.result.new_empty(self.slices[0][1], self.result.shape[1], dtype=torch.float32)
         for a, b, d in self.slices:
-            _mm_in_float32(d.T, hidden[: len(d)], out[: b - a])
+            _mm(d.T, hidden[: len(d)], out[: b - a])
             if len(self.others):
-                _mm_in_float32(self.others[:, a:b].T, hidden[len(d) :], out[: b - a], add=True)
+                _mm(self.others[:, a:b].T, hidden[len(d) :], out[: b - a], add=True)
             self.result[a:b] = out[: b - a]
         return self.result
 
@@ -119,14 +127,14 @@ def column_sums(d: Tensor, coefficient: Tensor) -> Tensor:
     out = coefficient.new_empty(d.shape[1])
     if d.dtype == coefficient.dtype:
         return torch.mv(d.T, coefficient, out=out)
-    _mm_in_float32(d.T, coefficient.to(d.dtype)[:, None], out[:, None])
+    _mm(d.T, coefficient.to(d.dtype)[:, None], out[:, None])
     return out
 
 
-def _mm_in_float32(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> Tensor:
-    """out = a @ b, or out += a @ b, for 16-bit a and b and a float32 out."""
+def _mm(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> Tensor:
+    """out = a @ b, or out += a @ b, for a and b of which `keeps_sums` is true and a float32 out."""
     if a.device.type == "cpu":
-        torch.ops.tisdpo_cpp.mm_bf16(_along_one_stride(a), _along_one_stride(b), out, add)
+        torch.ops.tisdpo_cpp.mm(_along_one_stride(a), _along_one_stride(b), out, add)
     elif not add:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
     elif adds_in_place(out.device):
@@ -143,11 +151,19 @@ def _along_one_stride(x: Tensor) -> Tensor:
 
 
 @cache
-def gives_accumulators(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a product of operands of this dtype can be had in float32 on this device, at the speed of 16 bits."""
+def keeps_sums(device: torch.device, a: torch.dtype, b: torch.dtype) -> bool:
+    """Whether `_mm` makes the product of operands of these dtypes, in float32, without widening one of them first."""
     if device.type == "cpu":
-        return dtype == torch.bfloat16 and not extension.problem() and torch.ops.tisdpo_cpp.has_bf16() and _mm_bf16_is_right()
-    return dtype.itemsize == 2 and _works(lambda x: torch.mm(x, x, out_dtype=torch.float32), device)
+        return {a, b} <= compiled()
+    return a == b and a.itemsize == 2 and _works(lambda x: torch.mm(x, x, out_dtype=torch.float32), device)
+
+
+@cache
+def compiled() -> frozenset[torch.dtype]:
+    """The dtypes whose products on a CPU are those of the extension: 16-bit ones, and float32 where that is faster than the library's."""
+    if extension.problem() or not _mm_is_right():
+        return frozenset()
+    return frozenset(getattr(torch, name) for name in torch.ops.tisdpo_cpp.multiplied().split())
 
 
 @cache
@@ -157,10 +173,10 @@ def adds_in_place(device: torch.device) -> bool:
     return _works(lambda x: torch.addmm(total, x, x, out_dtype=torch.float32, out=total), device)
 
 
-def _mm_bf16_is_right() -> bool:
+def _mm_is_right() -> bool:
     """Of whole numbers, exactly. With AMX it rests on a function of libtorch that is not part of its stable interface."""
     x = (torch.arange(66 * 66, dtype=torch.float32, device="cpu") % 7).view(66, 66)
-    return torch.equal(_mm_in_float32(x.bfloat16(), x.bfloat16(), torch.empty_like(x)), x @ x)
+    return torch.equal(_mm(x.bfloat16(), x.bfloat16(), torch.empty_like(x)), x @ x)
 
 
 def _works(product, device: torch.device) -> bool:

@@ -179,7 +179,7 @@ def linear_token_stats_backward(
     folds = fold.Fold(name, kl, fold.Transform(logit_scale, softcap, temperature), bias, ref_bias)
     g_logps, g_kl = _upstream(g_logps, g_kl, stats, kl)
     sums = GradientSums(policy, tuple(needs))
-    dtype = products.gradient_dtype(weight, sums.dtype)
+    dtype = products.gradient_dtype(weight.device, weight.dtype)
     for a, b, place, z, ref_z in _tiles(policy, reference, index, len(target), sums.later):
         g = None if g_kl is None else g_kl[place]
         d = folds.gradient(z, target[place], ref_z, _gathered(stats, place), g_logps[place], g, dtype=dtype)

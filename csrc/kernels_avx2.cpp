@@ -10,7 +10,9 @@
 
 #define LANES 8
 #define KERNELS avx2_kernels
+#define PRODUCTS avx2_products
 #include "fold_kernels.h"
+#include "product_kernels.h"
 
 #ifdef __clang__
 #pragma clang attribute pop

@@ -1,4 +1,4 @@
-// Products of bfloat16 matrices that keep their float32 sums: torch.mm on a CPU rounds them to bfloat16.
+// Products of bfloat16 matrices by the units that CPUs have for it. They keep their float32 sums: torch.mm on a CPU rounds them to bfloat16.
 //
 // b is packed as words of two items that follow each other along K, [K / 2, columns], a tile at a time; a is read row by row, and the sums
 // of a few rows stay in registers (AVX-512 BF16). On CPUs with AMX the tiles are multiplied by oneDNN's brgemm, which wants the same layout
@@ -31,7 +31,20 @@ __attribute__((weak)) void brgemm_release(bool packed) __asm__("_ZN2at6native7cp
 namespace tisdpo {
 namespace {
 
+constexpr int64_t TILE = 64;    // rows and columns of out that are multiplied at a time
+constexpr int64_t DEPTH = 1024;  // of the contraction, likewise
+constexpr int64_t WORDS = TILE * DEPTH / 2;  // of 32 bits in a packed tile: two items that follow each other along K
+
 inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// A matrix of bfloat16, as bits.
+struct Items {
+  const uint16_t* data;
+  int64_t row_stride, column_stride;
+
+  Items(const uint16_t* data, int64_t row_stride, int64_t column_stride) : data(data), row_stride(row_stride), column_stride(column_stride) {}
+  Items(const Matrix& m) : Items(reinterpret_cast<const uint16_t*>(m.data), m.row_stride, m.column_stride) {}
+};
 
 inline __mmask32 first_of_32(int64_t n) { return n >= 32 ? 0xffffffffu : n <= 0 ? 0 : (1u << n) - 1; }
 inline __mmask16 first_of_16(int64_t n) { return n >= 16 ? 0xffffu : n <= 0 ? 0 : (1u << n) - 1; }
@@ -65,7 +78,7 @@ inline void interleave(const uint16_t* items, int64_t stride, int64_t rows, int6
 }
 
 // Columns j..j+n and K k..k+depth of b: words [depth / 2, TILE], zeros up to whole groups of 32 along K.
-void pack_b(const Matrix& b, int64_t k, int64_t depth, int64_t j, int64_t n, uint32_t* to) {
+void pack_b(const Items& b, int64_t k, int64_t depth, int64_t j, int64_t n, uint32_t* to) {
   if (b.column_stride == 1) {
     for (int64_t d = 0; d < depth || d % 32; d += 2)
       for (int64_t c = 0; c < n; c += 32) {
@@ -92,7 +105,7 @@ void pack_b(const Matrix& b, int64_t k, int64_t depth, int64_t j, int64_t n, uin
 }
 
 // Rows i..i+m and K k..k+depth of a: items [m, DEPTH], zeros up to whole groups of 32 along K.
-void pack_a(const Matrix& a, int64_t top, int64_t m, int64_t k, int64_t depth, uint32_t* to) {
+void pack_a(const Items& a, int64_t top, int64_t m, int64_t k, int64_t depth, uint32_t* to) {
   if (a.column_stride == 1) {
     for (int64_t r = 0; r < m; r++)
       for (int64_t d = 0; d < depth; d += 32)
@@ -140,7 +153,7 @@ class Ahead {
   int64_t lines_ = 0, left_ = 0, rows_ = 0, skip_ = 0;
 };
 
-Ahead tile_of_b(const Matrix& b, int64_t k, int64_t depth, int64_t j, int64_t n) {
+Ahead tile_of_b(const Items& b, int64_t k, int64_t depth, int64_t j, int64_t n) {
   if (b.column_stride == 1) return {b.data + k * b.row_stride + j, depth, n, b.row_stride};
   return {b.data + j * b.column_stride + k, n, depth, b.column_stride};
 }
@@ -185,9 +198,10 @@ inline void multiply_rows_of_tile(int64_t n, int64_t depth, const uint16_t* a, i
 }
 
 // Rows top..bottom of a column tile.
+template <bool BRGEMM>
 void multiply(const Product& p, int64_t top, int64_t bottom, int64_t n, int64_t depth, const uint16_t* a, int64_t lda, const uint32_t* b,
               float* out, bool add, Ahead& ahead) {
-  if (p.by_brgemm) {  // in blocks of TILE rows and, of what is left, of powers of two: it compiles a kernel for each size
+  if (BRGEMM) {  // in blocks of TILE rows and, of what is left, of powers of two: it compiles a kernel for each size
     for (int64_t i = top, m = TILE; i < bottom; i += m) {
       while (m > bottom - i) m /= 2;
       brgemm(m, n, depth, lda, TILE, p.out_stride, add, a + (i - top) * lda, reinterpret_cast<const uint16_t*>(b),
@@ -203,6 +217,67 @@ void multiply(const Product& p, int64_t top, int64_t bottom, int64_t n, int64_t 
 
 int64_t whole(int64_t depth) { return (depth + 31) / 32 * 32; }
 
+template <bool BRGEMM>
+void multiply_columns(const Product& p, int64_t first, int64_t last, int64_t top, int64_t bottom, char* scratch) {
+  uint32_t *words = reinterpret_cast<uint32_t*>(scratch), *odd = words + WORDS;
+  const Items a = p.a, b = p.b;
+  for (int64_t k = 0; k < p.K; k += DEPTH) {
+    int64_t depth = at_most(DEPTH, p.K - k);
+    for (int64_t tile = first; tile < last; tile++) {
+      int64_t j = tile * TILE, n = at_most(TILE, p.N - j);
+      pack_b(b, k, depth, j, n, words);
+      bool add = p.add || k > 0;
+      int64_t next_k = k, next_j = j + TILE;
+      if (tile + 1 == last) {
+        if (k + DEPTH < p.K) next_k = k + DEPTH, next_j = first * TILE;
+        else next_k = 0;
+      }
+      Ahead ahead;
+      if (next_j < p.N) ahead = tile_of_b(b, next_k, at_most(DEPTH, p.K - next_k), next_j, at_most(TILE, p.N - next_j));
+      if (depth % 2 == 0) {
+        multiply<BRGEMM>(p, top, bottom, n, depth, a.data + top * a.row_stride + k, a.row_stride, words,
+                         p.out + top * p.out_stride + j, add, ahead);
+        continue;
+      }
+      for (int64_t i = top; i < bottom; i += TILE) {  // no word may begin with the last item of a row
+        int64_t end = at_most(i + TILE, bottom);
+        pack_a(a, i, end - i, k, depth, odd);
+        multiply<BRGEMM>(p, i, end, n, depth + 1, reinterpret_cast<uint16_t*>(odd), DEPTH, words, p.out + i * p.out_stride + j, add,
+                         ahead);
+      }
+    }
+  }
+  if (BRGEMM) brgemm_release(true);
+}
+
+void pack_columns(const Product& p, int64_t first, int64_t last, char* packed) {
+  uint32_t* words = reinterpret_cast<uint32_t*>(packed);
+  for (int64_t tile = first; tile < last; tile++)
+    for (int64_t k = 0; k < p.K; k += DEPTH)
+      pack_b(p.b, k, at_most(DEPTH, p.K - k), tile * TILE, at_most(TILE, p.N - tile * TILE),
+             words + (tile * parts(p.K, DEPTH) + k / DEPTH) * WORDS);
+}
+
+template <bool BRGEMM>
+void multiply_rows(const Product& p, int64_t first, int64_t last, const char* packed, char* scratch) {
+  const uint32_t* words = reinterpret_cast<const uint32_t*>(packed);
+  uint32_t* rows = reinterpret_cast<uint32_t*>(scratch);
+  const Items a = p.a;
+  for (int64_t row_tile = first; row_tile < last; row_tile++) {
+    int64_t i = row_tile * TILE, end = at_most(i + TILE, p.M);
+    for (int64_t k = 0; k < p.K; k += DEPTH) pack_a(a, i, end - i, k, at_most(DEPTH, p.K - k), rows + k / DEPTH * WORDS);
+    Ahead ahead;
+    if (row_tile + 1 < last) ahead = tile_of_b({a.data, a.column_stride, 1}, 0, at_most(DEPTH, p.K), end, at_most(TILE, p.M - end));
+    for (int64_t tile = 0; tile < parts(p.N, TILE); tile++)
+      for (int64_t k = 0; k < p.K; k += DEPTH)
+        multiply<BRGEMM>(p, i, end, at_most(TILE, p.N - tile * TILE), whole(at_most(DEPTH, p.K - k)),
+                         reinterpret_cast<uint16_t*>(rows + k / DEPTH * WORDS), DEPTH,
+                         words + (tile * parts(p.K, DEPTH) + k / DEPTH) * WORDS, p.out + i * p.out_stride + tile * TILE,
+                         p.add || k > 0, ahead);
+  }
+  if (BRGEMM) brgemm_release(true);
+}
+
 }  // namespace
 
 bool multiplies_bf16() { return __builtin_cpu_supports("avx512bf16"); }
@@ -215,57 +290,10 @@ bool has_amx_bf16() {  // not by __builtin_cpu_supports, where older compilers r
 
 bool has_brgemm() { return brgemm && brgemm_release; }
 
-void multiply_columns(const Product& p, int64_t first, int64_t last, int64_t top, int64_t bottom, uint32_t* scratch) {
-  uint32_t* odd = scratch + WORDS;
-  for (int64_t k = 0; k < p.K; k += DEPTH) {
-    int64_t depth = at_most(DEPTH, p.K - k);
-    for (int64_t tile = first; tile < last; tile++) {
-      int64_t j = tile * TILE, n = at_most(TILE, p.N - j);
-      pack_b(p.b, k, depth, j, n, scratch);
-      bool add = p.add || k > 0;
-      int64_t next_k = k, next_j = j + TILE;
-      if (tile + 1 == last) {
-        if (k + DEPTH < p.K) next_k = k + DEPTH, next_j = first * TILE;
-        else next_k = 0;
-      }
-      Ahead ahead;
-      if (next_j < p.N) ahead = tile_of_b(p.b, next_k, at_most(DEPTH, p.K - next_k), next_j, at_most(TILE, p.N - next_j));
-      if (depth % 2 == 0) {
-        const uint16_t* rows = p.a.data + top * p.a.row_stride + k;
-        multiply(p, top, bottom, n, depth, rows, p.a.row_stride, scratch, p.out + top * p.out_stride + j, add, ahead);
-        continue;
-      }
-      for (int64_t i = top; i < bottom; i += TILE) {  // no word may begin with the last item of a row
-        int64_t end = at_most(i + TILE, bottom);
-        pack_a(p.a, i, end - i, k, depth, odd);
-        multiply(p, i, end, n, depth + 1, reinterpret_cast<uint16_t*>(odd), DEPTH, scratch, p.out + i * p.out_stride + j, add, ahead);
-      }
-    }
-  }
-  if (p.by_brgemm) brgemm_release(true);
-}
-
-void pack_columns(const Product& p, int64_t first, int64_t last, uint32_t* packed) {
-  for (int64_t tile = first; tile < last; tile++)
-    for (int64_t k = 0; k < p.K; k += DEPTH)
-      pack_b(p.b, k, at_most(DEPTH, p.K - k), tile * TILE, at_most(TILE, p.N - tile * TILE),
-             packed + (tile * depths(p.K) + k / DEPTH) * WORDS);
-}
-
-void multiply_rows(const Product& p, int64_t first, int64_t last, const uint32_t* packed, uint32_t* scratch) {
-  for (int64_t row_tile = first; row_tile < last; row_tile++) {
-    int64_t i = row_tile * TILE, end = at_most(i + TILE, p.M);
-    for (int64_t k = 0; k < p.K; k += DEPTH) pack_a(p.a, i, end - i, k, at_most(DEPTH, p.K - k), scratch + k / DEPTH * WORDS);
-    Ahead ahead;
-    if (row_tile + 1 < last) ahead = tile_of_b({p.a.data, p.a.column_stride, 1}, 0, at_most(DEPTH, p.K), end, at_most(TILE, p.M - end));
-    for (int64_t tile = 0; tile < tiles(p.N); tile++)
-      for (int64_t k = 0; k < p.K; k += DEPTH)
-        multiply(p, i, end, at_most(TILE, p.N - tile * TILE), whole(at_most(DEPTH, p.K - k)),
-                 reinterpret_cast<uint16_t*>(scratch + k / DEPTH * WORDS), DEPTH, packed + (tile * depths(p.K) + k / DEPTH) * WORDS,
-                 p.out + i * p.out_stride + tile * TILE, p.add || k > 0, ahead);
-  }
-  if (p.by_brgemm) brgemm_release(true);
-}
+extern const ProductKernels bf16_products{TILE, TILE, TILE, DEPTH, 4 * WORDS, 2 * DEPTH, multiply_columns<false>, pack_columns,
+                                          multiply_rows<false>};
+extern const ProductKernels brgemm_products{TILE, TILE, TILE, DEPTH, 4 * WORDS, 2 * DEPTH, multiply_columns<true>, pack_columns,
+                                            multiply_rows<true>};
 
 }  // namespace tisdpo
 
@@ -279,9 +307,7 @@ namespace tisdpo {
 bool multiplies_bf16() { return false; }
 bool has_amx_bf16() { return false; }
 bool has_brgemm() { return false; }
-void multiply_columns(const Product&, int64_t, int64_t, int64_t, int64_t, uint32_t*) {}
-void pack_columns(const Product&, int64_t, int64_t, uint32_t*) {}
-void multiply_rows(const Product&, int64_t, int64_t, const uint32_t*, uint32_t*) {}
+extern const ProductKernels bf16_products{}, brgemm_products{};
 
 }  // namespace tisdpo
 #endif

@@ -3,4 +3,6 @@
 
 #define LANES 4
 #define KERNELS default_kernels
+#define PRODUCTS default_products
 #include "fold_kernels.h"
+#include "product_kernels.h"

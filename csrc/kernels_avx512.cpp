@@ -10,7 +10,9 @@
 
 #define LANES 16
 #define KERNELS avx512_kernels
+#define PRODUCTS avx512_products
 #include "fold_kernels.h"
+#include "product_kernels.h"
 
 #ifdef __clang__
 #pragma clang attribute pop
