@@ -1,4 +1,4 @@
-// The folds over rows of logits, for vectors of LANES floats. Included once by each fold_*.cpp, which has set the instruction set.
+// The folds over rows of logits, for vectors of LANES floats. Included once by each kernels_*.cpp, which has set the instruction set.
 //
 // A row is visited in blocks that stay in the first-level cache: a block is read once from memory, widened, biased and scaled, and then
 // used as often as needed. Bytes a logit: `item` for the statistics, `item` + the size of D for the gradient, per model. Exponentials a

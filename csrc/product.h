@@ -40,10 +40,10 @@ struct ProductKernels {
   // `scratch`: tile_bytes for each of the tiles, row_bytes for each row of a block.
   void (*multiply_columns)(const Product&, int64_t first, int64_t last, int64_t top, int64_t bottom, char* scratch);
 
-  // For a transposed `a`: column tiles first..last of b into `packed`, tile_bytes for each part of each; then the row tiles first..last of
-  // out. `scratch`: row_bytes for each row of a tile and part.
+  // For a transposed `a`: column tiles first..last of b into `packed`, tile_bytes for each part of each; then the rows top..bottom of out.
+  // `scratch`: row_bytes for each row of a tile and part.
   void (*pack_columns)(const Product&, int64_t first, int64_t last, char* packed);
-  void (*multiply_rows)(const Product&, int64_t first, int64_t last, const char* packed, char* scratch);
+  void (*multiply_rows)(const Product&, int64_t top, int64_t bottom, const char* packed, char* scratch);
 };
 
 extern const ProductKernels default_products, avx2_products, avx512_products;  // of any items

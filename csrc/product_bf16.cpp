@@ -1,4 +1,4 @@
-// Products of bfloat16 matrices by the units that CPUs have for it. They keep their float32 sums: torch.mm on a CPU rounds them to bfloat16.
+// Products of bfloat16 matrices by the units that CPUs have for it, with float32 sums: torch.mm on a CPU rounds them to bfloat16.
 //
 // b is packed as words of two items that follow each other along K, [K / 2, columns], a tile at a time; a is read row by row, and the sums
 // of a few rows stay in registers (AVX-512 BF16). On CPUs with AMX the tiles are multiplied by oneDNN's brgemm, which wants the same layout
@@ -42,7 +42,8 @@ struct Items {
   const uint16_t* data;
   int64_t row_stride, column_stride;
 
-  Items(const uint16_t* data, int64_t row_stride, int64_t column_stride) : data(data), row_stride(row_stride), column_stride(column_stride) {}
+  Items(const uint16_t* data, int64_t row_stride, int64_t column_stride)
+      : data(data), row_stride(row_stride), column_stride(column_stride) {}
   Items(const Matrix& m) : Items(reinterpret_cast<const uint16_t*>(m.data), m.row_stride, m.column_stride) {}
 };
 
@@ -259,15 +260,15 @@ void pack_columns(const Product& p, int64_t first, int64_t last, char* packed) {
 }
 
 template <bool BRGEMM>
-void multiply_rows(const Product& p, int64_t first, int64_t last, const char* packed, char* scratch) {
+void multiply_rows(const Product& p, int64_t top, int64_t bottom, const char* packed, char* scratch) {
   const uint32_t* words = reinterpret_cast<const uint32_t*>(packed);
   uint32_t* rows = reinterpret_cast<uint32_t*>(scratch);
   const Items a = p.a;
-  for (int64_t row_tile = first; row_tile < last; row_tile++) {
-    int64_t i = row_tile * TILE, end = at_most(i + TILE, p.M);
+  for (int64_t i = top; i < bottom; i += TILE) {
+    int64_t end = at_most(i + TILE, bottom);
     for (int64_t k = 0; k < p.K; k += DEPTH) pack_a(a, i, end - i, k, at_most(DEPTH, p.K - k), rows + k / DEPTH * WORDS);
     Ahead ahead;
-    if (row_tile + 1 < last) ahead = tile_of_b({a.data, a.column_stride, 1}, 0, at_most(DEPTH, p.K), end, at_most(TILE, p.M - end));
+    if (end < bottom) ahead = tile_of_b({a.data, a.column_stride, 1}, 0, at_most(DEPTH, p.K), end, at_most(TILE, bottom - end));
     for (int64_t tile = 0; tile < parts(p.N, TILE); tile++)
       for (int64_t k = 0; k < p.K; k += DEPTH)
         multiply<BRGEMM>(p, i, end, at_most(TILE, p.N - tile * TILE), whole(at_most(DEPTH, p.K - k)),

@@ -1,12 +1,13 @@
 // Matrix products of items of any type with float32 sums, for vectors of LANES floats. Included once by each kernels_*.cpp.
 //
-// Both operands are widened to float32 as they are packed, a part of the contraction at a time: b in panels of a few vectors, [DEPTH, WIDTH],
-// which stay in the first-level cache while a block of rows passes by; a in groups of HEIGHT rows. The sums of HEIGHT rows and WIDTH columns
-// are in registers. What is packed next is fetched meanwhile. (The blocks are those of Goto and van de Geijn, 10.1145/1356052.1356053.)
+// Both operands are widened to float32 as they are packed, a part of the contraction at a time: b in panels of a few vectors,
+// [DEPTH, WIDTH], which stay in the first-level cache while a block of rows passes by; a in groups of HEIGHT rows. The sums of HEIGHT rows
+// and WIDTH columns are in registers. What is packed next is fetched meanwhile. (The blocks are those of Goto and van de Geijn,
+// 10.1145/1356052.1356053.)
 //
-// Bytes: each item of b is read and packed once a call, each of a once for every group of column tiles, out is read and written for every
-// DEPTH of the contraction. Floor: the CPU's multiply-adds, two vectors in a cycle and core; with AVX2 on two cores of a Zen 3, 195 GFLOP/s
-// from registers, 127 to 161 were measured, MKL 102 to 148 (benchmarks/NOTES.md).
+// Bytes: each item of b is read and packed once for every share of rows, each of a once for every group of column tiles, out is read and
+// written for every DEPTH of the contraction. Floor: the CPU's multiply-adds, two vectors in a cycle and core; with AVX2 on two cores of a
+// Zen 3, 195 GFLOP/s from registers, 127 to 161 were measured, MKL 102 to 148 (benchmarks/NOTES.md).
 #include "product.h"
 #include "vectors.h"
 
@@ -25,7 +26,7 @@ constexpr int64_t ROWS = 96, COLUMNS = 64;  // of a tile: whole groups and panel
 constexpr int64_t LINES = 8;                // fetched for later with each group of sums
 constexpr int64_t BLOCK_ROWS = 288;         // of a, packed at a time: 288 KB, for the second-level cache
 constexpr int64_t DEPTH = 256;              // a panel is 16 KB, with sixteen lanes 32
-static_assert(ROWS % HEIGHT == 0 && COLUMNS % WIDTH == 0 && DEPTH % LANES == 0, "tiles are whole");
+static_assert(ROWS % HEIGHT == 0 && ROWS % LANES == 0 && BLOCK_ROWS % HEIGHT == 0 && COLUMNS % WIDTH == 0 && DEPTH % LANES == 0, "whole");
 
 INLINE int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -77,18 +78,20 @@ INLINE void transpose(Float v[LANES]) {
 #undef SHUFFLE
 }
 
-// Columns j..j+n and K k..k+depth of b: panels [DEPTH, WIDTH]. Behind the last column, whose sums nobody reads, stands anything.
+// Columns j..j+n and K k..k+depth of b: panels [DEPTH, WIDTH]. Behind the last column, whose sums nobody reads, stand zeros or that column.
 template <Type T>
 void pack_b(const Matrix& b, int64_t k, int64_t depth, int64_t j, int64_t n, float* to) {
+  int64_t whole = parts(n, WIDTH) * WIDTH;
   if (b.column_stride == 1) {
     for (int64_t d = 0; d < depth; d++)
-      for (int64_t c = 0; c < n; c += LANES) {
+      for (int64_t c = 0; c < whole; c += LANES) {
         const char* from = b.at(k + d, j + c);
-        store(to + c / WIDTH * WIDTH * DEPTH + d * WIDTH + c % WIDTH, c + LANES <= n ? widened<T>(from) : first_of<T>(from, n - c));
+        Float v = c + LANES <= n ? widened<T>(from) : c < n ? first_of<T>(from, n - c) : Float{};
+        store(to + c / WIDTH * WIDTH * DEPTH + d * WIDTH + c % WIDTH, v);
       }
     return;
   }
-  for (int64_t c = 0; c < n; c += LANES) {
+  for (int64_t c = 0; c < whole; c += LANES) {
     float* panel = to + c / WIDTH * WIDTH * DEPTH + c % WIDTH;
     const char* columns[LANES];
     for (int64_t i = 0; i < LANES; i++) columns[i] = b.at(k, j + at_most(c + i, n - 1));
@@ -132,8 +135,8 @@ void pack_transposed(const Matrix& a, int64_t i, int64_t m, int64_t k, int64_t d
     }
 }
 
-// The cache lines of what is packed next, to be fetched a few at a time while something else is multiplied: its rows are far apart in memory,
-// and no hardware prefetcher follows.
+// The cache lines of what is packed next, to be fetched a few at a time while something else is multiplied: its rows are far apart in
+// memory, and no hardware prefetcher follows.
 class Ahead {
  public:
   Ahead() = default;
@@ -191,7 +194,9 @@ void multiply_group(int64_t depth, const float* a, const float* b, float* out, i
     return;
   }
   float all[HEIGHT][WIDTH];
+#pragma GCC unroll 12
   for (int64_t r = 0; r < HEIGHT; r++)
+#pragma GCC unroll 4
     for (int64_t v = 0; v < VECTORS; v++) store(&all[r][v * LANES], sums[r][v]);
   for (int64_t r = 0; r < at_most(rows, HEIGHT); r++)
     for (int64_t c = 0; c < at_most(n, WIDTH); c++) out[r * stride + c] = add ? out[r * stride + c] + all[r][c] : all[r][c];
@@ -242,14 +247,14 @@ void pack_columns(const Product& p, int64_t first, int64_t last, char* packed) {
     }
 }
 
-void multiply_rows(const Product& p, int64_t first, int64_t last, const char* packed, char* scratch) {
+void multiply_rows(const Product& p, int64_t top, int64_t bottom, const char* packed, char* scratch) {
   float* a = reinterpret_cast<float*>(scratch);
   Ahead nothing;
-  for (int64_t i = first * ROWS; i < at_most(last * ROWS, p.M); i += ROWS) {
-    int64_t m = at_most(ROWS, p.M - i), next = i + ROWS;
+  for (int64_t i = top; i < bottom; i += ROWS) {
+    int64_t m = at_most(ROWS, bottom - i), next = i + ROWS;
     for (int64_t k = 0; k < p.K; k += DEPTH) OF_TYPE(p.a.type, pack_transposed, p.a, i, m, k, at_most(DEPTH, p.K - k), a + k * ROWS);
     Ahead next_a;
-    if (next < p.M) next_a = Ahead(p.a, next, at_most(ROWS, p.M - next), 0, p.K);
+    if (next < bottom) next_a = Ahead(p.a, next, at_most(ROWS, bottom - next), 0, p.K);
     const float* b = reinterpret_cast<const float*>(packed);
     for (int64_t j = 0; j < p.N; j += COLUMNS)
       for (int64_t k = 0; k < p.K; k += DEPTH, b += COLUMNS * DEPTH)
@@ -263,6 +268,7 @@ void multiply_rows(const Product& p, int64_t first, int64_t last, const char* pa
 }  // namespace
 
 extern const ProductKernels PRODUCTS{
-    ROWS, COLUMNS, BLOCK_ROWS, DEPTH, sizeof(float) * COLUMNS * DEPTH, sizeof(float) * DEPTH, multiply_columns, pack_columns, multiply_rows};
+    ROWS, COLUMNS, BLOCK_ROWS, DEPTH, sizeof(float) * COLUMNS * DEPTH, sizeof(float) * DEPTH, multiply_columns, pack_columns,
+    multiply_rows};
 
 }  // namespace tisdpo

@@ -28,6 +28,9 @@ using OptionalTensor = std::optional<Tensor>;
 // At least so many logits or tokens for each thread.
 constexpr int64_t GRAIN = 32768;
 
+// Rows of out are shared out by so many: whole groups for all products.
+constexpr int64_t GROUP = 12;
+
 std::string capability() {
   std::string best = "default";
 #ifdef __x86_64__
@@ -231,13 +234,13 @@ const ProductKernels& products(Type a, Type b) {
   return default_products;
 }
 
-// The types of items whose products are to be made by `mm`: where they were measured to be faster than what torch has, or torch has none that
-// keep their float32 sums. MKL takes slower code on CPUs that are not Intel's.
+// The types of items whose products are to be made by `mm`: 16-bit ones, as torch has none that keep their float32 sums, and float32 where
+// that was measured to be faster than torch's: with AVX2 on CPUs that are not Intel's, for which MKL takes slower code.
 std::string multiplied() {
   if (capability() == "default") return "";
   std::string types = "bfloat16 float16";
 #ifdef __x86_64__
-  if (__builtin_cpu_is("amd")) types += " float32";
+  if (__builtin_cpu_is("amd") && capability() == "avx2") types += " float32";
 #endif
   return types;
 }
@@ -259,15 +262,18 @@ void mm(const Tensor& a, const Tensor& b, const Tensor& out, bool add) {
   if (p.a_is_transposed()) {
     Scratch packed(columns * depths * run.tile_bytes);
     torch::stable::parallel_for(0, columns, 1, [&](int64_t first, int64_t last) { run.pack_columns(p, first, last, packed.data); });
-    torch::stable::parallel_for(0, parts(M, run.rows), 1, [&](int64_t first, int64_t last) {
+    int64_t height = parts(parts(M, threads), GROUP) * GROUP;
+    torch::stable::parallel_for(0, parts(M, height), 1, [&](int64_t first, int64_t last) {
       Scratch scratch(depths * run.rows * run.row_bytes);
-      run.multiply_rows(p, first, last, packed.data, scratch.data);
+      run.multiply_rows(p, first * height, std::min(last * height, M), packed.data, scratch.data);
     });
     return;
   }
-  // Groups of up to 8 column tiles, so that out is in the cache while the contraction goes on; where they are too few, of rows too.
-  int64_t width = std::clamp<int64_t>(columns / threads, 1, 8), groups = parts(columns, width), tiles = parts(M, run.rows);
-  int64_t shares = std::min(parts(threads, groups), tiles), height = parts(tiles, shares) * run.rows;
+  // Groups of up to 8 column tiles, so that out is in the cache while the contraction goes on; as many for one thread as for another, and
+  // where they are too few, of rows too.
+  int64_t wanted = std::min(columns, parts(parts(columns, 8), threads) * threads), width = parts(columns, wanted);
+  int64_t groups = parts(columns, width), shares = std::clamp<int64_t>(threads / groups, 1, parts(M, GROUP));
+  int64_t height = parts(parts(M, shares), GROUP) * GROUP;
   torch::stable::parallel_for(0, groups * shares, 1, [&](int64_t first, int64_t last) {
     Scratch scratch(width * run.tile_bytes + run.block_rows * run.row_bytes);
     for (int64_t i = first; i < last; i++) {

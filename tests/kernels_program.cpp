@@ -63,12 +63,12 @@ void product() {
   auto out = read<float>(M * N);
   Matrix x{a.data(), types[0], sizes[5] ? 1 : K, sizes[5] ? M : 1}, y{b.data(), types[1], sizes[6] ? 1 : N, sizes[6] ? K : 1};
   Product p{x, y, M, N, K, out.data(), N, true};
-  int64_t columns = parts(N, products.columns), rows = parts(M, products.rows), depths = parts(K, products.depth);
+  int64_t columns = parts(N, products.columns), depths = parts(K, products.depth), half = M / 24 * 12;
   std::vector<char> packed(columns * depths * products.tile_bytes);
   std::vector<char> scratch(columns * products.tile_bytes + (products.block_rows + depths * products.rows) * products.row_bytes);
   if (p.a_is_transposed()) {
     for (auto share : {0, 1}) products.pack_columns(p, share ? columns / 2 : 0, share ? columns : columns / 2, packed.data());
-    for (auto share : {0, 1}) products.multiply_rows(p, share ? rows / 2 : 0, share ? rows : rows / 2, packed.data(), scratch.data());
+    for (auto share : {0, 1}) products.multiply_rows(p, share ? half : 0, share ? M : half, packed.data(), scratch.data());
   } else {
     for (auto share : {0, 1})
       products.multiply_columns(p, share ? columns / 2 : 0, share ? columns : columns / 2, 0, M, scratch.data());

@@ -123,34 +123,62 @@ def test_scoring_costs_one_product():
     assert head_products(lambda: tisdpo.linear_token_logps(case.hidden, case.weight, case.target), N) == 1
 
 
-@pytest.mark.parametrize("native", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_heads_of_all_dtypes_cost_the_same(monkeypatch, dtype, native):
-    """By the products compiled here, and without; where a weight is widened slice by slice, that must not cost a second product."""
-    if native and extension.problem():
-        pytest.skip("no C++ extension")
-    monkeypatch.setattr(products, "compiled", lambda: frozenset([dtype, torch.float32] if native else []))
+SETS = {  # dtypes whose products are compiled: without an extension, on a CPU whose library is taken for float32, and with all of them
+    "none": frozenset(),
+    "16 bits": frozenset([torch.bfloat16, torch.float16]),
+    "all": frozenset([torch.bfloat16, torch.float16, torch.float32]),
+}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture
+def compiles(monkeypatch):
+    """Sets what is compiled, for this test."""
+
+    def choose(name: str):
+        if name != "none" and extension.problem():
+            pytest.skip("no C++ extension")
+        monkeypatch.setattr(products, "compiled", lambda: SETS[name])
+        products.keeps_sums.cache_clear()
+
+    yield choose
     products.keeps_sums.cache_clear()
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_heads_of_all_dtypes_cost_the_same(monkeypatch, compiles, dtype, name):
+    """By the products compiled here, and without; where a weight is widened slice by slice, that must not cost a second product."""
+    compiles(name)
     monkeypatch.setattr(products, "SLICE_BYTES", 250 * H * 4)
     case = make_case(LENGTHS, H=H, V=V, dtype=dtype)
     hidden, weight, ref = case.hidden.requires_grad_(), case.weight.requires_grad_(), torch.zeros(sum(LENGTHS))
 
     def run():
-        tisdpo.linear_tis_dpo_loss(hidden, weight, case.target, case.cu_seqlens, ref_logps=ref, plan="one_pass").loss.backward()
+        options = dict(ref_logps=ref, plan="one_pass")
+        tisdpo.linear_tis_dpo_loss(hidden, weight, case.target, case.cu_seqlens, **options).loss.backward()
 
     assert head_products(run, sum(LENGTHS), vocabulary=(V, 250, V - 750)) == 3
-    if native and dtype == torch.bfloat16:  # a pair of more rows than may be there at a time, too: D waits
+    if name != "none" and dtype == torch.bfloat16:  # a pair of more rows than may be there at a time, too: D waits
         monkeypatch.setattr(backend, "chunk_rows", lambda *a: 5)
         assert head_products(run, sum(LENGTHS), vocabulary=(V, 250, V - 750)) == 3
-    products.keeps_sums.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_a_compiled_product_widens_no_slice_of_the_head(monkeypatch, compiles, dtype):
+    compiles("16 bits")
+    monkeypatch.setattr(products, "_slices", lambda *a: pytest.fail("the head was cut into slices"))
+    weight = torch.randn(V, H).to(dtype)
+    d = torch.randn(5, V).to(products.gradient_dtype(weight.device, dtype))
+    found = products.grad_hidden(d, weight, torch.float32)
+    torch.testing.assert_close(found, d.float() @ weight.float(), rtol=1e-4, atol=1e-4)
+    products.logits(torch.randn(5, H).to(dtype), weight, torch.empty(5, V))
 
 
 @pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_compiled_products_and_those_of_the_library_agree(monkeypatch, dtype, plan):
-    """Whatever this CPU takes: loss and gradients of both, against float64."""
-    if extension.problem():
-        pytest.skip("no C++ extension")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compiled_products_and_those_of_the_library_agree(compiles, dtype, plan):
+    """Whatever this CPU takes: loss and gradients of each, against float64."""
     case = make_case((40, 70, 55, 80), H=96, V=500, ignored=(3, 60), dtype=dtype)
     reference = {name: getattr(case, name) for name in ("ref_hidden", "ref_weight", "ref_bias")}
 
@@ -164,14 +192,21 @@ def test_compiled_products_and_those_of_the_library_agree(monkeypatch, dtype, pl
         return [output.loss.detach(), *torch.autograd.grad(output.loss, policy)]
 
     true, errors = gradients(torch.float64), {}
-    for native in (True, False):
-        monkeypatch.setattr(products, "compiled", lambda native=native: frozenset([dtype, torch.float32] if native else []))
-        products.keeps_sums.cache_clear()
-        errors[native] = [((x.double() - y).norm() / y.norm()).item() for x, y in zip(gradients(dtype), true)]
-    products.keeps_sums.cache_clear()
+    for name in SETS:
+        compiles(name)
+        errors[name] = [((x.double() - y).norm() / y.norm()).item() for x, y in zip(gradients(dtype), true)]
     rounding = torch.finfo(dtype).eps
-    for own, library in zip(errors[True], errors[False]):
-        assert own <= 2 * library + rounding, errors
+    for name in ("16 bits", "all"):
+        for own, library in zip(errors[name], errors["none"]):
+            assert own <= 2 * library + rounding, errors
+
+
+@pytest.mark.skipif(bool(extension.problem()), reason="no C++ extension")
+def test_what_is_compiled_is_found_under_autocast_too():
+    expected = products.compiled.__wrapped__()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert products.compiled.__wrapped__() == expected
+    assert bool(expected) == (torch.ops.tisdpo_cpp.capability() != "default")
 
 
 def in_float64(a, b, out, add=False):

@@ -20,4 +20,6 @@ def problem() -> str:
     except (OSError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         return f"torch {torch.__version__} cannot load its extension ({reason}); in the sources run: {INSTALL}"
+    if not hasattr(torch.ops.tisdpo_cpp, "mm"):
+        return f"its extension was built from older sources; run: {INSTALL}"
     return ""

@@ -154,7 +154,7 @@ def _along_one_stride(x: Tensor) -> Tensor:
 def keeps_sums(device: torch.device, a: torch.dtype, b: torch.dtype) -> bool:
     """Whether `_mm` makes the product of operands of these dtypes, in float32, without widening one of them first."""
     if device.type == "cpu":
-        return {a, b} <= compiled()
+        return {a, b} <= compiled() or (a != b and {a, b} <= compiled() | {torch.float32})
     return a == b and a.itemsize == 2 and _works(lambda x: torch.mm(x, x, out_dtype=torch.float32), device)
 
 
@@ -176,7 +176,7 @@ def adds_in_place(device: torch.device) -> bool:
 def _mm_is_right() -> bool:
     """Of whole numbers, exactly. With AMX it rests on a function of libtorch that is not part of its stable interface."""
     x = (torch.arange(66 * 66, dtype=torch.float32, device="cpu") % 7).view(66, 66)
-    return torch.equal(_mm(x.bfloat16(), x.bfloat16(), torch.empty_like(x)), x @ x)
+    return torch.equal(_mm(x.bfloat16(), x.bfloat16(), torch.empty_like(x)), torch.mm(x, x, out=torch.empty_like(x)))
 
 
 def _works(product, device: torch.device) -> bool:
