@@ -40,12 +40,20 @@ def newest(kind: str) -> dict | None:
 
 
 def newest_of_each_size() -> list[dict]:
-    """The newest cpu-<dtype>-*.json for every dtype and size of `steps`; the default size first."""
+    """The newest cpu-<dtype>-*.json for every dtype and size of `steps`; the default size first.
+
+    Other parts that it lacks, or some curves of, are those of the file before, whose `machine` then stands in `parts_of`.
+    """
     found = {}
     for path in sorted(RESULTS.glob("cpu-*.json"), key=lambda path: (path.stem[-10:], path.name)):
-        report = json.loads(path.read_text()) | {"file": path.name}
+        report = json.loads(path.read_text()) | {"file": path.name, "parts_of": {}}
         if report.get("steps"):
-            found[report["dtype"], tuple(report["steps"][0]["size"].values())] = report
+            key = report["dtype"], tuple(report["steps"][0]["size"].values())
+            before = found.get(key, {})
+            for part in ("roofline", "scaling"):
+                if len(report.get(part, ())) < len(before.get(part, ())):
+                    report[part], report["parts_of"][part] = before[part], before["parts_of"].get(part, machine(before))
+            found[key] = report
     return sorted(found.values(), key=lambda report: (DTYPES.index(report["dtype"]), not plotted(report), report["file"]))
 
 
@@ -191,9 +199,11 @@ def page(cpu: list[dict], end_to_end: dict | None, gpu: dict | None) -> str:
             lines += step_table(result)
         if "roofline" in report:
             lines += [f"### Ceilings, {report['dtype']}", "", f"![roofline](plots/roofline-{report['dtype']}.svg)", ""]
+            lines += [report["parts_of"]["roofline"], ""] if "roofline" in report["parts_of"] else []
             lines += roofline_table(report["roofline"])
         if report.get("scaling"):
             lines += [f"### Scaling, {report['dtype']}, no KL, trainable head", "", f"![scaling](plots/scaling-{report['dtype']}.svg)", ""]
+            lines += [report["parts_of"]["scaling"], ""] if "scaling" in report["parts_of"] else []
             lines += scaling_table(report["scaling"])
     lines += ["## Where somebody else is faster", "", "Rows above in which a provider that computes the same task beats one pass:", ""]
     lines += [*losing_rows(cpu), ""]

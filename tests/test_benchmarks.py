@@ -206,3 +206,16 @@ def test_freed_memory_is_kept():
         torch.ones(64 << 20, dtype=torch.uint8)
         assert faults() - before < 1000, faults() - before"""
     assert subprocess.run([sys.executable, "-c", code], cwd=measure.ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("curves", [(), ("tokens",)])
+def test_a_part_that_the_newest_file_lacks_is_that_of_the_file_before(curves, tmp_path, monkeypatch):
+    old = json.loads((plot.RESULTS / "cpu-float32-amd-epyc-2026-11-25.json").read_text())
+    new = old | {"scaling": {name: old["scaling"][name] for name in curves}, "revision": "a later one"}
+    for name, report in {"cpu-float32-a-2026-11-25.json": old, "cpu-float32-a-2026-11-26.json": new}.items():
+        (tmp_path / name).write_text(json.dumps(report))
+    monkeypatch.setattr(plot, "RESULTS", tmp_path)
+    (report,) = plot.newest_of_each_size()
+    assert report["file"] == "cpu-float32-a-2026-11-26.json" and report["revision"] == "a later one"
+    assert report["scaling"] == old["scaling"] and list(report["parts_of"]) == ["scaling"]
+    assert "cpu-float32-a-2026-11-25.json" in plot.page([report], None, None).split("### Scaling")[1]
