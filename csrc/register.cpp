@@ -28,7 +28,7 @@ using OptionalTensor = std::optional<Tensor>;
 // At least so many logits or tokens for each thread.
 constexpr int64_t GRAIN = 32768;
 
-// Rows of out are shared out by so many: whole groups for all products.
+// Rows of out are shared out by so many: a multiple of what every product (product_kernels.h) sums in registers together.
 constexpr int64_t GROUP = 12;
 
 std::string capability() {
@@ -235,7 +235,7 @@ const ProductKernels& products(Type a, Type b) {
 }
 
 // The types of items whose products are to be made by `mm`: 16-bit ones, as torch has none that keep their float32 sums, and float32 where
-// that was measured to be faster than torch's: with AVX2 on CPUs that are not Intel's, for which MKL takes slower code.
+// that was measured to be faster than torch's: with AVX2 on AMD's CPUs, for which MKL takes slower code.
 std::string multiplied() {
   if (capability() == "default") return "";
   std::string types = "bfloat16 float16";

@@ -271,7 +271,8 @@ def can_run(name: str) -> bool:
         return False
 
 
-# Skipped, because the instructions do not exist elsewhere. "amx" is oneDNN's brgemm, which is taken on CPUs with AMX but does without.
+# Skipped, because the instructions do not exist elsewhere: lower levels run on every CPU, sixteen lanes in test_cpp_elsewhere.py. "amx" is
+# oneDNN's brgemm, which is taken on CPUs with AMX but does without.
 NAMES = ["default", "avx2", "avx512", "amx"]
 marks = [pytest.param(n, marks=pytest.mark.skipif(not can_run(n), reason="not on this CPU, or no brgemm in this torch")) for n in NAMES]
 levels = pytest.mark.parametrize("name", marks)

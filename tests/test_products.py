@@ -137,7 +137,7 @@ def compiles(monkeypatch):
 
     def choose(name: str):
         if name != "none" and extension.problem():
-            pytest.skip("no C++ extension")
+            pytest.skip("no C++ extension")  # a pure-Python install has no such products; the set "none" is tested there
         monkeypatch.setattr(products, "compiled", lambda: SETS[name])
         products.keeps_sums.cache_clear()
 
@@ -201,6 +201,7 @@ def test_compiled_products_and_those_of_the_library_agree(compiles, dtype, plan)
             assert own <= 2 * library + rounding, errors
 
 
+# Without an extension, a supported install, nothing is compiled and there is nothing to be found.
 @pytest.mark.skipif(bool(extension.problem()), reason="no C++ extension")
 def test_what_is_compiled_is_found_under_autocast_too():
     expected = products.compiled.__wrapped__()
