@@ -132,7 +132,7 @@ class SeedRun(Estimation):
             contrast = {side: [[scale * x for x in values] for values in self.rows[f"{side}_truth"]] for side in ("chosen", "rejected")}
         else:
             rows = (scored or self.scored)(self.config.construction(method) or method)  # or "scored", a set made elsewhere
-            contrast = {side: rows[f"{side}_contrast"] for side in ("chosen", "rejected")}
+            contrast = {side: rows[f"{side}_contrast"][:] for side in ("chosen", "rejected")}  # a lazy column is read row by row
         rows = self.rows
         for side, values in contrast.items():
             rows = rows.add_column(f"{side}_contrast", values)
