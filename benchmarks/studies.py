@@ -16,7 +16,7 @@ from benchmarks.measure import RESULTS
 from tisdpo.intervals import decimals, estimate, number
 from tisdpo.report import duration
 from tisdpo.study.config import OF_ONE
-from tisdpo.study.page import claim_as_text, wall_as_text
+from tisdpo.study.page import best_settings, claim_as_text, setting, wall_as_text
 
 PAGE = Path(__file__).parents[1] / "docs" / "study.md"
 # of an arm: (title, where it stands in the results, its name there)
@@ -72,12 +72,15 @@ def block(results: dict) -> str:
     arms = [arm["name"] for arm in results["arms"] if "evaluation.data" not in arm["overrides"]]  # those are policies of other rows
     columns = [c for c in COLUMNS if any(_column(results, arm, c) is not None for arm in arms)]
     titles = [f"lead over {results['baseline']}" if name == "lead" else title for title, _, name in columns]
-    lines += ["", f"| policy | {' | '.join(titles)} | compute |", f"|{' --- |' * (len(columns) + 2)}"]
+    best, costs = best_settings(results), results["costs"]["arms"]
+    titles += ["compute", "with its search", *(f"best {key.rsplit('.', 1)[-1].replace('_', ' ')} (seeds)" for key in best)]
+    lines += ["", f"| policy | {' | '.join(titles)} |", f"|{' --- |' * (len(titles) + 1)}"]
     digits = [decimals(_column(results, arm, c) for arm in arms) for c in columns]
-    flops = {arm: estimate(values["flop"].values()).mean for arm, values in results["values"].items()}
+    baseline = costs[results["baseline"]]
     for arm in arms:
         cells = [_cell(_column(results, arm, c), n) + _over(results, arm, c) for c, n in zip(columns, digits)]
-        lines.append(f"| {arm} | {' | '.join(cells)} | {flops[arm] / flops[results['baseline']]:.1f} |")
+        cells += [f"{costs[arm][count] / baseline[count]:.1f}" for count in ("one", "search")]
+        lines.append(f"| {arm} | {' | '.join([*cells, *(values[arm] for values in best.values())])} |")
     return "\n".join(lines)
 
 
@@ -97,7 +100,7 @@ def _search(results: dict) -> str:
     for point in results["points"]:
         for key, value in point.items():
             values.setdefault(key, []).append(value)
-    return " and ".join(f"{key} ({', '.join(f'{v:g}' for v in dict.fromkeys(found))})" for key, found in values.items()) or "nothing"
+    return " and ".join(f"{key} ({', '.join(map(setting, dict.fromkeys(found)))})" for key, found in values.items()) or "nothing"
 
 
 def _column(results: dict, arm: str, column: tuple):

@@ -328,8 +328,7 @@ def head_bytes(shape: Shape, plan: Plan) -> int:
         return max(buffers * min(rows, n) * v * 4, finishing) + v * max(n, h) * b + 4 * n * h + states
     bounds = [i * plan.seq_len for i in range(2 * plan.pairs_per_gpu + 1)]
     held = buffer_rows(bounds, rows, backend.longest_held(rows, h, buffers))
-    rounded = v * h * b if b < 4 else 0
-    return v * h * 4 + max(buffers * held * v * 4 + 2 * 4 * held * h + widened, rounded) + states
+    return v * h * 4 + buffers * held * v * 4 + 2 * 4 * held * h + widened + states
 
 
 # The page

@@ -18,7 +18,7 @@ from tisdpo.ops.backend import accumulation_dtype
 SLICE_BYTES = 32 << 20  # of a widened slice of the head, or of a slice of dWeight
 CACHED_BYTES = 4 << 20  # of a slice of the head in the library's product of a CPU's logits: 5 to 20 % faster than in one call
 
-IN_PLACE_BYTES = 8 << 20  # of a float32 slice of dWeight on a CPU where D waits in its memory; with 4 MiB the product is 5 % slower
+IN_PLACE_BYTES = 8 << 20  # of a float32 slice of dWeight whose memory is needed for it: a CPU's product is 5 % slower with 4 MiB
 
 
 def logits(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
@@ -69,6 +69,44 @@ def add_grad_weight_(total: Tensor, d: Tensor, hidden: Tensor, *, first: bool) -
         _mm(d.T, hidden, total, add=not first)
     else:
         torch.addmm(total, d.T, hidden, beta=0.0 if first else 1.0, out=total)
+
+
+class SummedRows:
+    """dWeight [V, H] = D.T @ hidden for a D [n, V] that comes a few rows at a time, summed in the accumulation dtype.
+
+    Of a 16-bit head one half of the float32 sums lies in the memory of the result, the other beside it: 2 V H bytes more than the result.
+    """
+
+    def __init__(self, weight: Tensor):
+        dtype = accumulation_dtype(weight.dtype)
+        self.result = weight.new_empty(weight.shape)
+        self.inside, hidden_size = len(weight) * weight.itemsize // dtype.itemsize, weight.shape[1]
+        place = self.result.view(-1)[: self.inside * hidden_size * dtype.itemsize // weight.itemsize].view(dtype)
+        self.sums = [place.view(self.inside, hidden_size), weight.new_empty(len(weight) - self.inside, hidden_size, dtype=dtype)]
+        self.first = True
+
+    def add(self, d: Tensor, hidden: Tensor) -> None:
+        """Rows of D with those of hidden."""
+        for sums, part in zip(self.sums, (d[:, : self.inside], d[:, self.inside :])):
+            if len(sums):
+                add_grad_weight_(sums, part, hidden, first=self.first)
+        self.first = False
+
+    def product(self) -> Tensor:
+        """dWeight in the dtype of the head, rounded once; the sums are gone then. Without rows 0."""
+        if self.first:
+            return self.result.zero_()
+        if self.result.dtype != self.sums[0].dtype:
+            inside, beside = self.sums
+            # Rounded, a row moves to where rows before it were: the first ones by way of a copy, then each time as many as are done.
+            done = min(self.inside, max(1, IN_PLACE_BYTES // (inside[:1].nbytes or 1)))
+            self.result[:done] = inside[:done].to(self.result.dtype)
+            while done < self.inside:
+                end = min(2 * done, self.inside)
+                self.result[done:end] = inside[done:end]
+                done = end
+            self.result[self.inside :] = beside
+        return self.result
 
 
 class WaitingRows:

@@ -88,9 +88,9 @@ class GradientSums:
     """Gradients of hidden [N, H], weight [V, H] and bias [V] while the chunks go by; those not needed stay empty and cost nothing.
 
     With dL/dlogits = c_t * d_t: dHidden = c * (D @ W), dWeight = D^T @ (c * hidden), dBias = D^T @ c: the factors go where H is, not V.
-    dWeight is summed over the chunks in a float32 [V, H], or, for a 16-bit head and few rows, made of all of D at the end, which takes less
-    memory (`products.WaitingRows`). Then, and without dWeight and dBias, the factors may come later than D (`later`): by `hold` and `scale`
-    instead of `add`.
+    dWeight is summed over the chunks in float32 (`products.SummedRows`), or, for a 16-bit head and few rows, made of all of D at the end,
+    which takes less memory (`products.WaitingRows`). Then, and without dWeight and dBias, the factors may come later than D (`later`): by
+    `hold` and `scale` instead of `add`.
     """
 
     def __init__(self, rows: HeadRows, needs: tuple[bool, bool, bool]):
@@ -101,10 +101,9 @@ class GradientSums:
         # every row that carries loss is written below; only the ignored ones need zeros
         empty = rows.hidden.new_empty
         self.hidden = (rows.hidden.new_zeros if self.count < len(rows.hidden) else empty)(rows.hidden.shape) if needs[0] else empty(0)
-        self.weight = empty(rows.weight.shape, dtype=dtype) if needs[1] and not self.waits else empty(0)
+        self.summed = products.SummedRows(rows.weight) if needs[1] and not self.waits else None
         self.later = self.waits or not (needs[1] or needs[2])
         self.bias = rows.weight.new_zeros(len(rows.weight), dtype=dtype) if needs[2] and not self.waits else empty(0)
-        self.first = True
         self.held: list[tuple[int, int, Tensor]] = []  # D @ W of rows a..b, without the factors
         if self.waits:
             self.waiting, self.coefficient = products.WaitingRows(rows.weight, self.count), empty(self.count, dtype=dtype)
@@ -120,8 +119,7 @@ class GradientSums:
         if self.needs[0]:
             self._set_hidden(a, b, products.grad_hidden(d, self.rows.weight, self.dtype), coefficient)
         if self.needs[1]:
-            products.add_grad_weight_(self.weight, d, self.rows.take(a, b) * coefficient[:, None], first=self.first)
-            self.first = False
+            self.summed.add(d, self.rows.take(a, b) * coefficient[:, None])
         if self.needs[2]:
             self.bias += products.column_sums(d, coefficient)
 
@@ -145,10 +143,10 @@ class GradientSums:
         if self.waits:
             if self.needs[2]:
                 self.bias = self.waiting.column_sums(self.coefficient)
-            self.weight = self.waiting.product(self.rows.take(0, self.count) * self.coefficient[:, None])
-        elif self.needs[1] and self.first:
-            self.weight.zero_()  # no row carried loss
-        return self.hidden, self.weight.to(self.rows.weight.dtype), self.bias.to(self.rows.weight.dtype)
+            weight = self.waiting.product(self.rows.take(0, self.count) * self.coefficient[:, None])
+        else:
+            weight = self.rows.weight.new_empty(0) if self.summed is None else self.summed.product()
+        return self.hidden, weight, self.bias.to(self.rows.weight.dtype)
 
     def _set_hidden(self, a: int, b: int, grad: Tensor, coefficient: Tensor) -> None:
         place = slice(a, b) if self.rows.index is None else self.rows.index[a:b]

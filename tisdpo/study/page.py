@@ -1,5 +1,6 @@
 """study.html: what was asked, the claims with their verdicts, frontiers, a table, costs, how to repeat it."""
 
+from collections import Counter
 from pathlib import Path
 
 import yaml
@@ -54,6 +55,7 @@ def _page(results: dict) -> dict:
         "data": results["data"],
         "seeds": results["seeds"],
         "points": [", ".join(f"{key} = {value}" for key, value in point.items()) for point in results["points"] if point],
+        "best": best_settings(results),
         "baseline": results["baseline"],
         "policies": len({p["id"] for p in results["policies"]}),
         "claims": [claim_as_text(claim, kind) for claim in results["claims"]],
@@ -76,6 +78,23 @@ def wall_as_text(wall: dict | None) -> str:
     calls = "" if wall["calls"] == 1 else f" in {wall['calls']} calls"
     jobs = " or ".join(map(str, wall["jobs"]))
     return f"{duration(wall['seconds'])} by the clock{calls}, {jobs} {'job' if jobs == '1' else 'jobs'}"
+
+
+def best_settings(results: dict) -> dict[str, dict[str, str]]:
+    """{searched setting: {arm: its values at the best points, with the number of seeds}}: "0.0005 (3), 0.001 (1)"."""
+    found: dict[str, dict[str, str]] = {}
+    for key in results["points"][0]:
+        searched = list(dict.fromkeys(point[key] for point in results["points"]))
+        for arm in results["arms"]:
+            own = arm["search"].get(key, searched)  # as many values, in the same order
+            best = [searched.index(results["points"][point][key]) for point in results["values"][arm["name"]]["point"].values()]
+            found.setdefault(key, {})[arm["name"]] = ", ".join(f"{setting(own[place])} ({seeds})" for place, seeds in sorted(Counter(best).items()))
+    return found
+
+
+def setting(value) -> str:
+    """A searched value as text."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _note(arm: dict, baseline: str) -> str:
