@@ -87,8 +87,9 @@ def best_settings(results: dict) -> dict[str, dict[str, str]]:
         searched = list(dict.fromkeys(point[key] for point in results["points"]))
         for arm in results["arms"]:
             own = arm["search"].get(key, searched)  # as many values, in the same order
-            best = [searched.index(results["points"][point][key]) for point in results["values"][arm["name"]]["point"].values()]
-            found.setdefault(key, {})[arm["name"]] = ", ".join(f"{setting(own[place])} ({seeds})" for place, seeds in sorted(Counter(best).items()))
+            points = results["values"][arm["name"]]["point"].values()
+            seeds = Counter(searched.index(results["points"][point][key]) for point in points)
+            found.setdefault(key, {})[arm["name"]] = ", ".join(f"{setting(own[place])} ({seeds[place]})" for place in sorted(seeds))
     return found
 
 
