@@ -157,15 +157,17 @@ def test_the_page_of_the_studies_is_what_their_files_give(capsys):
 
 def test_a_study_is_kept_and_put_on_the_page(tmp_path, monkeypatch):
     found = {"compare": "(S) - DPO", "metric": "reward", "verdict": "confirmed", "differences": {"0": 0.5, "1": 0.6}}
-    arm, base = {"overrides": {}}, {"reward": 0.1, "samples": 3}
+    arm, base = {"overrides": {}, "search": {}}, {"reward": 0.1, "samples": 3}
     policy = {"arm": "DPO", "point": 0, "settings": {}, "id": "x", "points": [], "metrics": {"reward": 1.0, "kl": None}, "base": base}
     results = {
-        "name": "one", "command": "tisdpo study one", "seeds": [0, 1], "points": [{"objective.beta": 0.1}], "seconds": 61.0,
+        "name": "one", "command": "tisdpo study one", "seeds": [0, 1], "points": [{"train.learning_rate": 0.1}, {"train.learning_rate": 2e-5}], "seconds": 61.0,
         "wall": {"seconds": 31.0, "calls": 1, "jobs": [2]}, "environment": {"date": "2026-01-02", "revision": "abc", "cpu": "a CPU"},
         "quality": "reward", "baseline": "DPO", "policies": [policy | {"seed": 0}, policy | {"seed": 1}], "data": {"kind": "synthetic"},
-        "arms": [{"name": "DPO", **arm}, {"name": "(S)", **arm}, {"name": "(S) on things", "overrides": {"evaluation.data": {}}}],
+        "arms": [{"name": "DPO", **arm}, {"name": "(S)", **arm}, {"name": "(S) on things", "overrides": {"evaluation.data": {}}, "search": {}}],
         "leads": {"(S)": {"over": "(P)", "lead": {"0": 0.1, "1": 0.2}}},
-        "values": {"DPO": {"reward": {"0": 1.0}, "flop": {"0": 2.0}}, "(S)": {"reward": {"0": 1.5, "1": 1.6}, "flop": {"0": 6.0}}},
+        "values": {"DPO": {"reward": {"0": 1.0}, "point": {"0": 1, "1": 1}}, "(S) on things": {"point": {"0": 0, "1": 1}},
+            "(S)": {"reward": {"0": 1.5, "1": 1.6}, "point": {"0": 0, "1": 1}}},
+        "costs": {"arms": {"DPO": {"one": 2.0, "search": 3.0}, "(S)": {"one": 6.0, "search": 7.5}}},
         "claims": [{"text": "More.", "expect": "higher", "within": None, "verdict": "confirmed", "comparisons": [found]}],
     }  # fmt: skip
     monkeypatch.setattr(studies, "RESULTS", tmp_path)
@@ -180,7 +182,8 @@ def test_a_study_is_kept_and_put_on_the_page(tmp_path, monkeypatch):
     assert page.startswith("before\n") and page.endswith("after\n") and "old" not in page
     assert "| More. | **confirmed** | " in page and "(S) − DPO +0.55 ± 0.64" in page
     assert "61 s" not in page and "1 min 1 s of one core (31 s by the clock, 2 jobs, a CPU)" in page
-    assert "| (S) | 1.6 ± 0.6 | 0.2 ± 0.6 over (P) | 3.0 |" in page and "on things" not in page
+    assert "| (S) | 1.6 ± 0.6 | 0.2 ± 0.6 over (P) | 3.0 | 2.5 | 0.1 (1), 2e-05 (1) |" in page and "on things" not in page
+    assert "compute | with its search | best learning rate (seeds) |" in page and "train.learning_rate (0.1, 2e-05)" in page
     kept = json.loads((tmp_path / "study-one.json").read_text())
     assert kept["policies"][1] == {"arm": "DPO", "point": 0, "seed": 1, "metrics": {"reward": 1.0}}
     assert kept["base"] == {"DPO": {"0": {"reward": 0.1}, "1": {"reward": 0.1}}}

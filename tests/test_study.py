@@ -17,7 +17,7 @@ from tisdpo.errors import InputError
 from tisdpo.study import frontiers
 from tisdpo.study.config import PLACES, load_study
 from tisdpo.study.costs import Tokens, costs
-from tisdpo.study.page import claim_as_text
+from tisdpo.study.page import best_settings, claim_as_text
 from tisdpo.study.results import _wall, note_wall
 from tisdpo.study.shared import StudyRun
 
@@ -155,6 +155,15 @@ def test_the_page_shows_claims_frontiers_costs_and_the_command(finished):
     ):
         assert part in page
     assert page.count("<svg") > 6 and "http" not in page.split("</style>")[1]
+
+
+def test_the_page_says_where_the_best_points_lie(finished):
+    results, page = json.loads((finished[0] / "results.json").read_text()), (finished[0] / "study.html").read_text()
+    results["values"]["k 2"]["point"], results["values"]["DPO"]["point"] = {"0": 1, "1": 1}, {"0": 1, "1": 0}
+    best = best_settings(results)
+    assert list(best) == ["objective.beta"]
+    assert best["objective.beta"]["k 2"] == "0.5 (2)"  # a search of its own
+    assert best["objective.beta"]["DPO"] == "0.5 (1), 1 (1)" and "Where the best points lie" in page
 
 
 @pytest.mark.parametrize("name", STUDIES)
