@@ -160,10 +160,12 @@ def test_a_study_is_kept_and_put_on_the_page(tmp_path, monkeypatch):
     arm, base = {"overrides": {}, "search": {}}, {"reward": 0.1, "samples": 3}
     policy = {"arm": "DPO", "point": 0, "settings": {}, "id": "x", "points": [], "metrics": {"reward": 1.0, "kl": None}, "base": base}
     results = {
-        "name": "one", "command": "tisdpo study one", "seeds": [0, 1], "points": [{"train.learning_rate": 0.1}, {"train.learning_rate": 2e-5}], "seconds": 61.0,
+        "name": "one", "command": "tisdpo study one", "seeds": [0, 1], "seconds": 61.0,
+        "points": [{"train.learning_rate": 0.1}, {"train.learning_rate": 2e-5}],
         "wall": {"seconds": 31.0, "calls": 1, "jobs": [2]}, "environment": {"date": "2026-01-02", "revision": "abc", "cpu": "a CPU"},
         "quality": "reward", "baseline": "DPO", "policies": [policy | {"seed": 0}, policy | {"seed": 1}], "data": {"kind": "synthetic"},
-        "arms": [{"name": "DPO", **arm}, {"name": "(S)", **arm}, {"name": "(S) on things", "overrides": {"evaluation.data": {}}, "search": {}}],
+        "arms": [{"name": "DPO", **arm}, {"name": "(S)", **arm},
+            {"name": "(S) on things", "overrides": {"evaluation.data": {}}, "search": {}}],
         "leads": {"(S)": {"over": "(P)", "lead": {"0": 0.1, "1": 0.2}}},
         "values": {"DPO": {"reward": {"0": 1.0}, "point": {"0": 1, "1": 1}}, "(S) on things": {"point": {"0": 0, "1": 1}},
             "(S)": {"reward": {"0": 1.5, "1": 1.6}, "point": {"0": 0, "1": 1}}},

@@ -238,9 +238,18 @@ def test_the_lead_is_the_mean_distance_on_the_root_axis():
 
 def test_a_seed_does_not_choose_its_own_search_point():
     lines = {0: [line(5.0), line(2.0)], 1: [line(1.0), line(2.0)]}
-    assert frontiers.height(lines, 0, 4.0) == pytest.approx(4.0)  # seed 1 says the second point, though the first shines here
-    assert frontiers.height(lines, 1, 4.0) == pytest.approx(2.0)  # and seed 0 the first
+    assert frontiers.frontier(lines, 0)[-1] == (4.0, 4.0)  # seed 1 says the second point, though the first shines here
+    assert frontiers.frontier(lines, 1)[-1] == (4.0, 2.0)  # and seed 0 the first
     assert frontiers.best_point({0: [5.0, 2.0], 1: [1.0, 2.0]}, 0) == 1 and frontiers.best_point({0: [5.0, 2.0]}, 0) == 0
+
+
+def test_a_frontier_is_what_is_earned_at_most_within_a_distance():
+    near, far = [(0.0, 0.0), (1.0, 2.0), (4.0, 2.5)], [(0.0, 0.0), (4.0, 1.0), (9.0, 4.0), (16.0, 3.0)]
+    assert frontiers.frontier({0: [near, far]}, 0) == [(0.0, 0.0), (1.0, 2.0), (9.0, 4.0)]  # (4, 2.5) lies below, (16, 3) beyond the best
+    assert frontiers.frontier({0: [[(0.0, 1.0), (1.0, 0.5), (2.0, -3.0)]]}, 0) == [(0.0, 1.0)]  # who only loses stays where it was
+    assert frontiers.reach({0: [near, far]}) == 16.0 and frontiers.frontier({0: [far, far]}, 0) == frontiers.frontier({0: [far]}, 0)
+    here = [(0.0, 0.0), (9.0, 2.0), (4.0, 2.5)], far  # of this seed, which puts the first checkpoint beyond the last
+    assert frontiers.frontier({0: here, 1: (near, far)}, 0) == [(0.0, 0.0), (9.0, 4.0)]
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,15 @@
-"""Frontiers of an arm and what follows from them. A line is one trained policy: points (KL, y) sorted by KL, from (0, y of the base) on
-through its checkpoints. `Lines` of an arm: {seed: one line per search point}.
+"""Frontiers of an arm and what follows from them. A line is one trained policy: its points (KL, y) from (0, y of the base) on through its
+checkpoints, in the order of training. `Lines` of an arm: {seed: one line per search point}.
 
-The frontier of an arm in a seed is, at every KL, the line of the search point that is best there on the *other* seeds: choosing by a seed
+The frontier of an arm is what it earns at most within a distance: the upper hull of all its checkpoints, up to the highest. Which those are
+(setting of the search and checkpoint) is chosen by the means over the *other* seeds, and the points are the seed's own: choosing by a seed
 itself would count its luck as skill, and the more so the more the arm varies. All KL axes are axes of the root of the KL, in which reward
-starts as a straight line (Gao et al., arXiv 2210.10760).
+starts as a straight line and then bends down (Gao et al., arXiv 2210.10760), so a straight line between two settings promises too little.
 """
 
 import math
 from dataclasses import dataclass
+from statistics import fmean
 
 from tisdpo.intervals import Estimate, estimate
 from tisdpo.summary import interpolated
@@ -24,28 +26,43 @@ def best_point(values: dict[int, list[float]], seed: int) -> int:
     return max(points, key=lambda p: sum(values[s][p] for s in others))
 
 
-def height(lines: Lines, seed: int, kl: float) -> float | None:
-    """y of the frontier at this KL, or None where no line of this seed reaches it."""
+def frontier(lines: Lines, seed: int) -> Line:
+    """The frontier of a seed, by rising KL; beyond its last point it stays level."""
     others = [s for s in lines if s != seed] or [seed]
+    places = [(0, 0)] + [(point, n) for point, line in enumerate(lines[seed]) for n in range(1, len(line))]
+    means = {}
+    for point, n in places:
+        found = [lines[s][point][n] for s in others]
+        means[point, n] = fmean(math.sqrt(kl) for kl, _ in found), fmean(y for _, y in found)
+    end = max(places, key=lambda place: (means[place][1], -means[place][0]))
+    hull: list[tuple[int, int]] = []
+    for place in sorted((p for p in places if means[p][0] <= means[end][0]), key=lambda p: (means[p], p == end)):
+        while len(hull) > 1 and not _bends_down(*(means[p] for p in (*hull[-2:], place))):
+            hull.pop()
+        hull.append(place)
+    found = []
+    for point, n in reversed(hull):
+        kl, y = lines[seed][point][n]
+        if not found or kl < found[-1][0]:  # a point that this seed puts beyond a higher one is no step on the way to it
+            found.append((kl, y))
+    return found[::-1]
 
-    def worth(point: int) -> float:
-        reached = [interpolated(lines[s][point], kl) for s in others if lines[s][point][-1][0] >= kl]
-        return sum(reached) / len(reached) if reached else -math.inf
 
-    reach = [p for p, line in enumerate(lines[seed]) if line[-1][0] >= kl]
-    return interpolated(lines[seed][max(reach, key=worth)], kl) if reach else None
+def _bends_down(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> bool:
+    """Whether b lies above the straight line from a to c."""
+    return (b[0] - a[0]) * (c[1] - a[1]) < (b[1] - a[1]) * (c[0] - a[0])
 
 
 def reach(*arms: Lines) -> float:
     """The largest KL that all these arms reach in every seed."""
-    return min(max(line[-1][0] for line in lines) for arm in arms for lines in arm.values())
+    return min(max(kl for line in lines for kl, _ in line) for arm in arms for lines in arm.values())
 
 
 def drawn(lines: Lines, points: int = 9) -> dict[int, list[tuple[float, float]]]:
     """{seed: points (KL, y) of the frontier}, the same KL for all seeds, as far as all seeds reach."""
     end = reach(lines)
     grid = [end * (n / (points - 1)) ** 2 for n in range(points)]
-    return {seed: [(kl, height(lines, seed, kl)) for kl in grid] for seed in lines}
+    return {seed: [(kl, interpolated(line, kl)) for kl in grid] for seed in lines for line in [frontier(lines, seed)]}
 
 
 def lead(first: Lines, second: Lines) -> dict[int, float]:
@@ -54,19 +71,19 @@ def lead(first: Lines, second: Lines) -> dict[int, float]:
     grid = [end * (n / STEPS) ** 2 for n in range(STEPS + 1)]
     found = {}
     for seed in sorted(first.keys() & second.keys()):
-        gaps = [height(first, seed, kl) - height(second, seed, kl) for kl in grid]
+        a, b = frontier(first, seed), frontier(second, seed)
+        gaps = [interpolated(a, kl) - interpolated(b, kl) for kl in grid]
         found[seed] = (sum(gaps) - (gaps[0] + gaps[-1]) / 2) / STEPS
     return found
 
 
 def lead_at(first: Lines, second: Lines, kl: float | None) -> dict[int, float]:
-    """{seed: first - second at one KL}, by default the largest that both reach; seeds that do not reach it are left out."""
+    """{seed: first - second at one KL}, by default the largest that both reach; seeds in which one of them does not are left out."""
     kl = reach(first, second) if kl is None else kl
     found = {}
     for seed in sorted(first.keys() & second.keys()):
-        a, b = height(first, seed, kl), height(second, seed, kl)
-        if a is not None and b is not None:
-            found[seed] = a - b
+        if reach({seed: first[seed]}, {seed: second[seed]}) >= kl:
+            found[seed] = interpolated(frontier(first, seed), kl) - interpolated(frontier(second, seed), kl)
     return found
 
 

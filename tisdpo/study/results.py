@@ -102,7 +102,7 @@ def _of(policies: list[dict], arm: str) -> dict[int, list[dict]]:
 def _lines(study: Study, arm: str, policies: list[dict], quality: str) -> frontiers.Lines:
     """The lines of an arm; a policy that ranks at random has an accuracy of one half."""
     return {
-        seed: [sorted([(0.0, p["base"].get(quality, 0.5)), *((at["kl"], at["y"]) for at in p["points"])]) for p in found]
+        seed: [[(0.0, p["base"].get(quality, 0.5)), *((at["kl"], at["y"]) for at in p["points"])] for p in found]
         for seed, found in _of(policies, arm).items()
     }
 
