@@ -286,6 +286,8 @@ def test_a_verdict_in_words(verdict, expect, said):
     shown = claim_as_text(claim, "arithmetic")["comparisons"][0]
     assert shown["verdict"] == said and shown["metric"] == "true reward"
     assert claim_as_text(claim, "text")["comparisons"][0]["metric"] == "reward"
+    one["metric"] = "lead_at_kl"
+    assert claim_as_text(claim | {"kl": 1.0}, "text")["comparisons"][0]["metric"] == "lead at a KL of 1"
 
 
 def test_a_trend_is_the_slope_of_every_seed():

@@ -104,8 +104,10 @@ def _note(arm: dict, baseline: str) -> str:
     return "; ".join(part for part in (arm["note"], settings, against) if part)
 
 
-def _label(metric: str, kind: str) -> str:
+def _label(metric: str, kind: str, kl: float | None = None) -> str:
     """Title of a metric; on real text only a model of the reward can give one, in the worlds it is the truth."""
+    if metric == "lead_at_kl" and kl is not None:
+        return f"lead at a KL of {kl:g}"
     if metric == "reward" and kind != "text":
         return "true reward"
     return LABELS.get(metric) or METRIC_INFO[metric]["label"]
@@ -125,7 +127,8 @@ def claim_as_text(claim: dict, kind: str) -> dict:
         verdict = "one seed, so no interval" if found is not None and found.half_width is None else verdicts[one["verdict"]]
         shown.append(
             {
-                "compare": one["compare"].replace(" - ", " − "), "metric": _label(one["metric"], kind), "figure": figure, "half": half,
+                "compare": one["compare"].replace(" - ", " − "), "metric": _label(one["metric"], kind, claim.get("kl")),
+                "figure": figure, "half": half,
                 "seeds": seeds, "verdict": verdict, "sign": {"confirmed": "yes", "opposite": "no"}.get(one["verdict"], "open"),
             }
         )  # fmt: skip
