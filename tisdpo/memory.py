@@ -19,8 +19,8 @@ holds 2 n b I of its own, less 2 n b H that it has freed by then (measured); wit
 Layers of another kind (no gate, state spaces, experts) are counted as if they were Llama's, with the experts of one token for I.
 
 Head, for N = n completion tokens at most: the logits of one chunk in float32 (`tisdpo.ops.pairwise`, for policy and, with KL, reference),
-where the head is trained its gradient (16 bits: [max(N, H), V] for the rows of D that wait, N <= 2 H; else a float32 [V, H] and its rounded
-copy), [N, H] three to five times.
+where the head is trained its gradient (16 bits: [max(N, H), V] for the rows of D that wait, N <= 2 H; else a float32 [V, H], which a 16-bit
+gradient is a part of), [N, H] three to five times.
 
 Not counted: fragmentation, buckets of ZeRO, quantised bases, autocast (which keeps float32 weights and casts them at every use).
 """
@@ -315,7 +315,7 @@ def head_bytes(shape: Shape, plan: Plan) -> int:
     v, h, b, n = shape.vocabulary, shape.hidden, plan.itemsize, plan.tokens
     dtype, cpu = getattr(torch, plan.dtype), plan.device == "cpu"
     multiplied = b == 4 or not cpu or products.keeps_sums(torch.device("cpu"), dtype, dtype)
-    widened = 0 if multiplied else min(v * h * 4, products.SLICE_BYTES)  # a slice of the head; gone when rounding
+    widened = 0 if multiplied else min(v * h * 4, products.SLICE_BYTES)  # a slice of the head
     narrow = b < 4 and (not cpu or products.gradient_dtype(torch.device("cpu"), dtype) == dtype)
     waits = plan.lora is None and narrow and products.WaitingRows.few(n, h)
     rows = backend.chunk_rows(v, buffers, 4, plan.device, waits or plan.lora is not None)

@@ -80,7 +80,9 @@ class SummedRows:
     def __init__(self, weight: Tensor):
         dtype = accumulation_dtype(weight.dtype)
         self.result = weight.new_empty(weight.shape)
-        self.inside, hidden_size = len(weight) * weight.itemsize // dtype.itemsize, weight.shape[1]
+        self.inside, hidden_size = len(weight), weight.shape[1]
+        if dtype != weight.dtype:  # whole vectors of D on both sides
+            self.inside = len(weight) * weight.itemsize // dtype.itemsize // 8 * 8
         place = self.result.view(-1)[: self.inside * hidden_size * dtype.itemsize // weight.itemsize].view(dtype)
         self.sums = [place.view(self.inside, hidden_size), weight.new_empty(len(weight) - self.inside, hidden_size, dtype=dtype)]
         self.first = True

@@ -27,13 +27,13 @@ def best_point(values: dict[int, list[float]], seed: int) -> int:
 
 
 def frontier(lines: Lines, seed: int) -> Line:
-    """The frontier of a seed, by rising KL; beyond its last point it stays level."""
+    """The frontier of a seed, by rising KL; beyond its last point it stays level. All policies have the same number of checkpoints."""
     others = [s for s in lines if s != seed] or [seed]
     places = [(0, 0)] + [(point, n) for point, line in enumerate(lines[seed]) for n in range(1, len(line))]
     means = {}
     for point, n in places:
-        found = [lines[s][point][n] for s in others]
-        means[point, n] = fmean(math.sqrt(kl) for kl, _ in found), fmean(y for _, y in found)
+        measured = [lines[s][point][n] for s in others]
+        means[point, n] = fmean(math.sqrt(max(kl, 0.0)) for kl, _ in measured), fmean(y for _, y in measured)
     end = max(places, key=lambda place: (means[place][1], -means[place][0]))
     hull: list[tuple[int, int]] = []
     for place in sorted((p for p in places if means[p][0] <= means[end][0]), key=lambda p: (means[p], p == end)):
