@@ -13,6 +13,7 @@
 
 import argparse
 import gc
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -28,6 +29,8 @@ from benchmarks.registry import HEADS, MODES, PROVIDERS, Size
 
 # (head, mode of the step): limit of our time over the products, from docs/design.md
 GOALS = {("Llama-3-8B", mode.name): limit for mode, limit in zip(MODES, (1.13, 1.15, 1.12, 1.13))}
+
+GPU_TESTS = ("tests/test_gpu.py", "tests/test_padding_free.py")
 
 SANITIZED = """
 import torch, tisdpo
@@ -60,8 +63,10 @@ class Clock:
 
 def gpu_tests(clock: Clock, smoke: bool) -> dict:
     """Result of `pytest -m gpu`; the last lines of its output on red."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/test_gpu.py", "tests/test_kernels.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *GPU_TESTS]
     command += ["--collect-only"] if smoke else []
+    if importlib.util.find_spec("xdist") and not smoke:  # most of the time is the compiler's
+        command += ["-n", "8"]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(60.0, clock.limit * 0.5))
     except subprocess.TimeoutExpired as error:

@@ -59,6 +59,14 @@ def git(*arguments: str) -> str:
     return result.stdout.strip() if result.returncode == 0 else "unknown"
 
 
+def revision() -> str:
+    """Short hash of the checkout, "+changes" where files differ; TISDPO_REVISION where there is a copy of the files alone."""
+    short = git("rev-parse", "--short", "HEAD")
+    if short == "unknown":
+        return os.environ.get("TISDPO_REVISION", short)
+    return short + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
 def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
@@ -72,7 +80,7 @@ def environment(device: str) -> dict:
 
     found = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "revision": git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else ""),
+        "revision": revision(),
         "platform": platform.platform(), "versions": versions(), "backend": backend.resolve("auto", device),
     }  # fmt: skip
     if device != "cuda":

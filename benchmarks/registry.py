@@ -304,6 +304,8 @@ class Provider:
 
     @property
     def version(self) -> str:
+        if self.package == "tisdpo":  # which may run from a checkout
+            return f"tisdpo {tisdpo.__version__}"
         names = metadata.packages_distributions().get(self.package, [self.package])
         return f"{names[0]} {metadata.version(names[0])}"
 
@@ -341,9 +343,9 @@ def relative_error(x: Tensor, truth: Tensor) -> float:
 def versions() -> dict[str, str]:
     """Versions of everything that takes part."""
     packages = dict.fromkeys(p.package for p in PROVIDERS)
-    found = {"python": sys.version.split()[0]}
+    found = {"python": sys.version.split()[0], "tisdpo": tisdpo.__version__}
     for package in (*packages, "triton"):
-        if importlib.util.find_spec(package) is not None:
+        if package != "tisdpo" and importlib.util.find_spec(package) is not None:
             name = metadata.packages_distributions().get(package, [package])[0]
             found[package] = metadata.version(name)
     return found

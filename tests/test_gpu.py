@@ -88,6 +88,7 @@ def test_offsets_beyond_32_bits():
 def test_the_host_waits_once():
     problem = Problem(SMALL, torch.bfloat16, "cuda")
     problem.target[::7] = -100
+    torch.use_deterministic_algorithms(False)  # what that puts in place of other kernels waits for the device
     problem.run(fused, Step(kl="reverse"))
     torch.cuda.set_sync_debug_mode("warn")
     try:
