@@ -30,7 +30,7 @@ from benchmarks.registry import HEADS, MODES, PROVIDERS, Size
 # (head, mode of the step): limit of our time over the products, from docs/design.md
 GOALS = {("Llama-3-8B", mode.name): limit for mode, limit in zip(MODES, (1.13, 1.15, 1.12, 1.13))}
 
-GPU_TESTS = ("tests/test_gpu.py", "tests/test_padding_free.py")
+GPU_TESTS = ("tests/test_gpu.py", "tests/test_kernels.py", "tests/test_padding_free.py")
 
 SANITIZED = """
 import torch, tisdpo

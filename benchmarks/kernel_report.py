@@ -25,7 +25,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tisdpo.kernels import configs, fold, sequence_sums
+from tisdpo.kernels import boundaries, configs, fold, scale, sequence_sums
 
 VOCABULARIES = (32000, 128256, 151936, 262208)
 
@@ -123,6 +123,12 @@ def variants() -> list[Variant]:
     found.append(Variant("weighted sums, one sequence", sequence_sums.sums_kernel, None, sums, {}, **single))
     spread = dict(HAS_D=True, HAS_K=True, BLOCK=sequence_sums.BLOCK)
     found.append(Variant("spread", sequence_sums.spread_kernel, None, spread, {}, streams=False))
+    counted, types = dict(HAS_WEIGHTS=True, BLOCK=boundaries.BLOCK), dict(before_ptr="*i64", out_ptr="*i64")
+    found.append(Variant("boundaries", boundaries.boundaries_kernel, None, counted, types, streams=False))
+    ones = ("tokens", "vocabulary")
+    found.append(Variant("boundaries, one token", boundaries.boundaries_kernel, None, counted, types, streams=False, ones=ones))
+    found.append(Variant("scale bf16", scale.scale_kernel, None, dict(BLOCK=scale.BLOCK), dict(x_ptr="*bf16")))
+    found.append(Variant("scale, one number", scale.scale_kernel, None, dict(BLOCK=scale.BLOCK), {}, streams=False, ones=("numel",)))
     return found
 
 
@@ -146,7 +152,7 @@ def _source(variant: Variant, flags: dict) -> ASTSource:
             aligned[(place,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if name in _FLOATS else "i32"
-            if name in ("vocabulary", "span") or name.endswith(("_outer", "_inner")):
+            if name in ("vocabulary", "first", "span", "numel") or name.endswith(("_outer", "_inner")):
                 aligned[(place,)] = [["tt.divisibility", 16]]
     return ASTSource(variant.kernel, signature, constants, aligned)
 

@@ -289,6 +289,7 @@ def compare(
                     continue
             del results
             if device == "cuda":
+                problem.hidden.grad = problem.weight.grad = None  # else the step would free them, and count that as its own
                 row["extra_bytes"] = allocator_peak(job)
             elif memory:
                 arguments = (peak_memory, provider.name, size, step, dtype, torch.get_num_threads())

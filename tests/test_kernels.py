@@ -12,7 +12,9 @@ from cases import KLS, SHAPES, TRANSFORMS, truth
 
 import tisdpo
 from tisdpo import Objective, Weighting, reference
-from tisdpo.kernels import configs, fold, sequence_sums
+from tisdpo.kernels import boundaries, configs, fold, scale, sequence_sums
+from tisdpo.ops import backend as backends
+from tisdpo.ops import products
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -262,3 +264,86 @@ def test_reruns_are_equal_bit_for_bit():
 def test_float64_is_refused_by_name():
     with pytest.raises(RuntimeError, match="float64 is served by backend='torch'"):
         tisdpo.token_logps(torch.zeros(2, 3, dtype=torch.float64), torch.tensor([0, 1]), backend="triton")
+
+
+@pytest.mark.parametrize("kl", [None, "reverse", "forward"])
+@pytest.mark.parametrize("columns", [(0, 64), (64, 100), (37, 101), (0, 101)])
+def test_columns_of_a_gradient(kl, columns):
+    n, V = 5, 101
+    z, q = torch.randn(n, V), torch.randn(n, V)
+    target, bias = torch.tensor([0, 63, 64, 100, -1]), torch.randn(V)
+    g = torch.randn(n)
+    options = dict(ref_z=None if kl is None else q, bias=bias, ref_bias=None, ignored=True, kl=kl)
+    options |= dict(logit_scale=0.9, softcap=4.0, temperature=1.2)
+    stats = fold.statistics(z, target, **options)
+    options = dict(target=target, stats=stats, g_logp=g, g_kl=None if kl is None else g.flip(0), **options)
+    whole = fold.gradient(z, out=torch.empty_like(z), **options)
+    first, last = columns
+    found = fold.gradient(z, out=torch.full((n, last - first), math.nan), columns=columns, **options)
+    assert torch.equal(found, whole[:, first:last])
+
+
+@pytest.mark.parametrize("g", [1.0, -0.3, 0.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_scaling_in_place(g, dtype):
+    x = torch.randn(37, 1001).to(dtype)
+    expected = (x.float() * g).to(dtype)
+    found = scale.scale_(x, torch.tensor(g))
+    assert found is x
+    torch.testing.assert_close(found, expected, rtol=2**-7 if dtype == torch.bfloat16 else 0, atol=0)  # the interpreter cuts bfloat16
+
+
+@pytest.mark.parametrize("lengths, ignored", [((3, 0, 4, 2), ()), ((1, 0), (0,)), ((1500, 700, 3, 0), (0, 1499, 1500, 2202))])
+@pytest.mark.parametrize("integer", [torch.int32, torch.int64])
+def test_boundaries_among_the_tokens_that_carry_loss(lengths, ignored, integer):
+    target = torch.randint(7, (sum(lengths),))
+    target[list(ignored)] = -100
+    cu = torch.tensor([0, *lengths]).cumsum(0).to(integer)
+    kept = [((target != -100)[:end]).sum().item() for end in cu.tolist()]
+    weights = torch.rand(len(target))
+    assert boundaries.boundaries(target, weights, cu, 7, -100).tolist() == [1, *kept]
+    assert boundaries.boundaries(target, None, cu, 7, -100).tolist() == [1, *kept]
+    for bad in (7, -1):
+        wrong = target.clone()
+        wrong[-1] = bad
+        assert boundaries.boundaries(wrong, weights, cu, 7, -100)[0] == 0
+    for bad in (-1.0, math.nan, math.inf):
+        wrong = weights.clone()
+        wrong[0] = bad
+        assert boundaries.boundaries(target, wrong, cu, 7, -100)[0] == 0
+    for place, change in ((0, 1), (-1, 1), (-1, -1), (1, -5000)):
+        wrong = cu.clone()
+        wrong[place] += change
+        assert boundaries.boundaries(target, weights, wrong, 7, -100)[0] == 0
+
+
+@pytest.mark.parametrize("rows", [20, 40, 48, 49])
+@pytest.mark.parametrize("kl", [None, "reverse"])
+def test_a_gradient_that_is_written_where_it_waits(monkeypatch, rows, kl):
+    """What a GPU does with 16-bit heads: columns of D in the memory of dWeight and beside it, logits in what is left of that."""
+    monkeypatch.setattr(products, "keeps_sums", lambda device, a, b: a == b == torch.bfloat16)
+    monkeypatch.setattr(products, "rounds_itself", lambda device: True)
+    monkeypatch.setattr(products, "_mm", lambda a, b, out, add=False: out.copy_(a.double() @ b.double() + (out if add else 0)))
+    monkeypatch.setattr(products, "SLICE_BYTES", 70 * 24)
+    monkeypatch.setattr(backends, "chunk_rows", lambda *a: 16)
+    monkeypatch.setattr(backends, "least_room", lambda *a: 2)
+    case = make_case((rows // 2, rows - rows // 2 - 8, 5, 6), H=24, V=997, dtype=torch.bfloat16, ignored=(3, 4, 9))
+    found = {}
+    for name, dtype in (("triton", torch.bfloat16), ("torch", torch.float64)):
+        policy = [x.detach().to(dtype).requires_grad_() for x in (case.hidden, case.weight, case.bias)]
+        reference = {key: getattr(case, key).to(dtype) for key in ("ref_hidden", "ref_weight", "ref_bias")}
+        output = tisdpo.linear_tis_dpo_loss(
+            *policy[:2], case.target, case.cu_seqlens, bias=policy[2], token_weights=case.token_weights.float(), backend=name,
+            objective=tisdpo.Objective(kl=kl, beta=0.01), **reference,
+        )  # fmt: skip
+        found[name] = [output.loss.detach(), *torch.autograd.grad(output.loss * 0.5, policy)]
+    for x, y in zip(found["triton"], found["torch"]):
+        torch.testing.assert_close(x.double(), y.double(), rtol=0.02, atol=0.02 * y.abs().max().item())
+
+
+def test_bad_values_are_an_error_and_not_an_assertion_on_the_device():
+    case = make_case((4, 5), dtype=torch.float32)
+    target = case.target.clone()
+    target[2] = 11
+    with pytest.raises(ValueError, match=r"target must be in 0\.\.10 or ignore_index=-100, got 11 at position 2"):
+        tisdpo.linear_tis_dpo_loss(case.hidden, case.weight, target, case.cu_seqlens, ref_logps=torch.zeros(9), backend="triton")

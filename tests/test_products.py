@@ -158,7 +158,8 @@ def test_heads_of_all_dtypes_cost_the_same(monkeypatch, compiles, dtype, name):
         options = dict(ref_logps=ref, plan="one_pass")
         tisdpo.linear_tis_dpo_loss(hidden, weight, case.target, case.cu_seqlens, **options).loss.backward()
 
-    sizes = (V, 250, V - 750, 496, V - 496)  # the head, its slices, and the halves that dWeight is summed in
+    # the head, its slices, the halves that dWeight is summed in, and columns of D that wait in the result and beside it
+    sizes = (V, 250, V - 750, 496, V - 496, 640, V - 640)
     assert head_products(run, sum(LENGTHS), vocabulary=sizes) == 3
     if name != "none" and dtype == torch.bfloat16:  # a pair of more rows than may be there at a time, too: D waits
         monkeypatch.setattr(backend, "chunk_rows", lambda *a: 5)
@@ -216,17 +217,22 @@ def in_float64(a, b, out, add=False):
     return out.copy_(a.double() @ b.double() + (out if add else 0))
 
 
-@pytest.mark.parametrize("rows", [0, 1, H - 1, H, H + 1, 2 * H, 3 * H])
-@pytest.mark.parametrize("slice_bytes", [250 * H * 4, 1 << 20])
-def test_waiting_rows_make_the_product(monkeypatch, rows, slice_bytes):
+@pytest.mark.parametrize("rows", [0, 1, H // 2, H - 1, H, H + 1, 3 * H // 2, 2 * H, 3 * H])
+@pytest.mark.parametrize("slice_bytes", [70 * H * 4, 250 * H * 4, 1 << 20])
+@pytest.mark.parametrize("rounds", [True, False])
+def test_waiting_rows_make_the_product(monkeypatch, rows, slice_bytes, rounds):
     monkeypatch.setattr(products, "_mm", in_float64)
+    monkeypatch.setattr(products, "rounds_itself", lambda device: rounds)
     monkeypatch.setattr(products, "IN_PLACE_BYTES", slice_bytes)
+    monkeypatch.setattr(products, "SLICE_BYTES", slice_bytes // 4)
     d, hidden, weight = (torch.randn(n, m).bfloat16() for n, m in ((rows, V), (rows, H), (V, H)))
-    waiting = products.WaitingRows(weight, rows)
+    waiting = products.WaitingRows(weight, rows, torch.empty(rows * products.WaitingRows.columns_beside(weight.shape, rows)).bfloat16())
     waiting.result.fill_(math.nan)
     for a in range(0, rows, 7):
         b = min(a + 7, rows)
         waiting.put(a, b, torch.cat([d[a:b], d[a:b]], 1)[:, :V])
+    columns = [(first, last) for first, last, _ in waiting.slices]
+    assert [first for first, _ in columns] == [0, *(last for _, last in columns[:-1])] and columns[-1][1] == V
     coefficient = torch.randn(rows)
     torch.testing.assert_close(waiting.column_sums(coefficient), d.float().T @ coefficient.bfloat16().float(), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(waiting.product(hidden.float()), (d.double().T @ hidden.double()).bfloat16(), rtol=2**-7, atol=1e-6)

@@ -171,12 +171,12 @@ def combine_kernel(
 @triton.jit
 def gradient_kernel(
     z_ptr, q_ptr, d_ptr, target_ptr, bias_ptr, ref_bias_ptr, lse_ptr, ref_lse_ptr, kl_ptr, g_logp_ptr, g_kl_ptr,
-    vocabulary, span, inner_rows, z_outer, z_inner, q_outer, q_inner, d_outer, d_inner,
+    vocabulary, first, span, inner_rows, z_outer, z_inner, q_outer, q_inner, d_outer, d_inner,
     inner, outer,
     KL: tl.constexpr, SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_REF_BIAS: tl.constexpr, HAS_G: tl.constexpr,
     NARROW_IN_PLACE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """D = d(g_logp * logp + g_kl * KL) / d raw logits of a row, over one span of the vocabulary.
+    """D = d(g_logp * logp + g_kl * KL) / d raw logits of a row, over one span of the vocabulary, or of its columns from `first` on.
 
     D may lie over z. With NARROW_IN_PLACE its items are smaller than those of z and share the start of the row: a block then writes where
     only blocks before it, and the block itself, were read. So all of a block is read before any of it is written (a barrier), and one
@@ -227,7 +227,7 @@ def gradient_kernel(
                 d = tl.where(p > 0.0, p * (g_kl * (z - q) + factor), 0.0)
             else:
                 d = p * factor - g_kl * tl.exp(q - lse_q)
-        d = tl.where(offs == target, d + g, d) * slope
+        d = tl.where(offs == target - first, d + g, d) * slope
         d = tl.where(kept, d, 0.0)
         if NARROW_IN_PLACE:
             tl.debug_barrier()
@@ -271,14 +271,18 @@ def gradient(
     z: Tensor, target: Tensor, ref_z: Tensor | None, stats: tuple[Tensor | None, ...], g_logp: Tensor | None, g_kl: Tensor | None,
     bias: Tensor | None, ref_bias: Tensor | None, ignored: bool,
     kl: str | None, logit_scale: float, softcap: float | None, temperature: float,
-    *, out: Tensor | None = None, dtype: torch.dtype | None = None, tile: configs.Tile | None = None,
+    *, out: Tensor | None = None, dtype: torch.dtype | None = None, columns: tuple[int, int] | None = None,
+    tile: configs.Tile | None = None,
 ) -> Tensor:  # fmt: skip
     """The derivative of sum(g_logp * logp + g_kl * KL) with respect to raw logits z, from `stats` as `statistics` returned them.
 
     Written to `out` (shape of z) or, without it, over z: as items of `dtype` (default: that of z), which then lie at the start of each row;
     the result is a view of z's memory. Where rows are so few that most of the device would idle and `dtype` is narrower, several programs
-    share a row and a new tensor is made.
+    share a row and a new tensor is made. columns: (first, last) of the vocabulary, written to `out` [n, last - first].
     """
+    first, last = columns or (0, z.shape[-1])
+    if columns is not None:
+        z, ref_z, bias, ref_bias = (None if x is None else x[..., first:last] for x in (z, ref_z, bias, ref_bias))
     rows, vocabulary = target.numel(), z.shape[-1]
     dtype = dtype or z.dtype
     tile = tile or configs.tile("gradient", z.device)
@@ -299,7 +303,7 @@ def gradient(
         gradient_kernel[(rows, splits)](
             z, q, out, target.contiguous(), some(bias, z), some(ref_bias, z), lse.contiguous(), some(ref_lse, any_),
             some(divergence, any_), some(g_logp, any_), some(g_kl, any_),
-            vocabulary, span, *_rows(z), *_rows(q)[1:], *_rows(out)[1:], inner, outer,
+            vocabulary, first, span, *_rows(z), *_rows(q)[1:], *_rows(out)[1:], inner, outer,
             KL=_KL[kl], SOFTCAP=softcap is not None, HAS_BIAS=bias is not None, HAS_REF_BIAS=ref_bias is not None,
             HAS_G=g_logp is not None, NARROW_IN_PLACE=narrow, BLOCK=tile.block, num_warps=tile.warps,
         )  # fmt: skip

@@ -57,18 +57,21 @@ class Fold(NamedTuple):
 
     def gradient(
         self, z: Tensor, target: Tensor, ref_z: Tensor | None, stats: Statistics, g_logp: Tensor | None, g_kl: Tensor | None,
-        *, out: Tensor | None = None, dtype: torch.dtype | None = None,
+        *, out: Tensor | None = None, dtype: torch.dtype | None = None, columns: tuple[int, int] | None = None,
     ) -> Tensor:  # fmt: skip
         """The derivative of sum(g_logp * logp + g_kl * KL) with respect to raw logits z, from the `stats` of the same rows.
 
         g_logp [n] or None for ones; g_kl [n], exactly with a KL. Written to `out` (shape of z), or else over z, as items of `dtype`
-        (default: that of z): the result may then be a view of z's memory, and z is gone either way.
+        (default: that of z): the result may then be a view of z's memory, and z is gone either way. columns: of the Triton kernel only, the
+        first and the last column of z [n, V] that are asked for, written to `out` [n, last - first]; z is then left alone.
         """
         folds = implementation(self.backend)
         g_kl = None if self.kl is None else g_kl
+        options = {} if columns is None else {"columns": columns}
         return folds.gradient(
-            z, target, ref_z, stats, g_logp, g_kl, self.bias, self.ref_bias, self.ignored, self.kl, *self.transform, out=out, dtype=dtype
-        )
+            z, target, ref_z, stats, g_logp, g_kl, self.bias, self.ref_bias, self.ignored, self.kl, *self.transform,
+            out=out, dtype=dtype, **options,
+        )  # fmt: skip
 
 
 def implementation(backend: str):

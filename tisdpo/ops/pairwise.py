@@ -11,6 +11,7 @@ Cost in head-sized products (u = 2 N H V FLOP): policy logits 1, reference logit
 and D does not wait.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from tisdpo.losses import Objective, pairwise_losses, score_gradients, sequence_
 from tisdpo.ops import backend as backends
 from tisdpo.ops import fold, products, values
 from tisdpo.ops.backend import accumulation_dtype
-from tisdpo.ops.rows import GradientSums, Tiles, heads, row_ranges
+from tisdpo.ops.rows import GradientSums, heads, row_ranges
 from tisdpo.ops.sequence_sums import weighted_sums
 from tisdpo.ops.token_stats import gradient_shapes
 
@@ -38,20 +39,19 @@ def linear_pairwise(
     ref_hidden [N, H], ref_weight, ref_bias. `normalizer` [] divides the sum over pairs. `needs`: which of the three gradients.
     """
     objective = Objective(loss, beta, kl, alpha, detach_chosen_kl, label_smoothing)
-    values.target(target, len(weight), ignore_index)
-    values.token_weights(token_weights)
-    values.cu_seqlens(cu_seqlens, len(target))
-    rows = _Rows.of(target, cu_seqlens, ignore_index)
+    name = backends.resolve(backend, hidden.device.type, hidden.dtype)
+    rows = _Rows.of(target, token_weights, cu_seqlens, len(weight), ignore_index, name)
     index = rows.index
     if index is not None:
         target, token_weights, ref_logps = (None if x is None else x[index] for x in (target, token_weights, ref_logps))
     elif rows.ignored is not None:
         target, ref_logps = target.masked_fill(rows.ignored, -1), None if ref_logps is None else ref_logps.masked_fill(rows.ignored, 0)
     policy, reference = heads(hidden, weight, ref_hidden, ref_weight, index)
-    name = backends.resolve(backend, hidden.device.type, hidden.dtype)
     folds = fold.Fold(name, kl, fold.Transform(logit_scale, softcap, temperature), bias, ref_bias, ignored=rows.ignored is not None)
-    grads = GradientSums(policy, tuple(needs))
-    walk = _Walk(policy, reference, target, token_weights, ref_logps, rows, objective, folds, grads)
+    # without KL only the log-probs of the reference are needed: its logits are there and gone before those of the policy, in one buffer
+    beside, before = (None, reference) if kl is None else (reference, None)
+    grads = GradientSums(policy, beside, tuple(needs), by_columns=name == "triton")
+    walk = _Walk(policy, before, target, token_weights, ref_logps, rows, objective, folds, grads)
     total, sums = hidden.new_zeros((), dtype=walk.dtype), []
     for first, last in walk.chunks(rows.bounds):
         part, part_sums = walk.chunk(first, rows.bounds[first : last + 1], normalizer)
@@ -91,27 +91,53 @@ class _Rows(NamedTuple):
     lengths: Tensor
 
     @classmethod
-    def of(cls, target: Tensor, cu_seqlens: Tensor, ignore_index: int) -> "_Rows":
-        """Rows without those that are ignored. The one place where the host waits for the device.
+    def of(
+        cls, target: Tensor, token_weights: Tensor | None, cu_seqlens: Tensor, vocabulary: int, ignore_index: int, backend: str
+    ) -> "_Rows":
+        """Rows without those that are ignored; bad values raise. The one place where the host waits for the device.
 
         While a CUDA graph is captured it must not wait: nothing is compacted, and the boundaries have to be on the host already.
         """
-        keep = target != ignore_index
         if capturing():
-            if cu_seqlens.device.type != "cpu":
-                raise ValueError("while a CUDA graph is captured cu_seqlens must be on the CPU: its values decide what is launched")
+            return cls._all(target, token_weights, cu_seqlens, vocabulary, ignore_index)
+        cu_seqlens = cu_seqlens.to(target.device)
+        if backend == "triton" and len(target):
+            from tisdpo.kernels.boundaries import boundaries
+
+            found = boundaries(target, token_weights, cu_seqlens, vocabulary, ignore_index)
+            sound, *bounds = found.tolist()
+            if not sound:  # found out here, it is an error like any other; asserted on the device, it would end the process
+                on_host = (None if x is None else x.cpu() for x in (target, token_weights, cu_seqlens))
+                cls._check(*on_host, vocabulary, ignore_index)
+            cu_seqlens = found[1:]
+        else:
+            cls._check(target, token_weights, cu_seqlens, vocabulary, ignore_index)
+            keep = target != ignore_index
+            before = torch.cat([keep.new_zeros(1, dtype=torch.int64), keep.cumsum(0)])  # kept rows in front of every position
+            cu_seqlens = before[cu_seqlens.to(torch.int64)]
             bounds = cu_seqlens.tolist()
-            on_device = torch.empty(len(bounds), dtype=torch.int64, device=target.device)
-            for place, bound in enumerate(bounds):  # as kernel arguments: a copy from the host would be read again at every replay
-                on_device[place].fill_(bound)
-            before = torch.cat([keep.new_zeros(1, dtype=torch.int64), keep.cumsum(0)])
-            return cls(None, ~keep, on_device, bounds, before[on_device].diff())
-        before = torch.cat([keep.new_zeros(1, dtype=torch.int64), keep.cumsum(0)])  # kept rows in front of every position
-        cu_seqlens = before[cu_seqlens.to(target.device, torch.int64)]
-        bounds = cu_seqlens.tolist()
         kept = bounds[-1]
-        index = None if kept == len(target) else torch.nonzero_static(keep, size=kept)[:, 0]
+        index = None if kept == len(target) else torch.nonzero_static(target != ignore_index, size=kept)[:, 0]
         return cls(index, None, cu_seqlens, bounds, cu_seqlens.diff())
+
+    @classmethod
+    def _all(cls, target, token_weights, cu_seqlens, vocabulary, ignore_index) -> "_Rows":
+        cls._check(target, token_weights, cu_seqlens, vocabulary, ignore_index)
+        keep = target != ignore_index
+        if cu_seqlens.device.type != "cpu":
+            raise ValueError("while a CUDA graph is captured cu_seqlens must be on the CPU: its values decide what is launched")
+        bounds = cu_seqlens.tolist()
+        on_device = torch.empty(len(bounds), dtype=torch.int64, device=target.device)
+        for place, bound in enumerate(bounds):  # as kernel arguments: a copy from the host would be read again at every replay
+            on_device[place].fill_(bound)
+        before = torch.cat([keep.new_zeros(1, dtype=torch.int64), keep.cumsum(0)])
+        return cls(None, ~keep, on_device, bounds, before[on_device].diff())
+
+    @staticmethod
+    def _check(target, token_weights, cu_seqlens, vocabulary, ignore_index) -> None:
+        values.target(target, vocabulary, ignore_index)
+        values.token_weights(token_weights)
+        values.cu_seqlens(cu_seqlens, len(target))
 
 
 def capturing() -> bool:
@@ -139,16 +165,14 @@ def buffer_rows(bounds: list[int], rows: int, longest: int) -> int:
 class _Walk:
     """What stays the same from chunk to chunk."""
 
-    def __init__(self, policy, reference, target, token_weights, ref_logps, rows, objective, folds, grads):
-        # Without KL only the log-probs of the reference are needed: its logits are there and gone before those of the policy, in one buffer
-        self.policy, self.reference, self.before = policy, *((None, reference) if objective.kl is None else (reference, None))
+    def __init__(self, policy, before, target, token_weights, ref_logps, rows, objective, folds, grads):
+        self.policy, self.before = policy, before
         self.target, self.token_weights, self.ref_logps = target, token_weights, ref_logps
         self.cu_seqlens, self.lengths = rows.cu_seqlens, rows.lengths
         self.objective, self.folds, self.grads, self.with_gradient = objective, folds, grads, any(grads.needs)
         self.dtype = accumulation_dtype(policy.hidden.dtype)
-        models = 1 if self.reference is None else 2
-        self.rows = policy.chunk_rows(models, grads.later)
-        self.longest = backends.longest_held(self.rows, policy.hidden.shape[1], models)
+        self.rows = grads.most
+        self.longest = backends.longest_held(self.rows, policy.hidden.shape[1], grads.models)
 
     def chunks(self, bounds: list[int]) -> list[tuple[int, int]]:
         """(first, last) boundary of every chunk, after the memory for logits is there: one that grew would leave holes behind.
@@ -162,21 +186,20 @@ class _Walk:
             chunks = [(0, len(bounds) - 1)] if len(bounds) > 1 else []
         if later:
             self.longest = 0
-            ranges = [row_ranges(bounds[first], bounds[last], self.rows) for first, last in chunks]
+            ranges = [self.grads.ranges(bounds[first], bounds[last], self.rows) for first, last in chunks]
             rows = max((b - a for parts in ranges for a, b in parts), default=0)
         else:
             rows = buffer_rows(bounds, self.rows, self.longest)
-        self.tiles = Tiles(self.policy, self.reference, rows, later)
+        self.tiles = self.grads.tiles(rows)
         return chunks
 
     def chunk(self, first: int, bounds: list[int], normalizer: Tensor) -> tuple[Tensor, Tensor]:
         """Loss [] and sums [4, s] of the sequences from number `first` on, with these boundaries; adds their gradients."""
         start, stop = bounds[0], bounds[-1]
         rows = stop - start if stop - start <= self.longest else self.rows
-        ranges = row_ranges(start, stop, rows)
-        cu = self.cu_seqlens[first : first + len(bounds)] - start
-        sequence = torch.repeat_interleave(torch.arange(len(bounds) - 1, device=cu.device), cu.diff(), output_size=stop - start)
-        kl_sign = self._token_kl_sign(sequence)
+        ranges = self.grads.ranges(start, stop, rows) if self.grads.later else row_ranges(start, stop, rows)
+        cu = self.cu_seqlens[first : first + len(bounds)]
+        kl_sign = self._token_kl_sign(cu, stop - start)
 
         held, stats = None, []
         for a, b in ranges:
@@ -188,13 +211,14 @@ class _Walk:
                 sign = None if kl_sign is None else kl_sign[a - start : b - start]
                 self.grads.hold(a, b, self._unscaled_gradient(a, b, z, ref_z, stats[-1], sign))
             elif self.with_gradient and len(ranges) == 1:
-                held = self._unscaled_gradient(a, b, z, ref_z, stats[0], kl_sign)
+                held = self._unscaled_gradient(a, b, z, ref_z, stats[0], kl_sign)()
 
+        # a device has its first products by now, and computes while the host goes on
         lengths = self.lengths[first : first + len(bounds) - 1].to(self.dtype)
-        loss, sums, g_scores = self._pairs(fold.concatenated(stats, self.dtype, cu.device), start, stop, cu, lengths, normalizer)
+        loss, sums, g_scores = self._pairs(fold.concatenated(stats, self.dtype, cu.device), start, stop, cu - start, lengths, normalizer)
         if not self.with_gradient:
             return loss, sums
-        coefficient = g_scores[sequence]
+        coefficient = _of_rows(g_scores, cu, stop - start)
         if self.token_weights is not None:
             coefficient = coefficient * self.token_weights[start:stop]
         if self.grads.later:
@@ -203,24 +227,28 @@ class _Walk:
         for (a, b), s in zip(ranges, stats):
             place = slice(a - start, b - start)
             sign = None if kl_sign is None else kl_sign[place]
-            d = self._unscaled_gradient(a, b, *self.tiles.logits(a, b), s, sign) if held is None else held
-            self.grads.add(a, b, d, coefficient[place])
+            again = held is None
+            d = self._unscaled_gradient(a, b, *self.tiles.logits(a, b), s, sign)() if again else held
+            self.grads.add(a, b, lambda d=d: d, coefficient[place])
         return loss, sums
 
     def _reference_logp(self, a: int, b: int) -> Tensor:
-        z = self.before.logits(a, b, self.tiles.buffer[: b - a])
+        z = self.before.logits(a, b, self.tiles.rows(b - a))
         return self.folds._replace(bias=self.folds.ref_bias, ref_bias=None).statistics(z, self.target[a:b], None).logp
 
-    def _token_kl_sign(self, sequence: Tensor) -> Tensor | None:
+    def _token_kl_sign(self, cu: Tensor, rows: int) -> Tensor | None:
         """Factor of KL_t in the gradient of the token's score: -/+ alpha, 0 where the chosen KL is detached."""
         if self.objective.kl is None:
             return None
-        sign = torch.full(sequence.shape, self.objective.kl_sign, dtype=self.dtype, device=sequence.device)
-        return sign.masked_fill_(sequence % 2 == 0, 0.0) if self.objective.detach_chosen_kl else sign
+        signs = torch.full((len(cu) - 1,), self.objective.kl_sign, dtype=self.dtype, device=cu.device)
+        if self.objective.detach_chosen_kl:
+            signs[::2] = 0.0
+        return _of_rows(signs, cu, rows)
 
     def _unscaled_gradient(self, a, b, z, ref_z, stats, kl_sign):
+        """dscore/dlogits of rows a..b as a function that writes them, see `GradientSums.hold`."""
         dtype = products.gradient_dtype(self.policy.weight.device, self.policy.weight.dtype)
-        return self.folds.gradient(z, self.target[a:b], ref_z, stats, None, kl_sign, dtype=dtype)
+        return partial(self.folds.gradient, z, self.target[a:b], ref_z, stats, None, kl_sign, dtype=dtype)
 
     def _pairs(
         self, stats: fold.Statistics, start: int, stop: int, cu: Tensor, lengths: Tensor, normalizer: Tensor
@@ -235,8 +263,13 @@ class _Walk:
         return loss, torch.stack([D, K, logps, lengths]), slopes
 
 
+def _of_rows(x: Tensor, cu: Tensor, rows: int) -> Tensor:
+    """x [S] of the sequences with boundaries cu [S+1] as [rows], a number for each of their rows."""
+    return torch.repeat_interleave(x, cu.diff(), output_size=rows)
+
+
 def _setup(ctx, inputs, output):
-    ctx.needs = inputs[21]
+    ctx.needs, ctx.backend = inputs[21], inputs[22]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # no zeros in the shape of the gradients that came out
     ctx.save_for_backward(*output[2:])
@@ -254,6 +287,8 @@ def _backward(ctx, g_loss, *_):
     last = _is_last_backward(g_loss)
     scale = Tensor.mul_ if last else Tensor.mul
     unscaled = last and g_loss.device.type == "cpu" and g_loss == 1  # on a device the host would have to wait for the answer
+    if last and backends.resolve(ctx.backend, g_loss.device.type, ctx.saved_tensors[0].dtype) == "triton":
+        from tisdpo.kernels.scale import scale_ as scale
     grads = [(saved if unscaled else scale(saved, g_loss)) if need else None for saved, need in zip(ctx.saved_tensors, ctx.needs)]
     return *grads, *[None] * 20
 

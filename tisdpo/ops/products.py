@@ -18,6 +18,7 @@ from tisdpo.ops.backend import accumulation_dtype
 SLICE_BYTES = 32 << 20  # of a widened slice of the head, or of a slice of dWeight
 CACHED_BYTES = 4 << 20  # of a slice of the head in the library's product of a CPU's logits: 5 to 20 % faster than in one call
 
+ALIGNED = 64  # items: a multiple of what the fastest loads and products want
 IN_PLACE_BYTES = 8 << 20  # of a float32 slice of dWeight whose memory is needed for it: a CPU's product is 5 % slower with 4 MiB
 
 
@@ -46,8 +47,14 @@ def gradient_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     return dtype if keeps_sums(device, dtype, dtype) else wide
 
 
-def grad_hidden(d: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """d [n, V] @ weight [V, H] -> [n, H] in `dtype`, the accumulation dtype; d as `gradient_dtype` says."""
+def grad_hidden(d: Tensor | list[tuple[int, int, Tensor]], weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """d [n, V] @ weight [V, H] -> [n, H] in `dtype`, the accumulation dtype; d as `gradient_dtype` says, or as (first column, last
+    column, d [n, w]) slice by slice, where 16-bit products keep float32 sums."""
+    if isinstance(d, list):
+        out = d[0][2].new_empty(d[0][2].shape[0], weight.shape[1], dtype=dtype)
+        for number, (first, last, part) in enumerate(d):
+            _mm(part, weight[first:last], out, add=number > 0)
+        return out
     out = d.new_empty(d.shape[0], weight.shape[1], dtype=dtype)
     if dtype == torch.float32 and keeps_sums(d.device, d.dtype, weight.dtype):
         return _mm(d, weight, out)
@@ -112,18 +119,40 @@ class SummedRows:
 
 
 class WaitingRows:
-    """dWeight [V, H] = D.T @ hidden of a 16-bit head in one product, for a D [n, V] that comes a few rows at a time.
+    """dWeight [V, H] = D.T @ hidden of a 16-bit head, for a D [n, V] that comes a few rows at a time and waits until it is complete.
 
-    The first H rows of D wait in the memory of the result, which is as large, the others beside it. The product is made in float32 and
-    rounded once, a slice of the vocabulary at a time; the part of D that this needs lies where the slice goes.
+    It waits by columns: as many as fit in the memory of the result, the others beside it. A slice of columns, [n, w], lies in one piece
+    and becomes one product. Where the product rounds its own float32 sums, slices are as wide as lets their rows of the result lie where
+    nothing waits any more, and are written there at once; the others go by way of a buffer, as do all on a CPU, in float32.
     """
 
-    def __init__(self, weight: Tensor, rows: int):
+    def __init__(self, weight: Tensor, rows: int, beside: Tensor):
+        """beside: memory for `columns_beside` columns of `rows` items of weight's dtype."""
+        vocabulary, hidden_size = weight.shape
         self.result = weight.new_empty(weight.shape)
-        self.others = weight.new_empty(max(rows - weight.shape[1], 0), len(weight))
-        inside = rows - len(self.others)
-        slices = _slices(weight, torch.float32, IN_PLACE_BYTES if weight.device.type == "cpu" else SLICE_BYTES)
-        self.slices = [(a, b, self.result[a:b].view(-1)[: inside * (b - a)].view(inside, b - a)) for a, b in slices]
+        inside = vocabulary - self.columns_beside(weight.shape, rows)
+        place = self.result.view(-1)
+        offset = (len(place) - inside * rows) // ALIGNED * ALIGNED  # D lies at the end
+        rounds = rounds_itself(weight.device)
+        step = max(1, (4 * SLICE_BYTES if rounds else IN_PLACE_BYTES) // (max(hidden_size, 1) * 4))
+        step = -(-step // ALIGNED) * ALIGNED if rounds else step
+        self.slices: list[tuple[int, int, Tensor]] = []  # first and last column, D
+        self.at_once: list[bool] = []  # whether the product may be written to its place
+        first = 0
+        while first < inside:
+            free = (offset + first * rows) // max(hidden_size, 1) // ALIGNED * ALIGNED if rounds else 0  # rows of the result
+            last = max(first + step, free)
+            last = inside if inside - last < ALIGNED else last  # a narrow last slice would begin where rows of the result before it lie
+            memory = place[offset + first * rows : offset + last * rows]
+            self.slices.append((first, last, memory.view(rows, last - first)))
+            self.at_once.append(rounds and last * hidden_size <= offset + first * rows)
+            first = last
+        others = beside.view(rows, vocabulary - inside)
+        step = max(vocabulary - inside, 1) if rounds else step
+        for first in range(inside, vocabulary, step):
+            last = min(first + step, vocabulary)
+            self.slices.append((first, last, others[:, first - inside : last - inside]))
+            self.at_once.append(rounds)
 
     @staticmethod
     def serves(weight: Tensor, rows: int) -> bool:
@@ -135,31 +164,37 @@ class WaitingRows:
         """D [rows, V] in 16 bits is no larger than a [V, H] of float32."""
         return rows <= 2 * hidden_size
 
+    @staticmethod
+    def columns_beside(shape: tuple[int, int], rows: int) -> int:
+        """Columns of D for which the memory of a result of this shape, [V, H], does not suffice."""
+        vocabulary, hidden_size = shape
+        return 0 if rows <= hidden_size else vocabulary - vocabulary * hidden_size // rows // ALIGNED * ALIGNED
+
+    def places(self, a: int, b: int) -> list[tuple[int, int, Tensor]]:
+        """(first, last, D[a:b, first:last]) for all slices of columns."""
+        return [(first, last, d[a:b]) for first, last, d in self.slices]
+
     def put(self, a: int, b: int, d: Tensor) -> None:
         """Rows a..b of D."""
-        inside = min(b, self.result.shape[1])
-        for first, last, place in self.slices if a < inside else ():
-            place[a:inside] = d[: inside - a, first:last]
-        if b > inside:
-            outside = max(a, inside)
-            self.others[outside - inside : b - inside] = d[outside - a :]
+        for first, last, place in self.places(a, b):
+            place.copy_(d[:, first:last])
 
     def column_sums(self, coefficient: Tensor) -> Tensor:
         """D.T @ coefficient [n] -> [V] in the dtype of the coefficient."""
-        inside = len(coefficient) - len(self.others)
-        out = torch.cat([column_sums(d, coefficient[:inside]) for _, _, d in self.slices])
-        return out if inside == len(coefficient) else out.add_(column_sums(self.others, coefficient[inside:]))
+        return torch.cat([column_sums(d, coefficient) for _, _, d in self.slices])
 
     def product(self, hidden: Tensor) -> Tensor:
         """dWeight for hidden [n, H], rounded to 16 bits; D is gone then."""
-        hidden = hidden.to(self.result.dtype)
-        out = self.result.new_empty(self.slices[0][1], self.result.shape[1], dtype=torch.float32)
-        for a, b, d in self.slices:
-            _mm(d.T, hidden[: len(d)], out[: b - a])
-            if len(self.others):
-                _mm(self.others[:, a:b].T, hidden[len(d) :], out[: b - a], add=True)
-            self.result[a:b] = out[: b - a]
-        return self.result
+        hidden, result = hidden.to(self.result.dtype), self.result
+        widest = max((last - first for (first, last, _), at_once in zip(self.slices, self.at_once) if not at_once), default=0)
+        dtype = result.dtype if rounds_itself(result.device) else torch.float32
+        buffer = result.new_empty(widest, result.shape[1], dtype=dtype)
+        for (first, last, d), at_once in zip(self.slices, self.at_once):
+            if at_once:
+                _mm(d.T, hidden, result[first:last])
+            else:
+                result[first:last] = _mm(d.T, hidden, buffer[: last - first])
+        return result
 
 
 def column_sums(d: Tensor, coefficient: Tensor) -> Tensor:
@@ -172,9 +207,12 @@ def column_sums(d: Tensor, coefficient: Tensor) -> Tensor:
 
 
 def _mm(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> Tensor:
-    """out = a @ b, or out += a @ b, for a and b of which `keeps_sums` is true and a float32 out."""
+    """out = a @ b, or out += a @ b, for a and b of which `keeps_sums` is true and a float32 out; where `rounds_itself`, out = a @ b in 16
+    bits, too."""
     if a.device.type == "cpu":
         torch.ops.tisdpo_cpp.mm(_along_one_stride(a), _along_one_stride(b), out, add)
+    elif out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
     elif not add:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
     elif adds_in_place(out.device):
@@ -188,6 +226,11 @@ def _mm(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> Tensor:
 def _along_one_stride(x: Tensor) -> Tensor:
     """x, or a copy where neither its rows nor its columns lie in one piece."""
     return x if 1 in x.stride() else x.contiguous()
+
+
+def rounds_itself(device: torch.device) -> bool:
+    """Whether `_mm` also makes products of 16-bit operands that are rounded to 16 bits once."""
+    return device.type != "cpu"
 
 
 @cache

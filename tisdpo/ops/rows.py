@@ -33,32 +33,28 @@ class HeadRows:
 
 
 class Tiles:
-    """Logits of policy and reference for a range of rows, in one buffer that is used again and again.
+    """Logits of policy and reference for a range of rows, at the end of one piece of memory that is used again and again.
 
     Where both have the same head (LoRA, or a frozen tied one), their hidden states are stacked: the head is read once.
     """
 
-    def __init__(self, policy: HeadRows, reference: HeadRows | None, rows: int, later: bool):
-        self.policy, self.reference, self.rows = policy, reference, rows
+    def __init__(self, policy: HeadRows, reference: HeadRows | None, memory: Tensor):
+        """memory: numbers of the accumulation dtype, for the most rows of both models that are asked for at a time."""
+        self.policy, self.reference, self.memory = policy, reference, memory
         self.shared = reference is not None and _same(policy.weight, reference.weight)
-        models = 1 if reference is None else 2
-        dtype, device = accumulation_dtype(policy.hidden.dtype), policy.hidden.device
-        try:
-            self.buffer = torch.empty(models * rows, len(policy.weight), dtype=dtype, device=device)
-        except torch.OutOfMemoryError as error:
-            size = models * rows * len(policy.weight) * dtype.itemsize >> 20
-            pairs = "" if later else "; unset, a single pair may take as much as a head"
-            raise torch.OutOfMemoryError(
-                f"no memory for a chunk of {size} MiB of logits; lower the budget by TISDPO_CHUNK_MIB "
-                f"(now {backend.chunk_bytes(device.type, models, later) >> 20}{pairs}). {error}"
-            ) from None
+
+    def rows(self, count: int) -> Tensor:
+        """Memory [count, V], at the end."""
+        vocabulary = len(self.policy.weight)
+        return self.memory[len(self.memory) - count * vocabulary :].view(count, vocabulary)
 
     def logits(self, a: int, b: int) -> tuple[Tensor, Tensor | None]:
         """Raw logits [b-a, V] of rows a..b, without bias; they live until the next call."""
         n = b - a
-        z, ref_z = self.buffer[:n], self.buffer[n : 2 * n]
+        both = self.rows(n if self.reference is None else 2 * n)
+        z, ref_z = both[:n], both[n:]
         if self.shared:
-            products.logits(torch.cat([self.policy.take(a, b), self.reference.take(a, b)]), self.policy.weight, self.buffer[: 2 * n])
+            products.logits(torch.cat([self.policy.take(a, b), self.reference.take(a, b)]), self.policy.weight, both)
         else:
             self.policy.logits(a, b, z)
             if self.reference is not None:
@@ -66,15 +62,29 @@ class Tiles:
         return z, None if self.reference is None else ref_z
 
 
+def logits_memory(like: Tensor, numbers: int, dtype: torch.dtype, models: int, later: bool) -> Tensor:
+    """Memory for logits, or, where there is none, an error that says what to do."""
+    try:
+        return torch.empty(numbers, dtype=dtype, device=like.device)
+    except torch.OutOfMemoryError as error:
+        pairs = "" if later else "; unset, a single pair may take as much as a head"
+        raise torch.OutOfMemoryError(
+            f"no memory for a chunk of {numbers * dtype.itemsize >> 20} MiB of logits; lower the budget by TISDPO_CHUNK_MIB "
+            f"(now {backend.chunk_bytes(like.device.type, models, later) >> 20}{pairs}). {error}"
+        ) from None
+
+
 def _same(x: Tensor, y: Tensor) -> bool:
     """Whether two tensors are the same memory, seen the same way."""
     return (x.data_ptr(), x.shape, x.stride(), x.dtype) == (y.data_ptr(), y.shape, y.stride(), y.dtype)
 
 
-def row_ranges(start: int, stop: int, rows: int) -> list[tuple[int, int]]:
-    """start..stop in equal steps of at most `rows`: few rows in the last one would be a slow product."""
+def row_ranges(start: int, stop: int, rows: int, multiple: int = 1) -> list[tuple[int, int]]:
+    """start..stop in equal steps of at most `rows`, which are multiples of `multiple` where that is less: few rows in the last one would
+    be a slow product."""
     parts = max(math.ceil((stop - start) / max(rows, 1)), 1)
     step = max(math.ceil((stop - start) / parts), 1)
+    step = max(step, min(math.ceil(step / multiple) * multiple, rows // multiple * multiple))
     return [(a, min(a + step, stop)) for a in range(start, stop, step)]
 
 
@@ -91,13 +101,16 @@ class GradientSums:
     dWeight is summed over the chunks in float32 (`products.SummedRows`), or, for a 16-bit head and few rows, made of all of D at the end,
     which takes less memory (`products.WaitingRows`). Then, and without dWeight and dBias, the factors may come later than D (`later`): by
     `hold` and `scale` instead of `add`.
+
+    D that waits shares its memory with the logits: `tiles` and `ranges` come from here.
     """
 
-    def __init__(self, rows: HeadRows, needs: tuple[bool, bool, bool]):
-        self.rows, self.needs = rows, needs
+    def __init__(self, rows: HeadRows, reference: HeadRows | None, needs: tuple[bool, bool, bool], by_columns: bool = False):
+        """by_columns: the gradient is written for ranges of columns, to where it waits."""
+        self.rows, self.reference, self.needs = rows, reference, needs
         self.dtype = dtype = accumulation_dtype(rows.hidden.dtype)
         self.count = len(rows.hidden) if rows.index is None else len(rows.index)
-        self.waits = needs[1] and products.WaitingRows.serves(rows.weight, self.count)
+        self.waits = needs[1] and dtype == torch.float32 and products.WaitingRows.serves(rows.weight, self.count)
         # every row that carries loss is written below; only the ignored ones need zeros
         empty = rows.hidden.new_empty
         self.hidden = (rows.hidden.new_zeros if self.count < len(rows.hidden) else empty)(rows.hidden.shape) if needs[0] else empty(0)
@@ -105,17 +118,49 @@ class GradientSums:
         self.later = self.waits or not (needs[1] or needs[2])
         self.bias = rows.weight.new_zeros(len(rows.weight), dtype=dtype) if needs[2] and not self.waits else empty(0)
         self.held: list[tuple[int, int, Tensor]] = []  # D @ W of rows a..b, without the factors
+        models, self.per_row = 1 if reference is None else 2, len(rows.weight) * (1 if reference is None else 2)
+        self.models, self.most, self.by_columns = models, rows.chunk_rows(models, self.later), by_columns
+        self.memory, self.beside = None, 0
         if self.waits:
-            self.waiting, self.coefficient = products.WaitingRows(rows.weight, self.count), empty(self.count, dtype=dtype)
+            self.beside = products.WaitingRows.columns_beside(rows.weight.shape, self.count)
+            waiting, most = self.count * self.beside, min(self.most, self.count)
+            least = min(backend.least_room(self.most, models, rows.hidden.device.type), self.count)
+            self.memory = self._memory(max(most * self.per_row, -(-waiting // 2) + least * self.per_row))
+            self.waiting = products.WaitingRows(rows.weight, self.count, self.memory.view(rows.weight.dtype)[:waiting])
+            self.coefficient = empty(self.count, dtype=dtype)
 
-    def add(self, a: int, b: int, d: Tensor, coefficient: Tensor | None = None) -> None:
-        """Add the rows a..b with dL/dlogits = coefficient [b-a] * d [b-a, V]; no coefficients: 1."""
+    def _memory(self, numbers: int) -> Tensor:
+        return logits_memory(self.rows.hidden, numbers, self.dtype, self.models, self.later)
+
+    def tiles(self, rows: int) -> Tiles:
+        """Logits of up to `rows` rows, or of the `ranges` of D that waits, which there is memory for already."""
+        return Tiles(self.rows, self.reference, self._memory(rows * self.per_row) if self.memory is None else self.memory)
+
+    def ranges(self, start: int, stop: int, rows: int) -> list[tuple[int, int]]:
+        """start..stop in steps of at most `rows`, and of what there is room for beside the rows of D that wait."""
+        multiple = backend.row_multiple(self.rows.hidden.device.type)
+        if not self.waits:
+            return row_ranges(start, stop, rows, multiple)
+        found = []
+        while start < stop:
+            room = (2 * len(self.memory) - self.beside * start) // (self.beside + 2 * self.per_row)
+            if room < rows:
+                step = room // multiple * multiple or room
+                found.append((start, min(start + step, stop)))
+            else:
+                found.append(row_ranges(start, stop, rows, multiple)[0])
+            start = found[-1][1]
+        return found
+
+    def add(self, a: int, b: int, gradient, coefficient: Tensor | None = None) -> None:
+        """Add the rows a..b with dL/dlogits = coefficient [b-a] * D; `gradient` as in `hold`; no coefficients: 1."""
         if coefficient is None:
-            coefficient = torch.ones(len(d), dtype=self.dtype, device=d.device)
+            coefficient = torch.ones(b - a, dtype=self.dtype, device=self.rows.hidden.device)
         if self.later:
-            self.hold(a, b, d)
+            self.hold(a, b, gradient)
             self.scale(a, b, coefficient)
             return
+        d = gradient()
         if self.needs[0]:
             self._set_hidden(a, b, products.grad_hidden(d, self.rows.weight, self.dtype), coefficient)
         if self.needs[1]:
@@ -123,12 +168,19 @@ class GradientSums:
         if self.needs[2]:
             self.bias += products.column_sums(d, coefficient)
 
-    def hold(self, a: int, b: int, d: Tensor) -> None:
-        """d [b-a, V] of the rows a..b; their coefficients follow."""
+    def hold(self, a: int, b: int, gradient) -> None:
+        """The rows a..b, whose coefficients follow. gradient(): D [b-a, V], over the logits; gradient(out=d, columns=(first, last)): writes
+        these columns of it to d, where `by_columns` says so."""
+        if self.waits and self.by_columns:
+            d = self.waiting.places(a, b)
+            for first, last, place in d:
+                gradient(out=place, columns=(first, last))
+        else:
+            d = gradient()
+            if self.waits:
+                self.waiting.put(a, b, d)
         if self.needs[0]:
             self.held.append((a, b, products.grad_hidden(d, self.rows.weight, self.dtype)))
-        if self.waits:
-            self.waiting.put(a, b, d)
 
     def scale(self, a: int, b: int, coefficient: Tensor) -> None:
         """The coefficients of all rows that are held, a..b."""
@@ -141,9 +193,13 @@ class GradientSums:
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients in the dtypes of their inputs; 16-bit ones are rounded once, here."""
         if self.waits:
+            if not self.beside:
+                self.memory = None  # what follows needs memory of its own
             if self.needs[2]:
                 self.bias = self.waiting.column_sums(self.coefficient)
-            weight = self.waiting.product(self.rows.take(0, self.count) * self.coefficient[:, None])
+            hidden = self.rows.take(0, self.count)
+            scaled = torch.mul(hidden, self.coefficient[:, None], out=torch.empty_like(hidden, dtype=self.rows.weight.dtype))
+            weight = self.waiting.product(scaled)
         else:
             weight = self.rows.weight.new_empty(0) if self.summed is None else self.summed.product()
         return self.hidden, weight, self.bias.to(self.rows.weight.dtype)
