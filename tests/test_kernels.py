@@ -326,7 +326,6 @@ def test_a_gradient_that_is_written_where_it_waits(monkeypatch, rows, kl):
     monkeypatch.setattr(products, "_mm", lambda a, b, out, add=False: out.copy_(a.double() @ b.double() + (out if add else 0)))
     monkeypatch.setattr(products, "SLICE_BYTES", 70 * 24)
     monkeypatch.setattr(backends, "chunk_rows", lambda *a: 16)
-    monkeypatch.setattr(backends, "least_room", lambda *a: 2)
     case = make_case((rows // 2, rows - rows // 2 - 8, 5, 6), H=24, V=997, dtype=torch.bfloat16, ignored=(3, 4, 9))
     found = {}
     for name, dtype in (("triton", torch.bfloat16), ("torch", torch.float64)):

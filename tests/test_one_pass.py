@@ -291,7 +291,7 @@ def test_out_of_memory_names_the_budget(monkeypatch):
     case = make_case()
     monkeypatch.setattr(rows.torch, "empty", refuse)
     with pytest.raises(torch.OutOfMemoryError, match=r"lower the budget by TISDPO_CHUNK_MIB \(now 48"):
-        rows.logits_memory(case.hidden, 4, torch.float32, 1, later=False)
+        rows.Tiles(rows.HeadRows(case.hidden, case.weight, None), None, 4, later=False)
 
 
 def test_float16_gradients_are_scaled_before_they_are_rounded():

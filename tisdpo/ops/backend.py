@@ -25,10 +25,6 @@ CHUNK_BYTES_LATER = {"cpu": (40 << 20, 64 << 20), "default": (1 << 30, 1 << 30)}
 # 1.22 x; 16 bits, V = 32000: 128 to 196 rows 1.19 x, 256 rows 1.11 x). TISDPO_CHUNK_MIB is taken as it is.
 LEAST_ROWS = {"cpu": 256, "default": 1}
 
-# Where D that waits takes more and more of the memory of the logits, so many rows of them fit at the end. A GPU's memory for one model is
-# then about what D takes; for two the chunks would become too small.
-LEAST_ROOM = {"default": 192}
-
 # Rows of a chunk come in multiples of this where there are so many: the tiles of a GPU's products.
 ROW_MULTIPLE = {"cpu": 1, "default": 128}
 
@@ -125,13 +121,6 @@ def longest_held(chunk_rows: int, hidden_size: int, models: int) -> int:
     step has anyway. With TISDPO_CHUNK_MIB the budget is all there is.
     """
     return chunk_rows if "TISDPO_CHUNK_MIB" in os.environ else max(chunk_rows, hidden_size // models)
-
-
-def least_room(chunk_rows: int, models: int, device: str) -> int:
-    """Rows of logits that fit beside all of D where it waits, see LEAST_ROOM."""
-    if device == "cpu" or models > 1 or "TISDPO_CHUNK_MIB" in os.environ:
-        return chunk_rows
-    return min(chunk_rows, _for(device, LEAST_ROOM))
 
 
 def row_multiple(device: str) -> int:

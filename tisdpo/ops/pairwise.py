@@ -21,7 +21,7 @@ from tisdpo.losses import Objective, pairwise_losses, score_gradients, sequence_
 from tisdpo.ops import backend as backends
 from tisdpo.ops import fold, products, values
 from tisdpo.ops.backend import accumulation_dtype
-from tisdpo.ops.rows import GradientSums, heads, row_ranges
+from tisdpo.ops.rows import GradientSums, Tiles, heads
 from tisdpo.ops.sequence_sums import weighted_sums
 from tisdpo.ops.token_stats import gradient_shapes
 
@@ -48,10 +48,8 @@ def linear_pairwise(
         target, ref_logps = target.masked_fill(rows.ignored, -1), None if ref_logps is None else ref_logps.masked_fill(rows.ignored, 0)
     policy, reference = heads(hidden, weight, ref_hidden, ref_weight, index)
     folds = fold.Fold(name, kl, fold.Transform(logit_scale, softcap, temperature), bias, ref_bias, ignored=rows.ignored is not None)
-    # without KL only the log-probs of the reference are needed: its logits are there and gone before those of the policy, in one buffer
-    beside, before = (None, reference) if kl is None else (reference, None)
-    grads = GradientSums(policy, beside, tuple(needs), by_columns=name == "triton")
-    walk = _Walk(policy, before, target, token_weights, ref_logps, rows, objective, folds, grads)
+    grads = GradientSums(policy, tuple(needs), by_columns=name == "triton")
+    walk = _Walk(policy, reference, target, token_weights, ref_logps, rows, objective, folds, grads)
     total, sums = hidden.new_zeros((), dtype=walk.dtype), []
     for first, last in walk.chunks(rows.bounds):
         part, part_sums = walk.chunk(first, rows.bounds[first : last + 1], normalizer)
@@ -165,14 +163,16 @@ def buffer_rows(bounds: list[int], rows: int, longest: int) -> int:
 class _Walk:
     """What stays the same from chunk to chunk."""
 
-    def __init__(self, policy, before, target, token_weights, ref_logps, rows, objective, folds, grads):
-        self.policy, self.before = policy, before
+    def __init__(self, policy, reference, target, token_weights, ref_logps, rows, objective, folds, grads):
+        # Without KL only the log-probs of the reference are needed: its logits are there and gone before those of the policy, in one buffer
+        self.policy, self.reference, self.before = policy, *((None, reference) if objective.kl is None else (reference, None))
         self.target, self.token_weights, self.ref_logps = target, token_weights, ref_logps
         self.cu_seqlens, self.lengths = rows.cu_seqlens, rows.lengths
         self.objective, self.folds, self.grads, self.with_gradient = objective, folds, grads, any(grads.needs)
         self.dtype = accumulation_dtype(policy.hidden.dtype)
-        self.rows = grads.most
-        self.longest = backends.longest_held(self.rows, policy.hidden.shape[1], grads.models)
+        models = 1 if self.reference is None else 2
+        self.rows = policy.chunk_rows(models, grads.later)
+        self.longest = backends.longest_held(self.rows, policy.hidden.shape[1], models)
 
     def chunks(self, bounds: list[int]) -> list[tuple[int, int]]:
         """(first, last) boundary of every chunk, after the memory for logits is there: one that grew would leave holes behind.
@@ -186,18 +186,18 @@ class _Walk:
             chunks = [(0, len(bounds) - 1)] if len(bounds) > 1 else []
         if later:
             self.longest = 0
-            ranges = [self.grads.ranges(bounds[first], bounds[last], self.rows) for first, last in chunks]
+            ranges = [self.policy.ranges(bounds[first], bounds[last], self.rows) for first, last in chunks]
             rows = max((b - a for parts in ranges for a, b in parts), default=0)
         else:
             rows = buffer_rows(bounds, self.rows, self.longest)
-        self.tiles = self.grads.tiles(rows)
+        self.tiles = Tiles(self.policy, self.reference, rows, later)
         return chunks
 
     def chunk(self, first: int, bounds: list[int], normalizer: Tensor) -> tuple[Tensor, Tensor]:
         """Loss [] and sums [4, s] of the sequences from number `first` on, with these boundaries; adds their gradients."""
         start, stop = bounds[0], bounds[-1]
         rows = stop - start if stop - start <= self.longest else self.rows
-        ranges = self.grads.ranges(start, stop, rows) if self.grads.later else row_ranges(start, stop, rows)
+        ranges = self.policy.ranges(start, stop, rows)
         cu = self.cu_seqlens[first : first + len(bounds)]
         kl_sign = self._token_kl_sign(cu, stop - start)
 
@@ -233,7 +233,7 @@ class _Walk:
         return loss, sums
 
     def _reference_logp(self, a: int, b: int) -> Tensor:
-        z = self.before.logits(a, b, self.tiles.rows(b - a))
+        z = self.before.logits(a, b, self.tiles.buffer[: b - a])
         return self.folds._replace(bias=self.folds.ref_bias, ref_bias=None).statistics(z, self.target[a:b], None).logp
 
     def _token_kl_sign(self, cu: Tensor, rows: int) -> Tensor | None:
@@ -287,9 +287,10 @@ def _backward(ctx, g_loss, *_):
     last = _is_last_backward(g_loss)
     scale = Tensor.mul_ if last else Tensor.mul
     unscaled = last and g_loss.device.type == "cpu" and g_loss == 1  # on a device the host would have to wait for the answer
-    if last and backends.resolve(ctx.backend, g_loss.device.type, ctx.saved_tensors[0].dtype) == "triton":
+    saved_tensors = ctx.saved_tensors  # under checkpointing they can be had once
+    if last and backends.resolve(ctx.backend, g_loss.device.type, saved_tensors[0].dtype) == "triton":
         from tisdpo.kernels.scale import scale_ as scale
-    grads = [(saved if unscaled else scale(saved, g_loss)) if need else None for saved, need in zip(ctx.saved_tensors, ctx.needs)]
+    grads = [(saved if unscaled else scale(saved, g_loss)) if need else None for saved, need in zip(saved_tensors, ctx.needs)]
     return *grads, *[None] * 20
 
 

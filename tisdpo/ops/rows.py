@@ -31,47 +31,43 @@ class HeadRows:
         dtype = accumulation_dtype(self.hidden.dtype)
         return backend.chunk_rows(len(self.weight), models, dtype.itemsize, self.hidden.device.type, later)
 
+    def ranges(self, start: int, stop: int, rows: int) -> list[tuple[int, int]]:
+        """start..stop in steps of at most `rows`, see `row_ranges`."""
+        return row_ranges(start, stop, rows, backend.row_multiple(self.hidden.device.type))
+
 
 class Tiles:
-    """Logits of policy and reference for a range of rows, at the end of one piece of memory that is used again and again.
+    """Logits of policy and reference for a range of rows, in one buffer that is used again and again.
 
     Where both have the same head (LoRA, or a frozen tied one), their hidden states are stacked: the head is read once.
     """
 
-    def __init__(self, policy: HeadRows, reference: HeadRows | None, memory: Tensor):
-        """memory: numbers of the accumulation dtype, for the most rows of both models that are asked for at a time."""
-        self.policy, self.reference, self.memory = policy, reference, memory
+    def __init__(self, policy: HeadRows, reference: HeadRows | None, rows: int, later: bool):
+        self.policy, self.reference, self.rows = policy, reference, rows
         self.shared = reference is not None and _same(policy.weight, reference.weight)
-
-    def rows(self, count: int) -> Tensor:
-        """Memory [count, V], at the end."""
-        vocabulary = len(self.policy.weight)
-        return self.memory[len(self.memory) - count * vocabulary :].view(count, vocabulary)
+        models = 1 if reference is None else 2
+        dtype, device = accumulation_dtype(policy.hidden.dtype), policy.hidden.device
+        try:
+            self.buffer = torch.empty(models * rows, len(policy.weight), dtype=dtype, device=device)
+        except torch.OutOfMemoryError as error:
+            size = models * rows * len(policy.weight) * dtype.itemsize >> 20
+            pairs = "" if later else "; unset, a single pair may take as much as a head"
+            raise torch.OutOfMemoryError(
+                f"no memory for a chunk of {size} MiB of logits; lower the budget by TISDPO_CHUNK_MIB "
+                f"(now {backend.chunk_bytes(device.type, models, later) >> 20}{pairs}). {error}"
+            ) from None
 
     def logits(self, a: int, b: int) -> tuple[Tensor, Tensor | None]:
         """Raw logits [b-a, V] of rows a..b, without bias; they live until the next call."""
         n = b - a
-        both = self.rows(n if self.reference is None else 2 * n)
-        z, ref_z = both[:n], both[n:]
+        z, ref_z = self.buffer[:n], self.buffer[n : 2 * n]
         if self.shared:
-            products.logits(torch.cat([self.policy.take(a, b), self.reference.take(a, b)]), self.policy.weight, both)
+            products.logits(torch.cat([self.policy.take(a, b), self.reference.take(a, b)]), self.policy.weight, self.buffer[: 2 * n])
         else:
             self.policy.logits(a, b, z)
             if self.reference is not None:
                 self.reference.logits(a, b, ref_z)
         return z, None if self.reference is None else ref_z
-
-
-def logits_memory(like: Tensor, numbers: int, dtype: torch.dtype, models: int, later: bool) -> Tensor:
-    """Memory for logits, or, where there is none, an error that says what to do."""
-    try:
-        return torch.empty(numbers, dtype=dtype, device=like.device)
-    except torch.OutOfMemoryError as error:
-        pairs = "" if later else "; unset, a single pair may take as much as a head"
-        raise torch.OutOfMemoryError(
-            f"no memory for a chunk of {numbers * dtype.itemsize >> 20} MiB of logits; lower the budget by TISDPO_CHUNK_MIB "
-            f"(now {backend.chunk_bytes(like.device.type, models, later) >> 20}{pairs}). {error}"
-        ) from None
 
 
 def _same(x: Tensor, y: Tensor) -> bool:
@@ -101,13 +97,11 @@ class GradientSums:
     dWeight is summed over the chunks in float32 (`products.SummedRows`), or, for a 16-bit head and few rows, made of all of D at the end,
     which takes less memory (`products.WaitingRows`). Then, and without dWeight and dBias, the factors may come later than D (`later`): by
     `hold` and `scale` instead of `add`.
-
-    D that waits shares its memory with the logits: `tiles` and `ranges` come from here.
     """
 
-    def __init__(self, rows: HeadRows, reference: HeadRows | None, needs: tuple[bool, bool, bool], by_columns: bool = False):
+    def __init__(self, rows: HeadRows, needs: tuple[bool, bool, bool], by_columns: bool = False):
         """by_columns: the gradient is written for ranges of columns, to where it waits."""
-        self.rows, self.reference, self.needs = rows, reference, needs
+        self.rows, self.needs, self.by_columns = rows, needs, by_columns
         self.dtype = dtype = accumulation_dtype(rows.hidden.dtype)
         self.count = len(rows.hidden) if rows.index is None else len(rows.index)
         self.waits = needs[1] and dtype == torch.float32 and products.WaitingRows.serves(rows.weight, self.count)
@@ -118,39 +112,9 @@ class GradientSums:
         self.later = self.waits or not (needs[1] or needs[2])
         self.bias = rows.weight.new_zeros(len(rows.weight), dtype=dtype) if needs[2] and not self.waits else empty(0)
         self.held: list[tuple[int, int, Tensor]] = []  # D @ W of rows a..b, without the factors
-        models, self.per_row = 1 if reference is None else 2, len(rows.weight) * (1 if reference is None else 2)
-        self.models, self.most, self.by_columns = models, rows.chunk_rows(models, self.later), by_columns
-        self.memory, self.beside = None, 0
         if self.waits:
-            self.beside = products.WaitingRows.columns_beside(rows.weight.shape, self.count)
-            waiting, most = self.count * self.beside, min(self.most, self.count)
-            least = min(backend.least_room(self.most, models, rows.hidden.device.type), self.count)
-            self.memory = self._memory(max(most * self.per_row, -(-waiting // 2) + least * self.per_row))
-            self.waiting = products.WaitingRows(rows.weight, self.count, self.memory.view(rows.weight.dtype)[:waiting])
-            self.coefficient = empty(self.count, dtype=dtype)
-
-    def _memory(self, numbers: int) -> Tensor:
-        return logits_memory(self.rows.hidden, numbers, self.dtype, self.models, self.later)
-
-    def tiles(self, rows: int) -> Tiles:
-        """Logits of up to `rows` rows, or of the `ranges` of D that waits, which there is memory for already."""
-        return Tiles(self.rows, self.reference, self._memory(rows * self.per_row) if self.memory is None else self.memory)
-
-    def ranges(self, start: int, stop: int, rows: int) -> list[tuple[int, int]]:
-        """start..stop in steps of at most `rows`, and of what there is room for beside the rows of D that wait."""
-        multiple = backend.row_multiple(self.rows.hidden.device.type)
-        if not self.waits:
-            return row_ranges(start, stop, rows, multiple)
-        found = []
-        while start < stop:
-            room = (2 * len(self.memory) - self.beside * start) // (self.beside + 2 * self.per_row)
-            if room < rows:
-                step = room // multiple * multiple or room
-                found.append((start, min(start + step, stop)))
-            else:
-                found.append(row_ranges(start, stop, rows, multiple)[0])
-            start = found[-1][1]
-        return found
+            beside = rows.weight.new_empty(self.count * products.WaitingRows.columns_beside(rows.weight.shape, self.count))
+            self.waiting, self.coefficient = products.WaitingRows(rows.weight, self.count, beside), empty(self.count, dtype=dtype)
 
     def add(self, a: int, b: int, gradient, coefficient: Tensor | None = None) -> None:
         """Add the rows a..b with dL/dlogits = coefficient [b-a] * D; `gradient` as in `hold`; no coefficients: 1."""
@@ -193,8 +157,6 @@ class GradientSums:
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients in the dtypes of their inputs; 16-bit ones are rounded once, here."""
         if self.waits:
-            if not self.beside:
-                self.memory = None  # what follows needs memory of its own
             if self.needs[2]:
                 self.bias = self.waiting.column_sums(self.coefficient)
             hidden = self.rows.take(0, self.count)

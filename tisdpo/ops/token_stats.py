@@ -15,7 +15,7 @@ from torch import Tensor
 from tisdpo.ops import backend as backends
 from tisdpo.ops import fold, products, values
 from tisdpo.ops.backend import accumulation_dtype
-from tisdpo.ops.rows import GradientSums, heads
+from tisdpo.ops.rows import GradientSums, HeadRows, Tiles, heads
 from tisdpo.ops.torch_fold import kept_rows
 
 Statistics5 = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -156,7 +156,7 @@ def linear_token_stats(
     policy, reference = heads(hidden, weight, ref_hidden, ref_weight, index)
     name = backends.resolve(backend, hidden.device.type, hidden.dtype)
     folds = fold.Fold(name, kl, fold.Transform(logit_scale, softcap, temperature), bias, ref_bias)
-    for _a, _b, place, z, ref_z in _tiles(GradientSums(policy, reference, (False, False, False))):
+    for _a, _b, place, z, ref_z in _tiles(policy, reference, index, len(target), later=True):
         _scatter(outputs, place, folds.statistics(z, target[place], ref_z))
     return outputs
 
@@ -180,9 +180,9 @@ def linear_token_stats_backward(
     name = backends.resolve(backend, hidden.device.type, hidden.dtype)
     folds = fold.Fold(name, kl, fold.Transform(logit_scale, softcap, temperature), bias, ref_bias)
     g_logps, g_kl = _upstream(g_logps, g_kl, stats, kl)
-    sums = GradientSums(policy, reference, tuple(needs), by_columns=name == "triton")
+    sums = GradientSums(policy, tuple(needs), by_columns=name == "triton")
     dtype = products.gradient_dtype(weight.device, weight.dtype)
-    for a, b, place, z, ref_z in _tiles(sums):
+    for a, b, place, z, ref_z in _tiles(policy, reference, index, len(target), sums.later):
         g = None if g_kl is None else g_kl[place]
         sums.add(a, b, partial(folds.gradient, z, target[place], ref_z, _gathered(stats, place), g_logps[place], g, dtype=dtype))
         del z, ref_z  # and with them, after the last chunk, the logits: what follows needs memory of its own
@@ -206,10 +206,11 @@ def gradient_shapes(hidden: Tensor, weight: Tensor, needs) -> tuple[Tensor, Tens
     )
 
 
-def _tiles(sums: GradientSums):
+def _tiles(policy: HeadRows, reference: HeadRows | None, index: Tensor | None, tokens: int, later: bool):
     """(a, b, place, z, ref_z) for chunk after chunk: rows a..b of those that carry loss, `place` their index in the outputs."""
-    ranges, index = sums.ranges(0, sums.count, sums.most), sums.rows.index
-    tiles = sums.tiles(max((b - a for a, b in ranges), default=0))
+    most = policy.chunk_rows(1 if reference is None else 2, later)
+    ranges = policy.ranges(0, tokens if index is None else len(index), most)
+    tiles = Tiles(policy, reference, max((b - a for a, b in ranges), default=0), later)
     for a, b in ranges:
         yield a, b, slice(a, b) if index is None else index[a:b], *tiles.logits(a, b)
 
