@@ -222,11 +222,11 @@ def in_float64(a, b, out, add=False):
 @pytest.mark.parametrize("rounds", [True, False])
 def test_waiting_rows_make_the_product(monkeypatch, rows, slice_bytes, rounds):
     monkeypatch.setattr(products, "_mm", in_float64)
-    monkeypatch.setattr(products, "rounds_itself", lambda device: rounds)
+    monkeypatch.setattr(products, "rounds_itself", lambda x: rounds)
     monkeypatch.setattr(products, "IN_PLACE_BYTES", slice_bytes)
     monkeypatch.setattr(products, "SLICE_BYTES", slice_bytes // 4)
     d, hidden, weight = (torch.randn(n, m).bfloat16() for n, m in ((rows, V), (rows, H), (V, H)))
-    waiting = products.WaitingRows(weight, rows, torch.empty(rows * products.WaitingRows.columns_beside(weight.shape, rows)).bfloat16())
+    waiting = products.WaitingRows(weight, rows)
     waiting.result.fill_(math.nan)
     for a in range(0, rows, 7):
         b = min(a + 7, rows)

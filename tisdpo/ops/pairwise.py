@@ -48,7 +48,7 @@ def linear_pairwise(
         target, ref_logps = target.masked_fill(rows.ignored, -1), None if ref_logps is None else ref_logps.masked_fill(rows.ignored, 0)
     policy, reference = heads(hidden, weight, ref_hidden, ref_weight, index)
     folds = fold.Fold(name, kl, fold.Transform(logit_scale, softcap, temperature), bias, ref_bias, ignored=rows.ignored is not None)
-    grads = GradientSums(policy, tuple(needs), by_columns=name == "triton")
+    grads = GradientSums(policy, tuple(needs), policy.chunk_rows(1 if kl is None else 2, False), by_columns=name == "triton")
     walk = _Walk(policy, reference, target, token_weights, ref_logps, rows, objective, folds, grads)
     total, sums = hidden.new_zeros((), dtype=walk.dtype), []
     for first, last in walk.chunks(rows.bounds):
@@ -215,12 +215,9 @@ class _Walk:
 
         # a device has its first products by now, and computes while the host goes on
         lengths = self.lengths[first : first + len(bounds) - 1].to(self.dtype)
-        loss, sums, g_scores = self._pairs(fold.concatenated(stats, self.dtype, cu.device), start, stop, cu - start, lengths, normalizer)
+        loss, sums, coefficient = self._pairs(fold.concatenated(stats, self.dtype, cu.device), start, stop, cu - start, lengths, normalizer)
         if not self.with_gradient:
             return loss, sums
-        coefficient = _of_rows(g_scores, cu, stop - start)
-        if self.token_weights is not None:
-            coefficient = coefficient * self.token_weights[start:stop]
         if self.grads.later:
             self.grads.scale(start, stop, coefficient)
             return loss, sums
@@ -240,10 +237,11 @@ class _Walk:
         """Factor of KL_t in the gradient of the token's score: -/+ alpha, 0 where the chosen KL is detached."""
         if self.objective.kl is None:
             return None
+        if not self.objective.detach_chosen_kl:
+            return torch.full((rows,), self.objective.kl_sign, dtype=self.dtype, device=cu.device)
         signs = torch.full((len(cu) - 1,), self.objective.kl_sign, dtype=self.dtype, device=cu.device)
-        if self.objective.detach_chosen_kl:
-            signs[::2] = 0.0
-        return _of_rows(signs, cu, rows)
+        signs[::2] = 0.0
+        return torch.repeat_interleave(signs, cu.diff(), output_size=rows)
 
     def _unscaled_gradient(self, a, b, z, ref_z, stats, kl_sign):
         """dscore/dlogits of rows a..b as a function that writes them, see `GradientSums.hold`."""
@@ -253,19 +251,17 @@ class _Walk:
     def _pairs(
         self, stats: fold.Statistics, start: int, stop: int, cu: Tensor, lengths: Tensor, normalizer: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Loss [], sums [4, s] and dloss/dscore [s] from the token statistics of whole pairs."""
+        """Loss [], sums [4, s] and the factors of D [n], dloss/dscore times the weight of the token, from the statistics of whole pairs."""
         ref_logp = stats.ref_logp if self.ref_logps is None else self.ref_logps[start:stop]
         weights = None if self.token_weights is None else self.token_weights[start:stop]
-        (D, K, logps), _ = weighted_sums(self.folds.backend, stats.logp, ref_logp, stats.kl, cu, weights)
+        (D, K, logps), used = weighted_sums(self.folds.backend, stats.logp, ref_logp, stats.kl, cu, weights)
         scores = sequence_scores(D, K, self.objective)
         loss = pairwise_losses(scores, lengths, self.objective).sum() / normalizer
-        slopes = score_gradients(scores, lengths, self.objective) / normalizer if self.with_gradient else None
-        return loss, torch.stack([D, K, logps, lengths]), slopes
-
-
-def _of_rows(x: Tensor, cu: Tensor, rows: int) -> Tensor:
-    """x [S] of the sequences with boundaries cu [S+1] as [rows], a number for each of their rows."""
-    return torch.repeat_interleave(x, cu.diff(), output_size=rows)
+        coefficient = None
+        if self.with_gradient:
+            slopes = score_gradients(scores, lengths, self.objective) / normalizer
+            coefficient, _ = fold.implementation(self.folds.backend).spread(slopes, None, used, cu)
+        return loss, torch.stack([D, K, logps, lengths]), coefficient
 
 
 def _setup(ctx, inputs, output):

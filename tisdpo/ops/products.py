@@ -78,6 +78,11 @@ def add_grad_weight_(total: Tensor, d: Tensor, hidden: Tensor, *, first: bool) -
         torch.addmm(total, d.T, hidden, beta=0.0 if first else 1.0, out=total)
 
 
+def grad_weight(d: Tensor, hidden: Tensor) -> Tensor:
+    """d [n, V].T @ hidden [n, H] -> [V, H] in the dtype of d, where `rounds_itself`; hidden is rounded to it first."""
+    return _mm(d.T, hidden.to(d.dtype), d.new_empty(d.shape[1], hidden.shape[1]))
+
+
 class SummedRows:
     """dWeight [V, H] = D.T @ hidden for a D [n, V] that comes a few rows at a time, summed in the accumulation dtype.
 
@@ -126,14 +131,12 @@ class WaitingRows:
     nothing waits any more, and are written there at once; the others go by way of a buffer, as do all on a CPU, in float32.
     """
 
-    def __init__(self, weight: Tensor, rows: int, beside: Tensor):
-        """beside: memory for `columns_beside` columns of `rows` items of weight's dtype."""
+    def __init__(self, weight: Tensor, rows: int):
         vocabulary, hidden_size = weight.shape
-        self.result = weight.new_empty(weight.shape)
-        inside = vocabulary - self.columns_beside(weight.shape, rows)
+        self.result, rounds = weight.new_empty(weight.shape), rounds_itself(weight)
+        inside = vocabulary - self.columns_beside(weight.shape, rows, rounds)
         place = self.result.view(-1)
         offset = (len(place) - inside * rows) // ALIGNED * ALIGNED  # D lies at the end
-        rounds = rounds_itself(weight.device)
         step = max(1, (4 * SLICE_BYTES if rounds else IN_PLACE_BYTES) // (max(hidden_size, 1) * 4))
         step = -(-step // ALIGNED) * ALIGNED if rounds else step
         self.slices: list[tuple[int, int, Tensor]] = []  # first and last column, D
@@ -147,7 +150,7 @@ class WaitingRows:
             self.slices.append((first, last, memory.view(rows, last - first)))
             self.at_once.append(rounds and last * hidden_size <= offset + first * rows)
             first = last
-        others = beside.view(rows, vocabulary - inside)
+        others = weight.new_empty(rows, vocabulary - inside)
         step = max(vocabulary - inside, 1) if rounds else step
         for first in range(inside, vocabulary, step):
             last = min(first + step, vocabulary)
@@ -165,10 +168,12 @@ class WaitingRows:
         return rows <= 2 * hidden_size
 
     @staticmethod
-    def columns_beside(shape: tuple[int, int], rows: int) -> int:
-        """Columns of D for which the memory of a result of this shape, [V, H], does not suffice."""
+    def columns_beside(shape: tuple[int, int], rows: int, rounds: bool) -> int:
+        """Columns of D for which the memory of a result of this shape, [V, H], does not suffice. Where the product rounds itself an eighth
+        of that memory stays free, for the first slices that are written at once."""
         vocabulary, hidden_size = shape
-        return 0 if rows <= hidden_size else vocabulary - vocabulary * hidden_size // rows // ALIGNED * ALIGNED
+        room = vocabulary * hidden_size * (7 if rounds else 8) // 8
+        return 0 if rows * vocabulary <= room else vocabulary - room // rows // ALIGNED * ALIGNED
 
     def places(self, a: int, b: int) -> list[tuple[int, int, Tensor]]:
         """(first, last, D[a:b, first:last]) for all slices of columns."""
@@ -187,7 +192,7 @@ class WaitingRows:
         """dWeight for hidden [n, H], rounded to 16 bits; D is gone then."""
         hidden, result = hidden.to(self.result.dtype), self.result
         widest = max((last - first for (first, last, _), at_once in zip(self.slices, self.at_once) if not at_once), default=0)
-        dtype = result.dtype if rounds_itself(result.device) else torch.float32
+        dtype = result.dtype if rounds_itself(result) else torch.float32
         buffer = result.new_empty(widest, result.shape[1], dtype=dtype)
         for (first, last, d), at_once in zip(self.slices, self.at_once):
             if at_once:
@@ -228,9 +233,9 @@ def _along_one_stride(x: Tensor) -> Tensor:
     return x if 1 in x.stride() else x.contiguous()
 
 
-def rounds_itself(device: torch.device) -> bool:
-    """Whether `_mm` also makes products of 16-bit operands that are rounded to 16 bits once."""
-    return device.type != "cpu"
+def rounds_itself(x: Tensor) -> bool:
+    """Whether products of operands like x, of 16 bits, have float32 sums that are rounded to 16 bits once."""
+    return x.device.type != "cpu" and keeps_sums(x.device, x.dtype, x.dtype)
 
 
 @cache

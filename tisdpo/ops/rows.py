@@ -96,25 +96,26 @@ class GradientSums:
     With dL/dlogits = c_t * d_t: dHidden = c * (D @ W), dWeight = D^T @ (c * hidden), dBias = D^T @ c: the factors go where H is, not V.
     dWeight is summed over the chunks in float32 (`products.SummedRows`), or, for a 16-bit head and few rows, made of all of D at the end,
     which takes less memory (`products.WaitingRows`). Then, and without dWeight and dBias, the factors may come later than D (`later`): by
-    `hold` and `scale` instead of `add`.
+    `hold` and `scale` instead of `add`. Where all rows are one chunk, and the product rounds itself, it is dWeight already.
     """
 
-    def __init__(self, rows: HeadRows, needs: tuple[bool, bool, bool], by_columns: bool = False):
-        """by_columns: the gradient is written for ranges of columns, to where it waits."""
+    def __init__(self, rows: HeadRows, needs: tuple[bool, bool, bool], most: int, by_columns: bool = False):
+        """most: rows of a chunk of whole pairs; by_columns: the gradient is written for ranges of columns, to where it waits."""
         self.rows, self.needs, self.by_columns = rows, needs, by_columns
         self.dtype = dtype = accumulation_dtype(rows.hidden.dtype)
         self.count = len(rows.hidden) if rows.index is None else len(rows.index)
-        self.waits = needs[1] and dtype == torch.float32 and products.WaitingRows.serves(rows.weight, self.count)
+        self.weight = None  # dWeight, of one chunk
+        self.alone = needs[1] and self.count <= most and products.rounds_itself(rows.weight)
+        self.waits = needs[1] and dtype == torch.float32 and not self.alone and products.WaitingRows.serves(rows.weight, self.count)
         # every row that carries loss is written below; only the ignored ones need zeros
         empty = rows.hidden.new_empty
         self.hidden = (rows.hidden.new_zeros if self.count < len(rows.hidden) else empty)(rows.hidden.shape) if needs[0] else empty(0)
-        self.summed = products.SummedRows(rows.weight) if needs[1] and not self.waits else None
+        self.summed = products.SummedRows(rows.weight) if needs[1] and not (self.waits or self.alone) else None
         self.later = self.waits or not (needs[1] or needs[2])
         self.bias = rows.weight.new_zeros(len(rows.weight), dtype=dtype) if needs[2] and not self.waits else empty(0)
         self.held: list[tuple[int, int, Tensor]] = []  # D @ W of rows a..b, without the factors
         if self.waits:
-            beside = rows.weight.new_empty(self.count * products.WaitingRows.columns_beside(rows.weight.shape, self.count))
-            self.waiting, self.coefficient = products.WaitingRows(rows.weight, self.count, beside), empty(self.count, dtype=dtype)
+            self.waiting, self.coefficient = products.WaitingRows(rows.weight, self.count), empty(self.count, dtype=dtype)
 
     def add(self, a: int, b: int, gradient, coefficient: Tensor | None = None) -> None:
         """Add the rows a..b with dL/dlogits = coefficient [b-a] * D; `gradient` as in `hold`; no coefficients: 1."""
@@ -128,7 +129,11 @@ class GradientSums:
         if self.needs[0]:
             self._set_hidden(a, b, products.grad_hidden(d, self.rows.weight, self.dtype), coefficient)
         if self.needs[1]:
-            self.summed.add(d, self.rows.take(a, b) * coefficient[:, None])
+            hidden = self.rows.take(a, b) * coefficient[:, None]
+            if self.alone:
+                self.weight = products.grad_weight(d, hidden)
+            else:
+                self.summed.add(d, hidden)
         if self.needs[2]:
             self.bias += products.column_sums(d, coefficient)
 
@@ -162,8 +167,12 @@ class GradientSums:
             hidden = self.rows.take(0, self.count)
             scaled = torch.mul(hidden, self.coefficient[:, None], out=torch.empty_like(hidden, dtype=self.rows.weight.dtype))
             weight = self.waiting.product(scaled)
+        elif self.summed is not None:
+            weight = self.summed.product()
+        elif self.needs[1]:
+            weight = torch.zeros_like(self.rows.weight) if self.weight is None else self.weight
         else:
-            weight = self.rows.weight.new_empty(0) if self.summed is None else self.summed.product()
+            weight = self.rows.weight.new_empty(0)
         return self.hidden, weight, self.bias.to(self.rows.weight.dtype)
 
     def _set_hidden(self, a: int, b: int, grad: Tensor, coefficient: Tensor) -> None:
