@@ -100,6 +100,21 @@ def test_the_host_waits_once():
     assert len([w for w in found if "synchroniz" in str(w.message)]) == 1, [str(w.message) for w in found]
 
 
+def test_with_few_tokens_the_host_never_waits():
+    problem = Problem(Size(tokens=500, hidden=256, vocabulary=4099, pairs=5), torch.bfloat16, "cuda")
+    problem.target[::7] = -100
+    torch.use_deterministic_algorithms(False)
+    found = [x.clone() for x in problem.run(fused, Step(kl="reverse"))]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        problem.run(fused, Step(kl="reverse"))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    problem.size = Size(tokens=500, hidden=256, vocabulary=4099, pairs=5, masked=0.1)  # so that the plain formulas mask them
+    truth = problem.double().run(plain, Step(kl="reverse"))
+    assert max(error(found, truth)) < 0.02
+
+
 @pytest.mark.parametrize("step", [Step(), Step(kl="reverse")], ids=lambda s: s.name)
 def test_cuda_graphs(step):
     problem = Problem(SMALL, torch.bfloat16, "cuda")

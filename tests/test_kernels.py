@@ -346,3 +346,23 @@ def test_bad_values_are_an_error_and_not_an_assertion_on_the_device():
     target[2] = 11
     with pytest.raises(ValueError, match=r"target must be in 0\.\.10 or ignore_index=-100, got 11 at position 2"):
         tisdpo.linear_tis_dpo_loss(case.hidden, case.weight, target, case.cu_seqlens, ref_logps=torch.zeros(9), backend="triton")
+
+
+@pytest.mark.parametrize("kl", [None, "reverse", "forward"])
+def test_few_tokens_are_walked_over_without_waiting(monkeypatch, kl):
+    """What a GPU does with up to 512 tokens."""
+    case = make_case((7, 0, 3, 9, 1, 4), H=8, V=37, ignored=(0, 7, 8, 9, 12), dtype=torch.float32)  # one completion without a token
+
+    def results():
+        policy = [x.clone().requires_grad_() for x in (case.hidden, case.weight, case.bias)]
+        output = tisdpo.linear_tis_dpo_loss(
+            *policy[:2], case.target, case.cu_seqlens, bias=policy[2], token_weights=case.token_weights, backend="triton",
+            objective=Objective(kl=kl), ref_hidden=case.ref_hidden, ref_weight=case.ref_weight, ref_bias=case.ref_bias,
+        )  # fmt: skip
+        return [*(x for x in output if x is not None), *torch.autograd.grad(output.loss, policy)]
+
+    monkeypatch.setattr(backends, "few_rows", lambda device: 0)
+    expected = results()
+    monkeypatch.setattr(backends, "few_rows", lambda device: 512)
+    for x, y in zip(results(), expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)

@@ -13,9 +13,9 @@ BACKENDS = ("auto", "torch", "triton", "cpp")
 GPUS = ("cuda", "xpu")  # devices that Triton compiles for; ROCm calls itself cuda
 
 # Bytes of logits that may exist at one time: of one model, and of policy and reference together. CPU: large enough that accumulating
-# dWeight once a chunk costs little, small enough for a quarter of plain torch's memory, see benchmarks/NOTES.md. Accelerators: a few
-# thousand rows of the largest vocabularies.
-CHUNK_BYTES = {"cpu": (48 << 20, 96 << 20), "default": (1 << 30, 1 << 30)}
+# dWeight once a chunk costs little, small enough for a quarter of plain torch's memory, see benchmarks/NOTES.md. Accelerators: an H200 took
+# 1.25 x its products with 1 GiB, 1.16 x with 2 (16384 rows, V = 128256).
+CHUNK_BYTES = {"cpu": (48 << 20, 96 << 20), "default": (2 << 30, 2 << 30)}
 
 # The same where nothing in the logits waits for its pair and dWeight is not summed over chunks: fewer rows cost less.
 CHUNK_BYTES_LATER = {"cpu": (40 << 20, 64 << 20), "default": (1 << 30, 1 << 30)}
@@ -27,6 +27,9 @@ LEAST_ROWS = {"cpu": 256, "default": 1}
 
 # Rows of a chunk come in multiples of this where there are so many: the tiles of a GPU's products.
 ROW_MULTIPLE = {"cpu": 1, "default": 128}
+
+# Up to so many tokens that make one chunk are walked over whether ignored or not: to count those that are not, the host would have to wait.
+FEW_ROWS = {"cpu": 0, "default": 512}
 
 # Rows of a chunk are visited in blocks of about this many bytes: on a CPU a block then stays in the last-level cache between the passes.
 BLOCK_BYTES = {"cpu": 2 << 20, "default": 256 << 20}
@@ -126,6 +129,11 @@ def longest_held(chunk_rows: int, hidden_size: int, models: int) -> int:
 def row_multiple(device: str) -> int:
     """Rows of a chunk are multiples of this where possible."""
     return _for(device, ROW_MULTIPLE)
+
+
+def few_rows(device: str) -> int:
+    """Tokens among which the ignored ones are not searched for, see FEW_ROWS."""
+    return _for(device, FEW_ROWS)
 
 
 def block_rows(vocabulary: int, itemsize: int, device: str) -> int:

@@ -21,7 +21,7 @@ from tisdpo.losses import Objective, pairwise_losses, score_gradients, sequence_
 from tisdpo.ops import backend as backends
 from tisdpo.ops import fold, products, values
 from tisdpo.ops.backend import accumulation_dtype
-from tisdpo.ops.rows import GradientSums, Tiles, heads
+from tisdpo.ops.rows import GradientSums, HeadRows, Tiles, heads
 from tisdpo.ops.sequence_sums import weighted_sums
 from tisdpo.ops.token_stats import gradient_shapes
 
@@ -40,7 +40,8 @@ def linear_pairwise(
     """
     objective = Objective(loss, beta, kl, alpha, detach_chosen_kl, label_smoothing)
     name = backends.resolve(backend, hidden.device.type, hidden.dtype)
-    rows = _Rows.of(target, token_weights, cu_seqlens, len(weight), ignore_index, name)
+    most = HeadRows(hidden, weight, None).chunk_rows(1 if kl is None else 2, True)
+    rows = _Rows.of(target, token_weights, cu_seqlens, len(weight), ignore_index, name, min(most, backends.few_rows(hidden.device.type)))
     index = rows.index
     if index is not None:
         target, token_weights, ref_logps = (None if x is None else x[index] for x in (target, token_weights, ref_logps))
@@ -48,14 +49,13 @@ def linear_pairwise(
         target, ref_logps = target.masked_fill(rows.ignored, -1), None if ref_logps is None else ref_logps.masked_fill(rows.ignored, 0)
     policy, reference = heads(hidden, weight, ref_hidden, ref_weight, index)
     folds = fold.Fold(name, kl, fold.Transform(logit_scale, softcap, temperature), bias, ref_bias, ignored=rows.ignored is not None)
-    grads = GradientSums(policy, tuple(needs), policy.chunk_rows(1 if kl is None else 2, False), by_columns=name == "triton")
+    grads = GradientSums(policy, tuple(needs), most, by_columns=name == "triton")
     walk = _Walk(policy, reference, target, token_weights, ref_logps, rows, objective, folds, grads)
-    total, sums = hidden.new_zeros((), dtype=walk.dtype), []
-    for first, last in walk.chunks(rows.bounds):
-        part, part_sums = walk.chunk(first, rows.bounds[first : last + 1], normalizer)
-        total += part
-        sums.append(part_sums)
-    sums = torch.cat(sums, 1) if sums else total.new_zeros(4, 0)
+    chunks = [walk.chunk(first, rows.bounds[first : last + 1], normalizer) for first, last in walk.chunks(rows.bounds)]
+    if chunks:
+        total, sums = torch.stack([part for part, _ in chunks]).sum(), torch.cat([part for _, part in chunks], 1)
+    else:
+        total, sums = hidden.new_zeros((), dtype=walk.dtype), hidden.new_zeros(4, 0, dtype=walk.dtype)
     del walk  # and with it the logits: what follows needs memory of its own
     return total, sums, *grads.result()
 
@@ -90,11 +90,12 @@ class _Rows(NamedTuple):
 
     @classmethod
     def of(
-        cls, target: Tensor, token_weights: Tensor | None, cu_seqlens: Tensor, vocabulary: int, ignore_index: int, backend: str
+        cls, target: Tensor, token_weights: Tensor | None, cu_seqlens: Tensor, vocabulary: int, ignore_index: int, backend: str, few: int
     ) -> "_Rows":
         """Rows without those that are ignored; bad values raise. The one place where the host waits for the device.
 
-        While a CUDA graph is captured it must not wait: nothing is compacted, and the boundaries have to be on the host already.
+        While a CUDA graph is captured it must not wait: nothing is compacted, and the boundaries have to be on the host already. For up
+        to `few` tokens that make one chunk waiting takes longer than walking over the ignored ones.
         """
         if capturing():
             return cls._all(target, token_weights, cu_seqlens, vocabulary, ignore_index)
@@ -103,6 +104,11 @@ class _Rows(NamedTuple):
             from tisdpo.kernels.boundaries import boundaries
 
             found = boundaries(target, token_weights, cu_seqlens, vocabulary, ignore_index)
+            if len(target) <= few:
+                message = "a target is outside of the vocabulary, a token weight negative or not finite, or cu_seqlens are wrong"
+                torch._assert_async(found[0], message)
+                unknown = [0] * (len(cu_seqlens) - 1) + [len(target)]  # of one chunk nobody asks for more than its end
+                return cls(None, target == ignore_index, cu_seqlens.to(torch.int64), unknown, found[1:].diff())
             sound, *bounds = found.tolist()
             if not sound:  # found out here, it is an error like any other; asserted on the device, it would end the process
                 on_host = (None if x is None else x.cpu() for x in (target, token_weights, cu_seqlens))

@@ -180,7 +180,7 @@ def linear_token_stats_backward(
     name = backends.resolve(backend, hidden.device.type, hidden.dtype)
     folds = fold.Fold(name, kl, fold.Transform(logit_scale, softcap, temperature), bias, ref_bias)
     g_logps, g_kl = _upstream(g_logps, g_kl, stats, kl)
-    sums = GradientSums(policy, tuple(needs), policy.chunk_rows(1 if reference is None else 2, False), by_columns=name == "triton")
+    sums = GradientSums(policy, tuple(needs), policy.chunk_rows(1 if reference is None else 2, True), by_columns=name == "triton")
     dtype = products.gradient_dtype(weight.device, weight.dtype)
     for a, b, place, z, ref_z in _tiles(policy, reference, index, len(target), sums.later):
         g = None if g_kl is None else g_kl[place]
