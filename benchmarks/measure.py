@@ -61,11 +61,11 @@ def git(*arguments: str) -> str:
 
 
 def revision() -> str:
-    """Short hash of the checkout, "+changes" where files differ; TISDPO_REVISION where there is a copy of the files alone."""
+    """Short hash of the checkout, "+changes" where files differ; or TISDPO_REVISION, for a copy of the files."""
+    if "TISDPO_REVISION" in os.environ:
+        return os.environ["TISDPO_REVISION"]
     short = git("rev-parse", "--short", "HEAD")
-    if short == "unknown":
-        return os.environ.get("TISDPO_REVISION", short)
-    return short + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    return short if short == "unknown" else short + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
 
 
 def cpu_name() -> str:

@@ -31,6 +31,10 @@ REASONS = [
     (WHOLE, lambda size: size["tokens"] * size["vocabulary"] <= 1 << 23,
      "few logits: they fit into the cache, nothing is saved by chunks, and the fixed cost of the operators counts"),
 ]  # fmt: skip
+ON_GPU = (
+    "it rounds its logits to 16 bits, which halves the traffic of the softmax, and holds all of them at once, so that each product is one "
+    "call"
+)
 
 
 def newest(kind: str) -> dict | None:
@@ -80,6 +84,15 @@ def why(name: str, size: dict) -> str:
     return next((text for who, holds, text in REASONS if name.startswith(who) and holds(size)), "not explained yet")
 
 
+def ms(seconds: float) -> str:
+    """Milliseconds, three digits or all that stand before the point."""
+    return f"{1e3 * seconds:.0f}" if seconds >= 0.1 else f"{1e3 * seconds:.3g}"
+
+
+def speed(flops: float) -> str:
+    return f"{flops / 1e12:.0f} TFLOP/s" if flops > 1e13 else f"{flops / 1e9:.0f} GFLOP/s"
+
+
 def size_text(size: dict) -> str:
     masked = f", {size['masked']:.0%} masked" if size["masked"] else ""
     return f"N = {size['tokens']:,} in {size['pairs']} pairs, H = {size['hidden']:,}, V = {size['vocabulary']:,}{masked}"
@@ -89,7 +102,7 @@ def step_table(result: dict) -> list[str]:
     """One kind of step, fastest first; who takes no part stands below with the reason."""
     lines = [
         f"**{result['step']}** ({result['dtype']}, {size_text(result['size'])}): {result['products']} products, "
-        f"{1e3 * result['products_seconds']:.0f} ms, {1e3 * result['products_tflops']:.0f} GFLOP/s",
+        f"{ms(result['products_seconds'])} ms, {speed(1e12 * result['products_tflops'])}",
         "",
         "| | ms (p20 to p80) | x products | MiB beyond gradients | largest relative error |",
         "| --- | --- | --- | --- | --- |",
@@ -103,7 +116,7 @@ def step_table(result: dict) -> list[str]:
         memory = f"{row['extra_bytes'] / MIB:.0f}" if row.get("extra_bytes") is not None else ""
         error = f"{max(row['error'].values()):.0e}" if "error" in row else ""
         bold = "**" if name == OURS else ""
-        spread = f"{1e3 * row['seconds']:.0f} ({1e3 * row['p20']:.0f} to {1e3 * row['p80']:.0f})"
+        spread = f"{ms(row['seconds'])} ({ms(row['p20'])} to {ms(row['p80'])})"
         lines.append(f"| {bold}{name}{bold}{note} | {spread} | {bold}{row['ratio']:.2f}{bold} | {memory} | {error} |")
     return [*lines, "", *(["No part: " + "; ".join(absent) + ".", ""] if absent else [])]
 
@@ -115,9 +128,10 @@ def losing_rows(reports: list[dict]) -> list[str]:
         curves = [(point, f"curve of {name}") for name, c in report.get("scaling", {}).items() for point in c["points"]]
         for result, where in [(r, r["step"]) for r in report.get("steps", [])] + curves:
             for name, factor in lost(result):
+                reason = ON_GPU if "head" in result and name.startswith(WHOLE) else why(name, result["size"])
                 close = ", ranges overlap" if result["rows"][name]["p80"] > result["rows"][OURS]["p20"] else ""
                 row = f"  - {result['dtype']}, {where}, {size_text(result['size'])}: {factor:.2f} times as fast{close}"
-                found.setdefault((name, why(name, result["size"])), []).append(row)
+                found.setdefault((name, reason), []).append(row)
     return [line for (name, reason), rows in found.items() for line in (f"- **{name}**: {reason}.", *rows)] or ["None."]
 
 
@@ -145,12 +159,12 @@ def scaling_table(scaling: dict) -> list[str]:
 def roofline_table(result: dict) -> list[str]:
     top = result["ceilings"]
     lines = [
-        f"Ceilings: products {top['flops'] / 1e9:.0f} GFLOP/s, a copy {top['bytes_per_second'] / 1e9:.1f} GB/s (read and written).",
+        f"Ceilings: products {speed(top['flops'])}, a copy {top['bytes_per_second'] / 1e9:.1f} GB/s (read and written).",
         "", "| fold alone | ms | GB/s | of the copy |", "| --- | --- | --- | --- |",
     ]  # fmt: skip
     for name, row in result["folds"].items():
         share = row["bytes_per_second"] / top["bytes_per_second"]
-        lines.append(f"| {name} | {1e3 * row['seconds']:.0f} | {row['bytes_per_second'] / 1e9:.1f} | {share:.0%} |")
+        lines.append(f"| {name} | {ms(row['seconds'])} | {row['bytes_per_second'] / 1e9:.1f} | {share:.0%} |")
     return [*lines, ""]
 
 
@@ -206,21 +220,57 @@ def page(cpu: list[dict], end_to_end: dict | None, gpu: dict | None) -> str:
             lines += [report["parts_of"]["scaling"], ""] if "scaling" in report["parts_of"] else []
             lines += scaling_table(report["scaling"])
     lines += ["## Where somebody else is faster", "", "Rows above in which a provider that computes the same task beats one pass:", ""]
-    lines += [*losing_rows(cpu), ""]
+    lines += [*losing_rows([*cpu, *([gpu] if gpu else [])]), ""]
     if end_to_end is not None:
         lines += ["## Whole training steps and scoring, CPU, float32", "", machine(end_to_end), "", *end_to_end_tables(end_to_end)]
     lines += ["## GPU", ""]
     if gpu is None:
         lines += ["Not yet measured. `python -m benchmarks.device` measures it.", ""]
     else:
-        lines += [machine(gpu), ""]
-        for result in gpu["steps"]:
-            lines += [f"{result['head']}:", "", *step_table(result)]
+        lines += [machine(gpu), "", f"Tests marked gpu: {gpu['tests']['summary']}.", *gpu.get("remarks", []), ""]
+        if gpu.get("sanitizer", {}).get("ran"):
+            lines += [f"compute-sanitizer (memcheck) over every kernel: {'clean' if gpu['sanitizer']['clean'] else 'NOT clean'}.", ""]
+        if "ceilings" in gpu.get("roofline", {}):
+            lines += ["### Ceilings, and the folds on 2048 rows of 128256", "", *roofline_table(gpu["roofline"])]
+        for head in dict.fromkeys(result["head"] for result in gpu["steps"]):
+            lines += [f"### The head of {head}", ""]
+            for result in gpu["steps"]:
+                lines += step_table(result) if result["head"] == head else []
+        lines += (
+            ["No time was left for: " + "; ".join(x.removesuffix(": no time left") for x in gpu["left_out"]) + ".", ""]
+            if gpu.get("left_out")
+            else []
+        )
     return "\n".join(lines)
 
 
-def figures(reports: list[dict], end_to_end: dict | None) -> str:
-    """The README's block: time and memory of both kinds of step from the files of the default size, and whole training steps."""
+def gpu_figures(report: dict) -> list[str]:
+    """The README's table of a GPU: time and memory of the four kinds of step at the first head and length that were measured."""
+    first = report["steps"][0]
+    steps = [r for r in report["steps"] if (r["head"], r["size"]) == (first["head"], first["size"])]
+    lines = [
+        f"On a GPU ({report['device']['name']}, {first['dtype']}, the head of {first['head']}, {size_text(first['size'])}; "
+        f"[data](benchmarks/results/{report['file']}), revision {report['revision']}), ms and MiB beyond the gradients:",
+        "", "| | " + " | ".join(r["step"] for r in steps) + " |", "| --- |" + " --- |" * len(steps),
+        "| the matrix products alone | " + " | ".join(ms(r["products_seconds"]) for r in steps) + " |",
+    ]  # fmt: skip
+    for name in (
+        OURS,
+        "torch.compile, float32 logits",
+        "plain torch",
+        "plain torch, float32 logits",
+        "TRL chunked",
+        "Cut Cross-Entropy, exact",
+    ):
+        rows = [r["rows"].get(name, {}) for r in steps]
+        cells = [f"{ms(row['seconds'])} ms, {row['extra_bytes'] / MIB:,.0f} MiB" if "seconds" in row else "" for row in rows]
+        bold = "**" if name == OURS else ""
+        lines.append(f"| {bold}{name}{bold} | " + " | ".join(bold + cell + bold if cell else "" for cell in cells) + " |")
+    return ["", *lines]
+
+
+def figures(reports: list[dict], end_to_end: dict | None, gpu: dict | None) -> str:
+    """The README's block: time and memory of both kinds of step from the files of the default size, a GPU's, whole training steps."""
     columns = [(report, step) for report in reports for step in ("no KL", "KL, online reference")]
     rows = [{r["step"]: r for r in report["steps"]}[step]["rows"] for report, step in columns]
     heads = [f"{report['dtype']}, {step}" for report, step in columns]
@@ -241,6 +291,7 @@ def figures(reports: list[dict], end_to_end: dict | None) -> str:
             "",
             f"Largest error of bfloat16 gradients, against float64: {ours}; plain torch, which rounds its logits, {plain}.",
         ]
+    lines += ["", "On a GPU: not yet measured."] if gpu is None else gpu_figures(gpu)
     if end_to_end is not None:
         step = end_to_end["steps"][0]
 
@@ -374,8 +425,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"no cpu-float32-*.json of the default size in {RESULTS}; run python -m benchmarks.run", file=sys.stderr)
         return 2
     end_to_end = newest("end-to-end")
-    text = page(cpu, end_to_end, newest("device"))
-    readme = with_figures(README.read_text(), figures([report for report in cpu if plotted(report)], end_to_end))
+    gpu = newest("device")
+    text = page(cpu, end_to_end, gpu)
+    readme = with_figures(README.read_text(), figures([report for report in cpu if plotted(report)], end_to_end, gpu))
     if args.check:
         stale = [path.name for path, new in ((PAGE, text), (README, readme)) if not path.exists() or path.read_text() != new]
         print(f"not what the JSON files give: {', '.join(stale)}; run python -m benchmarks.plot" if stale else "up to date")
