@@ -128,7 +128,7 @@ def losing_rows(reports: list[dict]) -> list[str]:
         curves = [(point, f"curve of {name}") for name, c in report.get("scaling", {}).items() for point in c["points"]]
         for result, where in [(r, r["step"]) for r in report.get("steps", [])] + curves:
             for name, factor in lost(result):
-                reason = ON_GPU if "head" in result and name.startswith(WHOLE) else why(name, result["size"])
+                reason = ON_GPU if "sms" in report["device"] and name.startswith(WHOLE) else why(name, result["size"])
                 close = ", ranges overlap" if result["rows"][name]["p80"] > result["rows"][OURS]["p20"] else ""
                 row = f"  - {result['dtype']}, {where}, {size_text(result['size'])}: {factor:.2f} times as fast{close}"
                 found.setdefault((name, reason), []).append(row)
@@ -227,9 +227,11 @@ def page(cpu: list[dict], end_to_end: dict | None, gpu: dict | None) -> str:
     if gpu is None:
         lines += ["Not yet measured. `python -m benchmarks.device` measures it.", ""]
     else:
-        lines += [machine(gpu), "", f"Tests marked gpu: {gpu['tests']['summary']}.", *gpu.get("remarks", []), ""]
+        lines += [machine(gpu), "", f"- Tests marked gpu: {gpu['tests']['summary']}."]
+        lines += [f"- {remark}" for remark in gpu.get("remarks", [])]
         if gpu.get("sanitizer", {}).get("ran"):
-            lines += [f"compute-sanitizer (memcheck) over every kernel: {'clean' if gpu['sanitizer']['clean'] else 'NOT clean'}.", ""]
+            lines += [f"- compute-sanitizer (memcheck) over every kernel: {'clean' if gpu['sanitizer']['clean'] else 'NOT clean'}."]
+        lines += [""]
         if "ceilings" in gpu.get("roofline", {}):
             lines += ["### Ceilings, and the folds on 2048 rows of 128256", "", *roofline_table(gpu["roofline"])]
         for head in dict.fromkeys(result["head"] for result in gpu["steps"]):
