@@ -128,7 +128,7 @@ def losing_rows(reports: list[dict]) -> list[str]:
         curves = [(point, f"curve of {name}") for name, c in report.get("scaling", {}).items() for point in c["points"]]
         for result, where in [(r, r["step"]) for r in report.get("steps", [])] + curves:
             for name, factor in lost(result):
-                reason = ON_GPU if "sms" in report["device"] and name.startswith(WHOLE) else why(name, result["size"])
+                reason = ON_GPU if "sms" in report.get("device", {}) and name.startswith(WHOLE) else why(name, result["size"])
                 close = ", ranges overlap" if result["rows"][name]["p80"] > result["rows"][OURS]["p20"] else ""
                 row = f"  - {result['dtype']}, {where}, {size_text(result['size'])}: {factor:.2f} times as fast{close}"
                 found.setdefault((name, reason), []).append(row)

@@ -90,6 +90,7 @@ class Problem:
         self.ref_logps = torch.full((N,), -8.0, device=device)
         cuts = torch.randperm(N - 1, generator=g, device=device)[: 2 * size.pairs - 1].add_(1).sort().values
         self.cu_seqlens = torch.cat([cuts.new_zeros(1), cuts, cuts.new_tensor([N])])
+        self.cu_seqlens_on_cpu = self.cu_seqlens.cpu()  # as a collator has them
         if dtype == torch.float64:
             self.token_weights, self.ref_logps = self.token_weights.double(), self.ref_logps.double()
 
@@ -129,12 +130,12 @@ def objective(step: Step) -> Objective:
 
 
 def fused(p: Problem, step: Step, plan: str = "one_pass", backend: str = "auto") -> Tensor:
-    """This library."""
+    """This library, called as its trainer does; with masked tokens, as somebody who has not taken them out."""
     online = dict(ref_hidden=p.ref_hidden, ref_weight=p.ref_weight)
     reference = online if step.reference_products else dict(ref_logps=p.ref_logps)
     return tisdpo.linear_tis_dpo_loss(
-        p.hidden, p.weight, p.target, p.cu_seqlens, token_weights=p.token_weights, objective=objective(step), plan=plan, backend=backend,
-        **reference,
+        p.hidden, p.weight, p.target, p.cu_seqlens_on_cpu, token_weights=p.token_weights, objective=objective(step), plan=plan,
+        backend=backend, ignore_index=IGNORED if p.size.masked else None, **reference,
     ).loss  # fmt: skip
 
 

@@ -14,10 +14,10 @@ from tisdpo.weighting import Weighting, chosen_tokens, contrast_weights
 
 
 def head(hidden, weight, bias, target, ref_hidden, ref_weight, ref_bias, ignore_index):
-    """The checked inputs of the head operators, flattened to [N, ...], in the dtype autocast asks for."""
+    """(the checked inputs of the head operators, flattened to [N, ...], in the dtype autocast asks for; their ignore_index)."""
     checks.floating("hidden", hidden, min_dim=1)
     checks.head("weight", weight, "bias", bias, "hidden", hidden)
-    checks.target(target, hidden.shape[:-1], len(weight), ignore_index, "hidden without its last dimension")
+    ignore_index = checks.target(target, hidden.shape[:-1], len(weight), ignore_index, "hidden without its last dimension")
     if ref_hidden is None and (ref_weight is not None or ref_bias is not None):
         raise ValueError("ref_weight and ref_bias go with ref_hidden, which is missing")
     if ref_hidden is not None:
@@ -42,7 +42,7 @@ def head(hidden, weight, bias, target, ref_hidden, ref_weight, ref_bias, ignore_
     hidden, weight, bias, ref_hidden, ref_weight, ref_bias = (autocast(x) for x in tensors)
     checks.same_dtype(hidden=hidden, weight=weight, bias=bias)
     checks.same_dtype(ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias)
-    return hidden, weight, bias, target.reshape(-1), ref_hidden, ref_weight, ref_bias
+    return (hidden, weight, bias, target.reshape(-1), ref_hidden, ref_weight, ref_bias), ignore_index
 
 
 def rows(x: Tensor | None) -> Tensor | None:

@@ -18,7 +18,7 @@ class FlatBatch(NamedTuple):
     """The completion tokens of a batch, sequence after sequence.
 
     where [S, T-1] ([1, T-1] of a padding-free batch) bool: positions whose next token is a completion token; target [N]: that token;
-    cu_seqlens [S+1] counts completion tokens;
+    cu_seqlens [S+1] counts completion tokens, on the CPU: the host then need not wait for a device when it comes to the loss;
     token_weights [N] and ref_logps [N], or None where the batch has none.
     """
 
@@ -46,6 +46,7 @@ def flatten_batch(batch: dict) -> FlatBatch:
     cu_seqlens = torch.cat([counts.new_zeros(1, dtype=torch.long), counts.cumsum(0)])
     if bounds is not None:
         cu_seqlens = cu_seqlens[bounds.long()]
+    cu_seqlens = cu_seqlens.cpu()
 
     def take(name: str) -> Tensor | None:
         return batch[name][:, 1:][where] if batch.get(name) is not None else None

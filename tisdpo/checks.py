@@ -9,6 +9,7 @@ import math
 import torch
 from torch import Tensor
 
+from tisdpo.ops import values
 from tisdpo.ops.fold import Transform
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -61,14 +62,18 @@ def head(name: str, weight, bias_name: str, bias, hidden_name: str, hidden: Tens
             raise ValueError(f"{bias_name} must be [{weight.shape[0]}] to go with {name} {tuple(weight.shape)}, got {tuple(bias.shape)}")
 
 
-def target(x, shape, vocabulary: int, ignore_index: int, what: str) -> None:
+def target(x, shape, vocabulary: int, ignore_index: int | None, what: str) -> int:
+    """The ignore_index that the operators take; for None one that no target has."""
     tensor("target", x)
     if x.dtype != torch.int64:
         raise TypeError(f"target must be int64, got {x.dtype}")
     if x.shape != shape:
         raise ValueError(f"target must have the shape {tuple(shape)} of {what}, got {tuple(x.shape)}")
+    if ignore_index is None:
+        return values.NOTHING
     if 0 <= ignore_index < vocabulary:
-        raise ValueError(f"ignore_index must lie outside the vocabulary 0..{vocabulary - 1}, got {ignore_index}")
+        raise ValueError(f"ignore_index must lie outside the vocabulary 0..{vocabulary - 1}, or be None, got {ignore_index}")
+    return ignore_index
 
 
 def mask(name: str, x, shape) -> None:

@@ -307,7 +307,7 @@ def _batch_kl(model, ref_model, batch: dict[str, Tensor]) -> list[float]:
         _check_comparable(head, reference)
         return linear_token_logps(
             flat.take(hidden), head.weight, flat.target, bias=head.bias, ref_hidden=ref_hidden, ref_weight=reference.weight.detach(),
-            ref_bias=None if reference.bias is None else reference.bias.detach(), kl="reverse", **head.transform,
+            ref_bias=None if reference.bias is None else reference.bias.detach(), kl="reverse", ignore_index=None, **head.transform,
         ).kl  # fmt: skip
 
     kl = attach_head(model)(**model_inputs(batch), head=token_kl).double().cpu()

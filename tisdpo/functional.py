@@ -44,7 +44,7 @@ def token_logps(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     overwrite_logits: bool = False,
     backend: str = "auto",
 ) -> TokenStats:
@@ -56,8 +56,8 @@ def token_logps(
         kl = (p * (p.log() - q.log())).sum(-1)     # "reverse", KL(pi || pi_ref); "forward" has p and q exchanged
 
     logits [..., V], target [...] (int64, 0..V-1 or ignore_index), ref_logits [..., V]; results have target's shape. Ignored
-    positions give 0 and no gradient. Gradients reach `logits` through `logps` and `kl`, for any upstream gradient; a reference
-    that requires a gradient raises. Needs `ref_logits` for `kl`.
+    positions give 0 and no gradient; ignore_index=None: there are none. Gradients reach `logits` through `logps` and `kl`, for any
+    upstream gradient; a reference that requires a gradient raises. Needs `ref_logits` for `kl`.
 
     Memory: the gradient, in the dtype of the logits; none with `overwrite_logits`, where the backward writes it over the logits: they must
     then serve nobody else, and a second backward raises. Strided logits, such as ``logits[:, :-1]``, are read in place.
@@ -65,7 +65,7 @@ def token_logps(
     Raises TypeError and ValueError that name the argument, what was expected and what came.
     """
     checks.floating("logits", logits, min_dim=1)
-    checks.target(target, logits.shape[:-1], logits.shape[-1], ignore_index, "logits without its last dimension")
+    ignore_index = checks.target(target, logits.shape[:-1], logits.shape[-1], ignore_index, "logits without its last dimension")
     checks.same_device(logits=logits, target=target, ref_logits=ref_logits)
     transform = checks.transform(logit_scale, softcap, temperature)
     arguments.kl_and_reference(kl, ref_logits, "ref_logits")
@@ -89,12 +89,13 @@ def linear_token_logps(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     backend: str = "auto",
 ) -> TokenStats:
     """`token_logps` of ``F.linear(hidden, weight, bias)`` without the [N, V] logits: an ordinary differentiable op for any loss on top.
 
-    hidden [..., H], weight [V, H] (the LM head), bias [V], target [...] (int64); ref_hidden [..., H] with ref_weight [V, H'] and
+    hidden [..., H], weight [V, H] (the LM head), bias [V], target [...] (int64; ignore_index=None where no position is ignored, which
+    spares a GPU's host the wait for their number); ref_hidden [..., H] with ref_weight [V, H'] and
     ref_bias [V] (both default to the policy's, which must then be frozen). Gradients reach hidden, weight and bias through `logps`
     and `kl`, for any upstream gradient (two passes: the backward computes the logits again).
 
@@ -105,7 +106,7 @@ def linear_token_logps(
     Raises TypeError and ValueError that name the argument, what was expected and what came.
     """
     transform = checks.transform(logit_scale, softcap, temperature)
-    head = arguments.head(hidden, weight, bias, target, ref_hidden, ref_weight, ref_bias, ignore_index)
+    head, ignore_index = arguments.head(hidden, weight, bias, target, ref_hidden, ref_weight, ref_bias, ignore_index)
     arguments.kl_and_reference(kl, ref_hidden, "ref_hidden")
     out = token_stats.linear_token_stats(*head, kl, *transform, ignore_index, backend)
     return _token_stats(out, target.shape, ref_hidden is not None, kl)
@@ -235,7 +236,7 @@ def linear_tis_dpo_loss(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
     plan: str = "auto",
@@ -246,10 +247,10 @@ def linear_tis_dpo_loss(
         stats = linear_token_logps(hidden, weight, target, ref_hidden=ref_hidden, ref_weight=ref_weight, kl=objective.kl)
         output = tis_dpo_loss(stats.logps, stats.ref_logps, cu_seqlens, token_weights=token_weights, kl=stats.kl, objective=objective)
 
-    hidden [N, H], weight [V, H], bias [V], target [N] (int64; ignore_index positions count for nothing), cu_seqlens [S+1] with
-    sequences interleaved chosen_0, rejected_0, chosen_1, ...; token_weights [N] >= 0 (None: 1). The reference is either `ref_logps`
-    [N], or `ref_hidden` [N, H'] with ref_weight [V, H'] and ref_bias [V] (default: the policy's head, which must then be frozen);
-    the KL term needs the latter.
+    hidden [N, H], weight [V, H], bias [V], target [N] (int64; ignore_index positions count for nothing, None: there are none),
+    cu_seqlens [S+1], on the CPU or beside hidden, with sequences interleaved chosen_0, rejected_0, chosen_1, ...; token_weights [N] >= 0
+    (None: 1). The reference is either `ref_logps` [N], or `ref_hidden` [N, H'] with ref_weight [V, H'] and ref_bias [V] (default: the
+    policy's head, which must then be frozen); the KL term needs the latter.
 
     Cost in products of 2 N H V FLOP, forward and backward together: trainable head 3, with KL or online reference 4; frozen head 2
     and 3. plan="two_pass" (recompute in the backward, 4 and 6) is for comparison, and what "auto" takes for float16, whose small
@@ -258,6 +259,9 @@ def linear_tis_dpo_loss(
     the gradients are computed in the forward, and skipped where none is needed. With a float32 sum a pair longer than the budget is
     held while its logits take no more than a head does (rows * models <= H), and computed twice beyond that; with TISDPO_CHUNK_MIB set,
     always (docs/design.md).
+
+    On a GPU the host waits once for the device, for the boundaries among the tokens that carry loss: not with ignore_index=None and
+    cu_seqlens on the CPU, nor with up to 512 tokens. A bad value is then an assertion on the device instead of a ValueError.
 
     Raises TypeError and ValueError that name the argument, what was expected and what came.
     """
@@ -270,7 +274,8 @@ def linear_tis_dpo_loss(
             f"hidden must be [N, H] over flat sequences, got shape {tuple(hidden.shape)}; see tisdpo.data.flatten_batch for padded batches"
         )
     transform = checks.transform(logit_scale, softcap, temperature)
-    head = arguments.head(hidden, weight, bias, target, ref_hidden, ref_weight, ref_bias, ignore_index)
+    every = ignore_index is None
+    head, ignore_index = arguments.head(hidden, weight, bias, target, ref_hidden, ref_weight, ref_bias, ignore_index)
     hidden, weight, bias, target, ref_hidden, ref_weight, ref_bias = head
     checks.cu_seqlens(cu_seqlens, len(target))
     arguments.pairs(cu_seqlens)
@@ -291,10 +296,11 @@ def linear_tis_dpo_loss(
             ref_hidden is not None,
             objective.kl,
         )
-        reference = stats.ref_logps if ref_logps is None else ref_logps.masked_fill(target == ignore_index, 0)
+        ignored = None if every else target == ignore_index
+        reference = stats.ref_logps if ref_logps is None else ref_logps if every else ref_logps.masked_fill(ignored, 0)
         return tis_dpo_loss(
             stats.logps, reference, cu_seqlens.to(hidden.device), token_weights=token_weights, kl=stats.kl, objective=objective,
-            reduction=reduction, normalizer=normalizer, ignored=target == ignore_index,
+            reduction=reduction, normalizer=normalizer, ignored=ignored,
         )  # fmt: skip
 
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]

@@ -50,7 +50,7 @@ def batch_logps(model, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor
 
     def score(hidden: Tensor, head: Head) -> tuple[Tensor, Tensor]:
         taken = flat.take(hidden)
-        return linear_token_logps(taken, head.weight, flat.target, bias=head.bias, **head.transform).logps, taken
+        return linear_token_logps(taken, head.weight, flat.target, bias=head.bias, ignore_index=None, **head.transform).logps, taken
 
     return *attach_head(model)(**model_inputs(batch), head=score), flat.cu_seqlens
 

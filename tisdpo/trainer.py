@@ -264,7 +264,9 @@ class TISDPOTrainer(GlobalBatches, Trainer):
         flat = flatten_batch(inputs)
 
         def nll(hidden: Tensor, head: Head):
-            logps = linear_token_logps(flat.take(hidden), head.weight, flat.target, bias=head.bias, **head.transform).logps
+            logps = linear_token_logps(
+                flat.take(hidden), head.weight, flat.target, bias=head.bias, ignore_index=None, **head.transform
+            ).logps
             return -logps, head.aux_loss, head.aux_loss_coef
 
         losses, *aux = model(**model_inputs(inputs), head=nll)
@@ -279,7 +281,7 @@ class TISDPOTrainer(GlobalBatches, Trainer):
         def preference(hidden: Tensor, head: Head):
             output = linear_tis_dpo_loss(
                 flat.take(hidden), head.weight, flat.target, flat.cu_seqlens, token_weights=flat.token_weights, bias=head.bias,
-                objective=self.objective, normalizer=items, **reference, **head.transform,
+                objective=self.objective, normalizer=items, ignore_index=None, **reference, **head.transform,
             )  # fmt: skip
             return output, head.aux_loss, head.aux_loss_coef
 

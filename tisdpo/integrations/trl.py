@@ -218,7 +218,7 @@ class TISDPOTrainer(GlobalBatches, DPOTrainer):
         def preference(hidden: Tensor, head: Head):
             output = linear_tis_dpo_loss(
                 flat.take(hidden), head.weight, flat.target, flat.cu_seqlens, token_weights=flat.token_weights, bias=head.bias,
-                objective=self.objective, normalizer=items, **reference, **head.transform,
+                objective=self.objective, normalizer=items, ignore_index=None, **reference, **head.transform,
             )  # fmt: skip
             return output, head.aux_loss
 

@@ -94,21 +94,28 @@ class _Rows(NamedTuple):
     ) -> "_Rows":
         """Rows without those that are ignored; bad values raise. The one place where the host waits for the device.
 
-        While a CUDA graph is captured it must not wait: nothing is compacted, and the boundaries have to be on the host already. For up
-        to `few` tokens that make one chunk waiting takes longer than walking over the ignored ones.
+        It does not where it knows everything: cu_seqlens lie on the CPU, and nothing is ignored. Nor while a CUDA graph is captured:
+        nothing is compacted then, and cu_seqlens have to lie there. Nor for up to `few` tokens that make one chunk: waiting takes longer
+        than walking over the ignored ones.
         """
+        whole = ignore_index == values.NOTHING
+        device, tokens = target.device, len(target)
         if capturing():
             return cls._all(target, token_weights, cu_seqlens, vocabulary, ignore_index)
-        cu_seqlens = cu_seqlens.to(target.device)
-        if backend == "triton" and len(target):
+        known = None
+        if whole and cu_seqlens.device.type == "cpu":
+            values.cu_seqlens(cu_seqlens, tokens)
+            known = cu_seqlens.tolist()
+        cu_seqlens = cu_seqlens.to(device, torch.int64, non_blocking=known is not None)
+        if backend == "triton" and tokens:
             from tisdpo.kernels.boundaries import boundaries
 
             found = boundaries(target, token_weights, cu_seqlens, vocabulary, ignore_index)
-            if len(target) <= few:
+            if known is not None or tokens <= few:
                 message = "a target is outside of the vocabulary, a token weight negative or not finite, or cu_seqlens are wrong"
                 torch._assert_async(found[0], message)
-                unknown = [0] * (len(cu_seqlens) - 1) + [len(target)]  # of one chunk nobody asks for more than its end
-                return cls(None, target == ignore_index, cu_seqlens.to(torch.int64), unknown, found[1:].diff())
+                unknown = [0] * (len(cu_seqlens) - 1) + [tokens]  # of one chunk nobody asks for more than its end
+                return cls(None, None if whole else target == ignore_index, cu_seqlens, known or unknown, found[1:].diff())
             sound, *bounds = found.tolist()
             if not sound:  # found out here, it is an error like any other; asserted on the device, it would end the process
                 on_host = (None if x is None else x.cpu() for x in (target, token_weights, cu_seqlens))
@@ -116,12 +123,14 @@ class _Rows(NamedTuple):
             cu_seqlens = found[1:]
         else:
             cls._check(target, token_weights, cu_seqlens, vocabulary, ignore_index)
+            if known is not None:
+                return cls(None, None, cu_seqlens, known, cu_seqlens.diff())
             keep = target != ignore_index
             before = torch.cat([keep.new_zeros(1, dtype=torch.int64), keep.cumsum(0)])  # kept rows in front of every position
-            cu_seqlens = before[cu_seqlens.to(torch.int64)]
+            cu_seqlens = before[cu_seqlens]
             bounds = cu_seqlens.tolist()
         kept = bounds[-1]
-        index = None if kept == len(target) else torch.nonzero_static(target != ignore_index, size=kept)[:, 0]
+        index = None if kept == tokens else torch.nonzero_static(target != ignore_index, size=kept)[:, 0]
         return cls(index, None, cu_seqlens, bounds, cu_seqlens.diff())
 
     @classmethod
@@ -135,7 +144,7 @@ class _Rows(NamedTuple):
         for place, bound in enumerate(bounds):  # as kernel arguments: a copy from the host would be read again at every replay
             on_device[place].fill_(bound)
         before = torch.cat([keep.new_zeros(1, dtype=torch.int64), keep.cumsum(0)])
-        return cls(None, ~keep, on_device, bounds, before[on_device].diff())
+        return cls(None, None if ignore_index == values.NOTHING else ~keep, on_device, bounds, before[on_device].diff())
 
     @staticmethod
     def _check(target, token_weights, cu_seqlens, vocabulary, ignore_index) -> None:

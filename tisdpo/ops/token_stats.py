@@ -108,7 +108,7 @@ def _folds(logits, kl, logit_scale, softcap, temperature, backend) -> fold.Fold:
 
 def _marked(target: Tensor, ignore_index: int) -> Tensor:
     """Targets with -1 where they are ignored, as the folds want them."""
-    return torch.where(target == ignore_index, -1, target)
+    return target if ignore_index == values.NOTHING else torch.where(target == ignore_index, -1, target)
 
 
 def _upstream(g_logps, g_kl, stats, kl):
@@ -152,7 +152,7 @@ def linear_token_stats(
     """hidden [N, H], weight [V, H], bias [V], target [N] (and the same of the reference) -> (logps, lse, ref_logps, ref_lse, kl)."""
     values.target(target, len(weight), ignore_index)
     outputs = _outputs(hidden, len(target), ref_hidden is not None, kl, torch.zeros)
-    index = kept_rows(target != ignore_index)
+    index = None if ignore_index == values.NOTHING else kept_rows(target != ignore_index)
     policy, reference = heads(hidden, weight, ref_hidden, ref_weight, index)
     name = backends.resolve(backend, hidden.device.type, hidden.dtype)
     folds = fold.Fold(name, kl, fold.Transform(logit_scale, softcap, temperature), bias, ref_bias)
@@ -173,7 +173,7 @@ def linear_token_stats_backward(
     kl: str | None, logit_scale: float, softcap: float | None, temperature: float, ignore_index: int, backend: str, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of hidden [N, H], weight [V, H], bias [V]; those not in `needs` are empty."""
-    index = kept_rows(target != ignore_index)
+    index = None if ignore_index == values.NOTHING else kept_rows(target != ignore_index)
     if kl is None:
         ref_hidden = None  # the reference's log-probs are constants
     policy, reference = heads(hidden, weight, ref_hidden, ref_weight, index)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+NOTHING = -(1 << 63)  # the ignore_index of targets of which every position counts: the operators take a number
+
 
 def require(condition: Tensor, message: str, worst=None) -> None:
     """Raise ValueError(message) unless every element of `condition` holds; `worst()` adds what came, on a CPU."""
@@ -14,7 +16,8 @@ def require(condition: Tensor, message: str, worst=None) -> None:
 
 def target(x: Tensor, vocabulary: int, ignore_index: int) -> None:
     good = ((x >= 0) & (x < vocabulary)) | (x == ignore_index)
-    require(good, f"target must be in 0..{vocabulary - 1} or ignore_index={ignore_index}", lambda: _first(x, good))
+    other = "" if ignore_index == NOTHING else f" or ignore_index={ignore_index}"
+    require(good, f"target must be in 0..{vocabulary - 1}{other}", lambda: _first(x, good))
 
 
 def token_weights(x: Tensor | None) -> None:
