@@ -317,15 +317,21 @@ def head_bytes(shape: Shape, plan: Plan) -> int:
     multiplied = b == 4 or not cpu or products.keeps_sums(torch.device("cpu"), dtype, dtype)
     widened = 0 if multiplied else min(v * h * 4, products.SLICE_BYTES)  # a slice of the head
     narrow = b < 4 and (not cpu or products.gradient_dtype(torch.device("cpu"), dtype) == dtype)
-    waits = plan.lora is None and narrow and products.WaitingRows.few(n, h)
-    rows = backend.chunk_rows(v, buffers, 4, plan.device, waits or plan.lora is not None)
+    later = backend.chunk_rows(v, buffers, 4, plan.device, True)
+    alone = narrow and not cpu and n <= later  # one chunk: its product is dWeight
+    waits = plan.lora is None and narrow and not alone and products.WaitingRows.few(n, h)
+    rows = later if alone or waits or plan.lora is not None else backend.chunk_rows(v, buffers, 4, plan.device)
     states = (2 + models) * n * h * b
+    logits = buffers * min(rows, n) * v * 4
     if plan.lora is not None:
         together = min(max(PARTS * rows, 2 * plan.seq_len), n)  # whose D @ W wait for their pair, in float32
-        return buffers * min(rows, n) * v * 4 + widened + 2 * 4 * together * h + states
+        return logits + widened + 2 * 4 * together * h + states
+    if alone:
+        return logits + v * h * b + 2 * 4 * n * h + states
     if waits:
+        beside = n * products.WaitingRows.columns_beside((v, h), n, not cpu) * b
         finishing = min(v * h * 4, products.SLICE_BYTES) + 4 * n * h
-        return max(buffers * min(rows, n) * v * 4, finishing) + v * max(n, h) * b + 4 * n * h + states
+        return max(logits, finishing) + v * h * b + beside + 4 * n * h + states
     bounds = [i * plan.seq_len for i in range(2 * plan.pairs_per_gpu + 1)]
     held = buffer_rows(bounds, rows, backend.longest_held(rows, h, buffers))
     return v * h * 4 + buffers * held * v * 4 + 2 * 4 * held * h + widened + states
