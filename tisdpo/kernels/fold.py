@@ -11,7 +11,8 @@ One row of V logits, `item` bytes each (float32 from the head's product: 4). u =
 
 Floor: bytes / memory bandwidth. At 4.3 TB/s, float32 logits and a 16-bit D, 8192 rows of 128256: 1.0 ms for the statistics, 1.5 ms for the
 gradient (with KL 2.0 and 2.4 ms), beside 33 ms of three matrix products at 790 TFLOP/s. An H200 has some 3.6e12 exponentials a second: one
-a logit takes 0.3 ms and hides behind the loads. Not yet measured on a GPU.
+a logit takes 0.3 ms and hides behind the loads. Measured on an H200: 1.0 and 1.6 ms, with KL 2.0 and 2.5, which is 94 to 99 % of the
+speed of a copy (benchmarks/NOTES.md, 2026-11-27).
 
 A row is walked by one program, or, where rows are few, by several, each over a contiguous span of the vocabulary (`configs.splits`).
 Every program leaves five partial results, which a second kernel combines in a fixed order: no atomics, the same bits every time.
