@@ -227,10 +227,10 @@ def page(cpu: list[dict], end_to_end: dict | None, gpu: dict | None) -> str:
     if gpu is None:
         lines += ["Not yet measured. `python -m benchmarks.device` measures it.", ""]
     else:
-        lines += [machine(gpu), "", f"- Tests marked gpu: {gpu['tests']['summary']}."]
+        lines += [machine(gpu), "", f"- Tests marked gpu: {gpu.get('tests', {}).get('summary', 'not run')}."]
         lines += [f"- {remark}" for remark in gpu.get("remarks", [])]
         if gpu.get("sanitizer", {}).get("ran"):
-            lines += [f"- compute-sanitizer (memcheck) over every kernel: {'clean' if gpu['sanitizer']['clean'] else 'NOT clean'}."]
+            lines += [f"- compute-sanitizer (memcheck) over small cases: {'clean' if gpu['sanitizer']['clean'] else 'NOT clean'}."]
         lines += [""]
         if "ceilings" in gpu.get("roofline", {}):
             lines += ["### Ceilings, and the folds on 2048 rows of 128256", "", *roofline_table(gpu["roofline"])]
@@ -238,11 +238,8 @@ def page(cpu: list[dict], end_to_end: dict | None, gpu: dict | None) -> str:
             lines += [f"### The head of {head}", ""]
             for result in gpu["steps"]:
                 lines += step_table(result) if result["head"] == head else []
-        lines += (
-            ["No time was left for: " + "; ".join(x.removesuffix(": no time left") for x in gpu["left_out"]) + ".", ""]
-            if gpu.get("left_out")
-            else []
-        )
+        if gpu.get("left_out"):
+            lines += ["No time was left for: " + "; ".join(text.removesuffix(": no time left") for text in gpu["left_out"]) + ".", ""]
     return "\n".join(lines)
 
 
@@ -256,18 +253,15 @@ def gpu_figures(report: dict) -> list[str]:
         "", "| | " + " | ".join(r["step"] for r in steps) + " |", "| --- |" + " --- |" * len(steps),
         "| the matrix products alone | " + " | ".join(ms(r["products_seconds"]) for r in steps) + " |",
     ]  # fmt: skip
-    for name in (
-        OURS,
-        "torch.compile, float32 logits",
-        "plain torch",
-        "plain torch, float32 logits",
-        "TRL chunked",
-        "Cut Cross-Entropy, exact",
-    ):
+    whole = ("tisdpo one pass, one chunk", "torch.compile", "torch.compile, float32 logits", "plain torch", "plain torch, float32 logits")
+    for name in (OURS, *whole, "TRL chunked", "Cut Cross-Entropy, exact"):
         rows = [r["rows"].get(name, {}) for r in steps]
         cells = [f"{ms(row['seconds'])} ms, {row['extra_bytes'] / MIB:,.0f} MiB" if "seconds" in row else "" for row in rows]
         bold = "**" if name == OURS else ""
         lines.append(f"| {bold}{name}{bold} | " + " | ".join(bold + cell + bold if cell else "" for cell in cells) + " |")
+    tests = report.get("tests", {})
+    if not tests.get("passed"):
+        lines += ["", f"In that run not every GPU test passed ({tests.get('summary', 'they were not run')}); why: benchmarks/RESULTS.md."]
     return ["", *lines]
 
 
@@ -293,7 +287,7 @@ def figures(reports: list[dict], end_to_end: dict | None, gpu: dict | None) -> s
             "",
             f"Largest error of bfloat16 gradients, against float64: {ours}; plain torch, which rounds its logits, {plain}.",
         ]
-    lines += ["", "On a GPU: not yet measured."] if gpu is None else gpu_figures(gpu)
+    lines += gpu_figures(gpu) if gpu and gpu["steps"] else ["", "On a GPU: not yet measured."]
     if end_to_end is not None:
         step = end_to_end["steps"][0]
 

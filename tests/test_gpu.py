@@ -9,10 +9,11 @@ import torch
 import tisdpo
 from benchmarks.registry import MODES, Problem, Size, Step, fused, plain, relative_error
 from tisdpo import Objective
-from tisdpo.ops import backend
+from tisdpo.ops import backend, products
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 SMALL = Size(tokens=777, hidden=256, vocabulary=4099, pairs=5)  # nothing is a multiple of anything
+MASKED = replace(SMALL, masked=0.1)
 REAL = Size(tokens=600, hidden=1024, vocabulary=128256, pairs=4)
 
 
@@ -37,6 +38,41 @@ def test_no_less_accurate_than_plain_torch(size, step, dtype, plan):
     tiny = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}[dtype]  # half an ulp or so of the gradients' own dtype
     for name, x, y in zip(("loss", "dHidden", "dWeight"), ours, theirs):
         assert x <= 2 * y + tiny, f"{name}: ours {x:.2e}, plain torch {y:.2e}"
+
+
+@pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
+@pytest.mark.parametrize("step", MODES, ids=lambda s: s.name)
+@pytest.mark.parametrize("tokens", [200, 448, 512, 700, 1024, 1025])
+def test_several_chunks(monkeypatch, tokens, step, plan):
+    """Heads of 16 bits whose D waits in the gradient (up to 7/8 H rows and more), also beside it (2 H), and whose sum has float32."""
+    monkeypatch.setenv("TISDPO_CHUNK_MIB", "2")
+    size = Size(tokens=tokens, hidden=512, vocabulary=4099 if tokens % 2 else 4096, pairs=4)
+    problem = Problem(size, torch.bfloat16, "cuda")
+    truth = problem.double().run(plain, step)
+    found = [None if x is None else x.clone() for x in problem.run(lambda p, s: fused(p, s, plan), step)]
+    ours, theirs = error(found, truth), error(problem.run(plain, step), truth)
+    for name, x, y in zip(("loss", "dHidden", "dWeight"), ours, theirs):
+        assert x <= 2 * y + 4e-3, f"{name}: ours {x:.2e}, plain torch {y:.2e}"
+    again = problem.run(lambda p, s: fused(p, s, plan), step)
+    assert all(x is None or torch.equal(x, y) for x, y in zip(found, again))
+
+
+def test_a_product_with_long_sums_is_rounded_once():
+    """Few tiles and a long sum: the library may split the sum and add its parts, which must not be rounded before."""
+    g = torch.Generator("cuda").manual_seed(0)
+    d, hidden = (torch.randn(100_000, n, device="cuda", generator=g).bfloat16() for n in (2000, 256))
+    truth = d.double().T @ hidden.double()
+    found = products.grad_weight(d, hidden)
+    assert relative_error(found, truth) <= 1.1 * relative_error(truth.bfloat16(), truth)
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_bad_values_are_errors_where_the_host_waits(on_cpu):
+    problem = Problem(MASKED, torch.bfloat16, "cuda")
+    problem.target[5] = 4099
+    problem.cu_seqlens_on_cpu = problem.cu_seqlens.cpu() if on_cpu else problem.cu_seqlens
+    with pytest.raises(ValueError, match="got 4099 at position 5"):
+        problem.run(fused, Step())
 
 
 def test_log_probs_of_bfloat16_inputs():
@@ -86,11 +122,10 @@ def test_offsets_beyond_32_bits():
     torch.testing.assert_close(grad[-1, -2].double(), d, rtol=1e-2, atol=1e-6)
 
 
-MASKED = replace(SMALL, masked=0.1)
-
-
-def test_the_host_waits_once():
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_the_host_waits_once(on_cpu):
     problem = Problem(MASKED, torch.bfloat16, "cuda")
+    problem.cu_seqlens_on_cpu = problem.cu_seqlens.cpu() if on_cpu else problem.cu_seqlens
     torch.use_deterministic_algorithms(False)  # what that puts in place of other kernels waits for the device
     problem.run(fused, Step(kl="reverse"))
     torch.cuda.set_sync_debug_mode("warn")
@@ -103,9 +138,10 @@ def test_the_host_waits_once():
     assert len([w for w in found if "synchroniz" in str(w.message)]) == 1, [str(w.message) for w in found]
 
 
-@pytest.mark.parametrize("size", [replace(MASKED, tokens=500), SMALL], ids=["few", "none ignored"])
-def test_the_host_never_waits(size):
+@pytest.mark.parametrize("size, on_cpu", [(replace(MASKED, tokens=500), True), (replace(MASKED, tokens=500), False), (SMALL, True)])
+def test_the_host_never_waits(size, on_cpu):
     problem = Problem(size, torch.bfloat16, "cuda")
+    problem.cu_seqlens_on_cpu = problem.cu_seqlens.cpu() if on_cpu else problem.cu_seqlens
     torch.use_deterministic_algorithms(False)
     found = [x.clone() for x in problem.run(fused, Step(kl="reverse"))]
     torch.cuda.set_sync_debug_mode("error")

@@ -213,8 +213,11 @@ def test_what_is_compiled_is_found_under_autocast_too():
 
 
 def in_float64(a, b, out, add=False):
-    """What a device does that hands out its float32 sums."""
-    return out.copy_(a.double() @ b.double() + (out if add else 0))
+    """What a device does that hands out its float32 sums; one that writes before it has read everything shows up as NaN."""
+    before = out.clone() if add else 0
+    if not add:
+        out.fill_(math.nan)
+    return out.copy_(a.double() @ b.double() + before)
 
 
 @pytest.mark.parametrize("rows", [0, 1, H // 2, H - 1, H, H + 1, 3 * H // 2, 2 * H, 3 * H])

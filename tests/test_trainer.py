@@ -41,7 +41,7 @@ def trainer(tmp_path, dataset=None, model=None, **options):
 def full_logits_loss(policy, ref, batch, weights=None, **options):
     """The loss of a batch from full logits and the oracle."""
     flat = flatten_batch(batch)
-    logits, ref_logits = (m(**model_inputs(batch)).logits[:, :-1][flat.where].double() for m in (policy, ref))
+    logits, ref_logits = (m(**model_inputs(batch)).logits.flatten(0, 1)[flat.index].double() for m in (policy, ref))
     return reference.tis_dpo_losses(logits, ref_logits, flat.target, flat.cu_seqlens, flat.token_weights, **options).mean()
 
 
@@ -120,7 +120,7 @@ def test_sft_loss_is_the_mean_cross_entropy_of_its_side(tmp_path):
         t = trainer(tmp_path, method="sft", sft_side=side, sft_prompt_loss=prompt_loss)
         batch = batch_of(t)
         flat = flatten_batch(batch)
-        logits = t.model(**model_inputs(batch)).logits[:, :-1][flat.where]
+        logits = t.model(**model_inputs(batch)).logits.flatten(0, 1)[flat.index]
         torch.testing.assert_close(t.compute_loss(t.model, batch), torch.nn.functional.cross_entropy(logits, flat.target))
         row = t.train_dataset[0]
         counted = len(row[f"{side}_ids"]) + (len(row["prompt_ids"]) - 1 if prompt_loss else 0)

@@ -17,12 +17,12 @@ from tisdpo.errors import InputError
 class FlatBatch(NamedTuple):
     """The completion tokens of a batch, sequence after sequence.
 
-    where [S, T-1] ([1, T-1] of a padding-free batch) bool: positions whose next token is a completion token; target [N]: that token;
+    index [N]: positions among all S T of the batch whose next token is a completion token; target [N]: that token;
     cu_seqlens [S+1] counts completion tokens, on the CPU: the host then need not wait for a device when it comes to the loss;
     token_weights [N] and ref_logps [N], or None where the batch has none.
     """
 
-    where: Tensor
+    index: Tensor
     target: Tensor
     cu_seqlens: Tensor
     token_weights: Tensor | None
@@ -30,7 +30,7 @@ class FlatBatch(NamedTuple):
 
     def take(self, hidden: Tensor) -> Tensor:
         """The hidden states that predict completion tokens: [S, T, H] -> [N, H]."""
-        return hidden[:, :-1][self.where]
+        return hidden.flatten(0, 1).index_select(0, self.index)
 
 
 def flatten_batch(batch: dict) -> FlatBatch:
@@ -47,11 +47,12 @@ def flatten_batch(batch: dict) -> FlatBatch:
     if bounds is not None:
         cu_seqlens = cu_seqlens[bounds.long()]
     cu_seqlens = cu_seqlens.cpu()
+    index = torch.nn.functional.pad(where, (0, 1)).flatten().nonzero()[:, 0]
 
-    def take(name: str) -> Tensor | None:
-        return batch[name][:, 1:][where] if batch.get(name) is not None else None
+    def following(name: str) -> Tensor | None:
+        return batch[name].flatten()[index + 1] if batch.get(name) is not None else None
 
-    return FlatBatch(where, batch["input_ids"][:, 1:][where], cu_seqlens, take("token_weights"), take("ref_logps"))
+    return FlatBatch(index, following("input_ids"), cu_seqlens, following("token_weights"), following("ref_logps"))
 
 
 def sequences(batch: dict) -> int:

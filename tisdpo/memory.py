@@ -19,8 +19,8 @@ holds 2 n b I of its own, less 2 n b H that it has freed by then (measured); wit
 Layers of another kind (no gate, state spaces, experts) are counted as if they were Llama's, with the experts of one token for I.
 
 Head, for N = n completion tokens at most: the logits of one chunk in float32 (`tisdpo.ops.pairwise`, for policy and, with KL, reference),
-where the head is trained its gradient (16 bits: [max(N, H), V] for the rows of D that wait, N <= 2 H; else a float32 [V, H], which a 16-bit
-gradient is a part of), [N, H] three to five times.
+where the head is trained its gradient (16 bits: with D that waits [max(N, H), V], N <= 2 H, on a GPU [max(N + H / 8, H), V], or [V, H] for
+one chunk; else a float32 [V, H], which a 16-bit gradient is a part of), [N, H] three to five times.
 
 Not counted: fragmentation, buckets of ZeRO, quantised bases, autocast (which keeps float32 weights and casts them at every use).
 """

@@ -29,7 +29,9 @@ def scale_kernel(x_ptr, g_ptr, numel, BLOCK: tl.constexpr):
 
 
 def scale_(x: Tensor, g: Tensor) -> Tensor:
-    """x *= g in place; x contiguous, in float32 or 16 bits, g [] on the same device."""
+    """x *= g in place; x in float32 or 16 bits, g [] on the same device."""
+    if not x.is_contiguous():
+        return x.mul_(g)
     if x.numel():
         with on(x.device):
             scale_kernel[(min(triton.cdiv(x.numel(), BLOCK), PROGRAMS),)](x, g, x.numel(), BLOCK=BLOCK, num_warps=8)

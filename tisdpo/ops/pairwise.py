@@ -7,8 +7,8 @@ for a pair that is longer than a chunk may be. Where the factors c may come late
 16-bit head with at most 2 H rows: D waits in `products.WaitingRows`), a few rows of any pairs follow each other instead.
 
 Cost in head-sized products (u = 2 N H V FLOP): policy logits 1, reference logits 1 (KL or online reference), dHidden 1, dWeight 1
-(none with a frozen head). Memory: the chunk's logits (with KL of both models) + a [V, H] sum in float32, where the head is trained
-and D does not wait.
+(none with a frozen head). Memory: the chunk's logits (with KL of both models) + a [V, H] sum in float32, where the head is trained,
+D does not wait, and there is more than one chunk.
 """
 
 from functools import partial
@@ -45,7 +45,8 @@ def linear_pairwise(
     index = rows.index
     if index is not None:
         target, token_weights, ref_logps = (None if x is None else x[index] for x in (target, token_weights, ref_logps))
-    elif rows.ignored is not None:
+    elif rows.ignored is not None:  # 0 times what is not a number would be none
+        hidden = hidden.masked_fill(rows.ignored[:, None], 0)
         target, ref_logps = target.masked_fill(rows.ignored, -1), None if ref_logps is None else ref_logps.masked_fill(rows.ignored, 0)
     policy, reference = heads(hidden, weight, ref_hidden, ref_weight, index)
     folds = fold.Fold(name, kl, fold.Transform(logit_scale, softcap, temperature), bias, ref_bias, ignored=rows.ignored is not None)
@@ -102,11 +103,12 @@ class _Rows(NamedTuple):
         device, tokens = target.device, len(target)
         if capturing():
             return cls._all(target, token_weights, cu_seqlens, vocabulary, ignore_index)
-        known = None
-        if whole and cu_seqlens.device.type == "cpu":
+        known, cu_seqlens = None, cu_seqlens.to(torch.int64)
+        if cu_seqlens.device.type == "cpu":
             values.cu_seqlens(cu_seqlens, tokens)
-            known = cu_seqlens.tolist()
-        cu_seqlens = cu_seqlens.to(device, torch.int64, non_blocking=known is not None)
+            known = cu_seqlens.tolist() if whole else None
+            # of a copy in memory that is not pinned: the caller may overwrite his, and the host need not wait until it has been read
+            cu_seqlens = cu_seqlens.clone().to(device, non_blocking=True)
         if backend == "triton" and tokens:
             from tisdpo.kernels.boundaries import boundaries
 
@@ -120,6 +122,7 @@ class _Rows(NamedTuple):
             if not sound:  # found out here, it is an error like any other; asserted on the device, it would end the process
                 on_host = (None if x is None else x.cpu() for x in (target, token_weights, cu_seqlens))
                 cls._check(*on_host, vocabulary, ignore_index)
+                raise ValueError("target, token_weights or cu_seqlens are wrong")
             cu_seqlens = found[1:]
         else:
             cls._check(target, token_weights, cu_seqlens, vocabulary, ignore_index)
@@ -239,9 +242,8 @@ class _Walk:
         for (a, b), s in zip(ranges, stats):
             place = slice(a - start, b - start)
             sign = None if kl_sign is None else kl_sign[place]
-            again = held is None
-            d = self._unscaled_gradient(a, b, *self.tiles.logits(a, b), s, sign)() if again else held
-            self.grads.add(a, b, lambda d=d: d, coefficient[place])
+            d = self._unscaled_gradient(a, b, *self.tiles.logits(a, b), s, sign)() if held is None else held
+            self.grads.add(a, b, d, coefficient[place])
         return loss, sums
 
     def _reference_logp(self, a: int, b: int) -> Tensor:

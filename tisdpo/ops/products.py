@@ -15,10 +15,11 @@ from torch import Tensor
 from tisdpo.ops import extension
 from tisdpo.ops.backend import accumulation_dtype
 
-SLICE_BYTES = 32 << 20  # of a widened slice of the head, or of a slice of dWeight
+SLICE_BYTES = 32 << 20  # of a widened slice of the head, or of a float32 slice of dWeight
 CACHED_BYTES = 4 << 20  # of a slice of the head in the library's product of a CPU's logits: 5 to 20 % faster than in one call
 
 ALIGNED = 64  # items: a multiple of what the fastest loads and products want
+FEW_ITEMS = 1 << 24  # a smaller 16-bit product may be split along its sums, and the parts then be added in 16 bits
 IN_PLACE_BYTES = 8 << 20  # of a float32 slice of dWeight whose memory is needed for it: a CPU's product is 5 % slower with 4 MiB
 
 
@@ -47,14 +48,8 @@ def gradient_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     return dtype if keeps_sums(device, dtype, dtype) else wide
 
 
-def grad_hidden(d: Tensor | list[tuple[int, int, Tensor]], weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """d [n, V] @ weight [V, H] -> [n, H] in `dtype`, the accumulation dtype; d as `gradient_dtype` says, or as (first column, last
-    column, d [n, w]) slice by slice, where 16-bit products keep float32 sums."""
-    if isinstance(d, list):
-        out = d[0][2].new_empty(d[0][2].shape[0], weight.shape[1], dtype=dtype)
-        for number, (first, last, part) in enumerate(d):
-            _mm(part, weight[first:last], out, add=number > 0)
-        return out
+def grad_hidden(d: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """d [n, V] @ weight [V, H] -> [n, H] in `dtype`, the accumulation dtype; d as `gradient_dtype` says."""
     out = d.new_empty(d.shape[0], weight.shape[1], dtype=dtype)
     if dtype == torch.float32 and keeps_sums(d.device, d.dtype, weight.dtype):
         return _mm(d, weight, out)
@@ -184,6 +179,13 @@ class WaitingRows:
         for first, last, place in self.places(a, b):
             place.copy_(d[:, first:last])
 
+    def grad_hidden(self, a: int, b: int, weight: Tensor) -> Tensor:
+        """Rows a..b of D @ weight [V, H] in float32, a sum over the slices."""
+        out = weight.new_empty(b - a, weight.shape[1], dtype=torch.float32)
+        for number, (first, last, d) in enumerate(self.places(a, b)):
+            _mm(d, weight[first:last], out, add=number > 0)
+        return out
+
     def column_sums(self, coefficient: Tensor) -> Tensor:
         """D.T @ coefficient [n] -> [V] in the dtype of the coefficient."""
         return torch.cat([column_sums(d, coefficient) for _, _, d in self.slices])
@@ -217,7 +219,11 @@ def _mm(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> Tensor:
     if a.device.type == "cpu":
         torch.ops.tisdpo_cpp.mm(_along_one_stride(a), _along_one_stride(b), out, add)
     elif out.dtype == a.dtype:
-        torch.mm(a, b, out=out)
+        assert not add, "16-bit sums"
+        if out.numel() < FEW_ITEMS:
+            out.copy_(torch.mm(a, b, out_dtype=torch.float32))
+        else:
+            torch.mm(a, b, out=out)
     elif not add:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
     elif adds_in_place(out.device):

@@ -80,7 +80,8 @@ def row_ranges(start: int, stop: int, rows: int, multiple: int = 1) -> list[tupl
     be a slow product."""
     parts = max(math.ceil((stop - start) / max(rows, 1)), 1)
     step = max(math.ceil((stop - start) / parts), 1)
-    step = max(step, min(math.ceil(step / multiple) * multiple, rows // multiple * multiple))
+    wider = math.ceil(step / multiple) * multiple
+    step = wider if wider <= rows else step
     return [(a, min(a + step, stop)) for a in range(start, stop, step)]
 
 
@@ -106,7 +107,7 @@ class GradientSums:
         self.count = len(rows.hidden) if rows.index is None else len(rows.index)
         self.weight = None  # dWeight, of one chunk
         self.alone = needs[1] and self.count <= most and products.rounds_itself(rows.weight)
-        self.waits = needs[1] and dtype == torch.float32 and not self.alone and products.WaitingRows.serves(rows.weight, self.count)
+        self.waits = needs[1] and not self.alone and products.WaitingRows.serves(rows.weight, self.count)
         # every row that carries loss is written below; only the ignored ones need zeros
         empty = rows.hidden.new_empty
         self.hidden = (rows.hidden.new_zeros if self.count < len(rows.hidden) else empty)(rows.hidden.shape) if needs[0] else empty(0)
@@ -117,15 +118,8 @@ class GradientSums:
         if self.waits:
             self.waiting, self.coefficient = products.WaitingRows(rows.weight, self.count), empty(self.count, dtype=dtype)
 
-    def add(self, a: int, b: int, gradient, coefficient: Tensor | None = None) -> None:
-        """Add the rows a..b with dL/dlogits = coefficient [b-a] * D; `gradient` as in `hold`; no coefficients: 1."""
-        if coefficient is None:
-            coefficient = torch.ones(b - a, dtype=self.dtype, device=self.rows.hidden.device)
-        if self.later:
-            self.hold(a, b, gradient)
-            self.scale(a, b, coefficient)
-            return
-        d = gradient()
+    def add(self, a: int, b: int, d: Tensor, coefficient: Tensor) -> None:
+        """Add the rows a..b with dL/dlogits = coefficient [b-a] * d [b-a, V]."""
         if self.needs[0]:
             self._set_hidden(a, b, products.grad_hidden(d, self.rows.weight, self.dtype), coefficient)
         if self.needs[1]:
@@ -141,13 +135,14 @@ class GradientSums:
         """The rows a..b, whose coefficients follow. gradient(): D [b-a, V], over the logits; gradient(out=d, columns=(first, last)): writes
         these columns of it to d, where `by_columns` says so."""
         if self.waits and self.by_columns:
-            d = self.waiting.places(a, b)
-            for first, last, place in d:
+            for first, last, place in self.waiting.places(a, b):
                 gradient(out=place, columns=(first, last))
-        else:
-            d = gradient()
-            if self.waits:
-                self.waiting.put(a, b, d)
+            if self.needs[0]:
+                self.held.append((a, b, self.waiting.grad_hidden(a, b, self.rows.weight)))
+            return
+        d = gradient()
+        if self.waits:
+            self.waiting.put(a, b, d)
         if self.needs[0]:
             self.held.append((a, b, products.grad_hidden(d, self.rows.weight, self.dtype)))
 
@@ -170,7 +165,7 @@ class GradientSums:
         elif self.summed is not None:
             weight = self.summed.product()
         elif self.needs[1]:
-            weight = torch.zeros_like(self.rows.weight) if self.weight is None else self.weight
+            weight = self.rows.weight.new_zeros(self.rows.weight.shape) if self.weight is None else self.weight
         else:
             weight = self.rows.weight.new_empty(0)
         return self.hidden, weight, self.bias.to(self.rows.weight.dtype)

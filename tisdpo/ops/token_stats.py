@@ -184,8 +184,14 @@ def linear_token_stats_backward(
     dtype = products.gradient_dtype(weight.device, weight.dtype)
     for a, b, place, z, ref_z in _tiles(policy, reference, index, len(target), sums.later):
         g = None if g_kl is None else g_kl[place]
-        sums.add(a, b, partial(folds.gradient, z, target[place], ref_z, _gathered(stats, place), g_logps[place], g, dtype=dtype))
-        del z, ref_z  # and with them, after the last chunk, the logits: what follows needs memory of its own
+        gradient = partial(folds.gradient, z, target[place], ref_z, _gathered(stats, place), g_logps[place], g, dtype=dtype)
+        ones = torch.ones(b - a, dtype=sums.dtype, device=z.device)
+        if sums.later:
+            sums.hold(a, b, gradient)
+            sums.scale(a, b, ones)
+        else:
+            sums.add(a, b, gradient(), ones)
+        del z, ref_z, gradient  # and with them, after the last chunk, the logits: what follows needs memory of its own
     return sums.result()
 
 

@@ -15,7 +15,8 @@ def require(condition: Tensor, message: str, worst=None) -> None:
 
 
 def target(x: Tensor, vocabulary: int, ignore_index: int) -> None:
-    good = ((x >= 0) & (x < vocabulary)) | (x == ignore_index)
+    good = (x >= 0) & (x < vocabulary)
+    good = good if ignore_index == NOTHING else good | (x == ignore_index)
     other = "" if ignore_index == NOTHING else f" or ignore_index={ignore_index}"
     require(good, f"target must be in 0..{vocabulary - 1}{other}", lambda: _first(x, good))
 
