@@ -29,8 +29,8 @@ def step_work(size: Size, step: Step, itemsize: int, device: str = "cpu") -> tup
     """(operations, bytes) of one pass: its products, and the traffic of logits, D and the head.
 
     Float32 logits are written by the product and read by the statistics and the gradient; those of the reference too. D of float32 is
-    written over them and read by two products (one with a frozen head); D of 16 bits likewise, and on a CPU
-    copied to where it waits. The head is read for every chunk; so is, and written, the sum of its float32 gradient; a 16-bit one is written once.
+    written over them and read by two products (one with a frozen head); D of 16 bits likewise, and on a CPU copied to where it waits. The
+    head is read for every chunk; so is, and written, the sum of its float32 gradient; a 16-bit one is written once.
     """
     N, H, V = size.tokens * (1 - size.masked), size.hidden, size.vocabulary
     models, trained = 1 + step.reference_products, not step.frozen

@@ -3,8 +3,8 @@
 A row's program streams through the vocabulary in blocks. Bandwidth needs some 30 KB in flight on every multiprocessor (4.3 TB/s x 0.8 us
 / 132): one block of 4096 float32 logits and 8 warps are 16 KB (with KL 32 KB), 16 values a thread, and three to eight programs fit beside
 each other. Larger blocks spill with KL or leave one program a multiprocessor; smaller ones pay more for the reductions, two of which join
-all warps once a block: few warps are better there (sm_90). `python -m benchmarks.kernel_report` prints registers, spills and shared memory of
-every row. sm_90 was measured on an H200 (benchmarks/NOTES.md, 2026-11-27); the others on no GPU.
+all warps once a block: few warps are better there (sm_90). `python -m benchmarks.kernel_report` prints registers, spills and shared memory
+of every row. sm_90 was measured on an H200 (benchmarks/NOTES.md, 2026-11-27); the others on no GPU.
 """
 
 import logging
