@@ -383,3 +383,12 @@ def test_per_token_functions_without_an_ignore_index():
         torch.testing.assert_close(function(*inputs, case.target, ignore_index=None).logps, expected, rtol=1e-6, atol=1e-6)
         with pytest.raises(ValueError, match=r"target must be in 0\.\.10, got -100 at position 2"):
             function(*inputs, case.target.index_fill(0, torch.tensor([2]), -100), ignore_index=None)
+
+
+def test_rows_of_a_chunk_are_multiples_where_that_leaves_no_small_rest():
+    sizes = lambda *args: [b - a for a, b in rows.row_ranges(*args)]  # noqa: E731
+    assert sizes(0, 8192, 2092, 128) == [2048] * 4
+    assert sizes(0, 7777, 2092, 128) == [2048, 2048, 2048, 1633]
+    assert sizes(0, 257, 256, 128) == [129, 128]
+    assert sizes(5, 105, 40) == [34, 34, 32]
+    assert sizes(0, 0, 40, 128) == []

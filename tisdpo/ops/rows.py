@@ -76,12 +76,13 @@ def _same(x: Tensor, y: Tensor) -> bool:
 
 
 def row_ranges(start: int, stop: int, rows: int, multiple: int = 1) -> list[tuple[int, int]]:
-    """start..stop in equal steps of at most `rows`, which are multiples of `multiple` where that is less: few rows in the last one would
-    be a slow product."""
+    """start..stop in equal steps of at most `rows`, or in multiples of `multiple` that leave at least half a step for the last: few rows
+    would be a slow product."""
     parts = max(math.ceil((stop - start) / max(rows, 1)), 1)
     step = max(math.ceil((stop - start) / parts), 1)
     wider = math.ceil(step / multiple) * multiple
-    step = wider if wider <= rows else step
+    if wider <= rows and stop - start - (parts - 1) * wider >= wider // 2:
+        step = wider
     return [(a, min(a + step, stop)) for a in range(start, stop, step)]
 
 
