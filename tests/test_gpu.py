@@ -14,6 +14,11 @@ from tisdpo.ops import backend, products
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 SMALL = Size(tokens=777, hidden=256, vocabulary=4099, pairs=5)  # nothing is a multiple of anything
 MASKED = replace(SMALL, masked=0.1)
+CHUNKED = [  # tokens, vocabulary, masked, FEW_ITEMS
+    *((tokens, 4096, 0.0, 0) for tokens in (200, 448, 512, 700, 1024, 1025)),
+    *((tokens, 4099, 0.0, 1 << 24) for tokens in (200, 512, 1024)),
+    (1024, 4099, 0.1, 0),
+]
 REAL = Size(tokens=600, hidden=1024, vocabulary=128256, pairs=4)
 
 
@@ -42,11 +47,15 @@ def test_no_less_accurate_than_plain_torch(size, step, dtype, plan):
 
 @pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
 @pytest.mark.parametrize("step", MODES, ids=lambda s: s.name)
-@pytest.mark.parametrize("tokens", [200, 448, 512, 700, 1024, 1025])
-def test_several_chunks(monkeypatch, tokens, step, plan):
+@pytest.mark.parametrize("tokens, vocabulary, masked, few_items", CHUNKED)
+def test_several_chunks(monkeypatch, tokens, vocabulary, masked, few_items, step, plan):
     """Heads of 16 bits whose D waits in the gradient (up to 7/8 H rows and more), also beside it (2 H), and whose sum has float32."""
     monkeypatch.setenv("TISDPO_CHUNK_MIB", "2")
-    size = Size(tokens=tokens, hidden=512, vocabulary=4099 if tokens % 2 else 4096, pairs=4)
+    monkeypatch.setattr(products, "SLICE_BYTES", 64 * 512)
+    monkeypatch.setattr(products, "FEW_ITEMS", few_items)
+    at_once, own = [], products.WaitingRows.product
+    monkeypatch.setattr(products.WaitingRows, "product", lambda self, hidden: (at_once.extend(self.at_once), own(self, hidden))[1])
+    size = Size(tokens=tokens, hidden=512, vocabulary=vocabulary, pairs=4, masked=masked)
     problem = Problem(size, torch.bfloat16, "cuda")
     truth = problem.double().run(plain, step)
     found = [None if x is None else x.clone() for x in problem.run(lambda p, s: fused(p, s, plan), step)]
@@ -55,6 +64,8 @@ def test_several_chunks(monkeypatch, tokens, step, plan):
         assert x <= 2 * y + 4e-3, f"{name}: ours {x:.2e}, plain torch {y:.2e}"
     again = problem.run(lambda p, s: fused(p, s, plan), step)
     assert all(x is None or torch.equal(x, y) for x, y in zip(found, again))
+    waits = not step.frozen and tokens <= 1024
+    assert (len(at_once) > 1 and any(at_once)) if waits else not at_once
 
 
 def test_a_product_with_long_sums_is_rounded_once():
@@ -63,6 +74,15 @@ def test_a_product_with_long_sums_is_rounded_once():
     d, hidden = (torch.randn(100_000, n, device="cuda", generator=g).bfloat16() for n in (2000, 256))
     truth = d.double().T @ hidden.double()
     found = products.grad_weight(d, hidden)
+    assert relative_error(found, truth) <= 1.1 * relative_error(truth.bfloat16(), truth)
+
+
+def test_a_product_of_many_tiles_is_rounded_once():
+    """Just above FEW_ITEMS, where the library rounds."""
+    g = torch.Generator("cuda").manual_seed(0)
+    d, hidden = (torch.randn(66_000, n, device="cuda", generator=g).bfloat16() for n in (products.FEW_ITEMS // 256, 256))
+    found = products.grad_weight(d, hidden)
+    truth = torch.cat([part.double().T @ hidden.double() for part in d.split(8192, 1)])
     assert relative_error(found, truth) <= 1.1 * relative_error(truth.bfloat16(), truth)
 
 
@@ -138,8 +158,18 @@ def test_the_host_waits_once(on_cpu):
     assert len([w for w in found if "synchroniz" in str(w.message)]) == 1, [str(w.message) for w in found]
 
 
-@pytest.mark.parametrize("size, on_cpu", [(replace(MASKED, tokens=500), True), (replace(MASKED, tokens=500), False), (SMALL, True)])
-def test_the_host_never_waits(size, on_cpu):
+@pytest.mark.parametrize(
+    "size, on_cpu, budget",
+    [
+        (replace(MASKED, tokens=500), True, "64"),
+        (replace(MASKED, tokens=500), False, "64"),
+        (SMALL, True, "64"),
+        (SMALL, True, "2"),  # summed over chunks
+        (replace(SMALL, tokens=400), True, "2"),  # D waits
+    ],
+)
+def test_the_host_never_waits(monkeypatch, size, on_cpu, budget):
+    monkeypatch.setenv("TISDPO_CHUNK_MIB", budget)
     problem = Problem(size, torch.bfloat16, "cuda")
     problem.cu_seqlens_on_cpu = problem.cu_seqlens.cpu() if on_cpu else problem.cu_seqlens
     torch.use_deterministic_algorithms(False)

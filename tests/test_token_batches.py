@@ -101,3 +101,14 @@ def test_resuming_within_an_epoch_sees_the_same_token_batches(tmp_path, flat):
 def test_options_that_contradict_are_refused(tmp_path, options, message):
     with pytest.raises(InputError, match=message):
         trainer(tmp_path, method="dpo", **{"per_device_train_batch_size": 8, **options})
+
+
+def test_hidden_states_of_another_length_are_refused():
+    """As prompt tuning makes them, which puts tokens in front."""
+    from tisdpo.batches import flatten_batch
+
+    batch = {"input_ids": torch.arange(10).view(2, 5), "completion_mask": torch.tensor([[0, 0, 1, 1, 0], [0, 1, 1, 1, 1]]).bool()}
+    flat = flatten_batch(batch)
+    assert torch.equal(flat.take(batch["input_ids"][..., None])[:, 0] + 1, flat.target)
+    with pytest.raises(InputError, match=r"made hidden states \[2, 7\] of a batch of \[2, 5\] tokens"):
+        flat.take(torch.zeros(2, 7, 3))

@@ -19,7 +19,7 @@ class FlatBatch(NamedTuple):
 
     index [N]: positions among all S T of the batch whose next token is a completion token; target [N]: that token;
     cu_seqlens [S+1] counts completion tokens, on the CPU: the host then need not wait for a device when it comes to the loss;
-    token_weights [N] and ref_logps [N], or None where the batch has none.
+    token_weights [N] and ref_logps [N], or None where the batch has none; shape (S, T) of the batch, (1, T) of a padding-free one.
     """
 
     index: Tensor
@@ -27,9 +27,15 @@ class FlatBatch(NamedTuple):
     cu_seqlens: Tensor
     token_weights: Tensor | None
     ref_logps: Tensor | None
+    shape: tuple[int, int]
 
     def take(self, hidden: Tensor) -> Tensor:
         """The hidden states that predict completion tokens: [S, T, H] -> [N, H]."""
+        if hidden.shape[:2] != self.shape:
+            raise InputError(
+                f"the model made hidden states {list(hidden.shape[:2])} of a batch of {list(self.shape)} tokens; models that add or drop "
+                f"positions (prompt tuning does) are not supported"
+            )
         return hidden.flatten(0, 1).index_select(0, self.index)
 
 
@@ -52,7 +58,7 @@ def flatten_batch(batch: dict) -> FlatBatch:
     def following(name: str) -> Tensor | None:
         return batch[name].flatten()[index + 1] if batch.get(name) is not None else None
 
-    return FlatBatch(index, following("input_ids"), cu_seqlens, following("token_weights"), following("ref_logps"))
+    return FlatBatch(index, following("input_ids"), cu_seqlens, following("token_weights"), following("ref_logps"), tuple(mask.shape))
 
 
 def sequences(batch: dict) -> int:

@@ -256,7 +256,7 @@ def linear_tis_dpo_loss(
     and 3. plan="two_pass" (recompute in the backward, 4 and 6) is for comparison, and what "auto" takes for float16, whose small
     gradients a GradScaler has to scale before they are rounded. Neither plan has second derivatives. Memory: a byte
     budget of logits and, with a trainable head of 16 bits, V H items of 16 bits, or max(N - H, 0) V if that is less (N <= 2 H; on a
-    GPU max(N - 7/8 H, 0) V, and none for one chunk);
+    GPU max(N - 7/8 H, 0) V, and none for one chunk of a head of 16 million items or more);
     the gradients are computed in the forward, and skipped where none is needed. With a float32 sum a pair longer than the budget is
     held while its logits take no more than a head does (rows * models <= H), and computed twice beyond that; with TISDPO_CHUNK_MIB set,
     always (docs/design.md).

@@ -7,8 +7,8 @@ for a pair that is longer than a chunk may be. Where the factors c may come late
 16-bit head with at most 2 H rows: D waits in `products.WaitingRows`), a few rows of any pairs follow each other instead.
 
 Cost in head-sized products (u = 2 N H V FLOP): policy logits 1, reference logits 1 (KL or online reference), dHidden 1, dWeight 1
-(none with a frozen head). Memory: the chunk's logits (with KL of both models) + a [V, H] sum in float32, where the head is trained,
-D does not wait, and there is more than one chunk.
+(none with a frozen head). Memory: the chunk's logits (with KL of both models) + a [V, H] sum in float32, where the head is trained
+and D does not wait (but not for one chunk of a 16-bit head on a GPU).
 """
 
 from functools import partial
@@ -107,8 +107,8 @@ class _Rows(NamedTuple):
         if cu_seqlens.device.type == "cpu":
             values.cu_seqlens(cu_seqlens, tokens)
             known = cu_seqlens.tolist() if whole else None
-            # of a copy in memory that is not pinned: the caller may overwrite his, and the host need not wait until it has been read
-            cu_seqlens = cu_seqlens.clone().to(device, non_blocking=True)
+            if device.type != "cpu":  # from memory of its own: the caller may overwrite his, and the host need not wait until it is read
+                cu_seqlens = cu_seqlens.pin_memory().to(device, non_blocking=True)
         if backend == "triton" and tokens:
             from tisdpo.kernels.boundaries import boundaries
 
