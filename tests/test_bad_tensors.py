@@ -97,6 +97,8 @@ BAD = [
     ),
     (logps, dict(target=with_value(CASE.target, V)), ValueError, "target must be in 0..6 or ignore_index=-100, got 7 at position 3"),
     (linear_loss, dict(target=CASE.target.to(META)), ValueError, "must share one device, got hidden cpu, weight cpu, target meta"),
+    (linear_loss, dict(ignore_index="pad"), TypeError, "ignore_index must be an integer outside the vocabulary 0..6, or None, got 'pad'"),
+    (linear_loss, dict(ignore_index=-1.0), TypeError, "ignore_index must be an integer outside the vocabulary 0..6, or None, got -1.0"),
     (linear_loss, dict(ignore_index=0), ValueError, "ignore_index must lie outside the vocabulary 0..6, or be None, got 0"),
     # cu_seqlens
     (linear_loss, dict(cu_seqlens=[0, 8]), TypeError, "cu_seqlens must be a tensor, got list"),

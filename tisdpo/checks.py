@@ -71,6 +71,8 @@ def target(x, shape, vocabulary: int, ignore_index: int | None, what: str) -> in
         raise ValueError(f"target must have the shape {tuple(shape)} of {what}, got {tuple(x.shape)}")
     if ignore_index is None:
         return values.NOTHING
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an integer outside the vocabulary 0..{vocabulary - 1}, or None, got {ignore_index!r}")
     if 0 <= ignore_index < vocabulary:
         raise ValueError(f"ignore_index must lie outside the vocabulary 0..{vocabulary - 1}, or be None, got {ignore_index}")
     return ignore_index

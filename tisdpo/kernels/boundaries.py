@@ -57,6 +57,6 @@ def boundaries(target: Tensor, token_weights: Tensor | None, cu_seqlens: Tensor,
     with on(target.device):
         boundaries_kernel[(1,)](
             target.contiguous(), some(token_weights, target), cu_seqlens.contiguous(), before, out, tokens, count, vocabulary, ignore_index,
-            HAS_WEIGHTS=token_weights is not None, BLOCK=BLOCK, num_warps=8,
+            HAS_WEIGHTS=token_weights is not None, BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
     return out

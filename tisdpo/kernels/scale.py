@@ -34,5 +34,5 @@ def scale_(x: Tensor, g: Tensor) -> Tensor:
         return x.mul_(g)
     if x.numel():
         with on(x.device):
-            scale_kernel[(min(triton.cdiv(x.numel(), BLOCK), PROGRAMS),)](x, g, x.numel(), BLOCK=BLOCK, num_warps=8)
+            scale_kernel[(min(triton.cdiv(x.numel(), BLOCK), PROGRAMS),)](x, g, x.numel(), BLOCK=BLOCK, num_warps=4)
     return x
