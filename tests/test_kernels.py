@@ -4,6 +4,7 @@ Without a GPU they run in Triton's interpreter, with one on it.
 """
 
 import math
+from itertools import pairwise
 
 import cases
 import pytest
@@ -13,7 +14,7 @@ from test_products import in_float64
 
 import tisdpo
 from tisdpo import Objective, Weighting, reference
-from tisdpo.kernels import boundaries, configs, fold, scale, sequence_sums
+from tisdpo.kernels import boundaries, configs, fold, head, scale, sequence_sums
 from tisdpo.ops import backend as backends
 from tisdpo.ops import products
 
@@ -316,6 +317,100 @@ def test_boundaries_among_the_tokens_that_carry_loss(lengths, ignored, integer):
         wrong = cu.clone()
         wrong[place] += change
         assert boundaries.boundaries(target, weights, wrong, 7, -100)[0] == 0
+
+
+PRODUCT_TILES = {"table": None, "small": configs.ProductTile(16, 16, 16, 2, 4, 2)}
+
+
+def exponentials_case(rows, size, vocabulary, transform, bias=True, scale=1.0):
+    """Inputs of `head.exponentials`, and the truth: logits after the transform [n, V], dlogp/draw logits, logp."""
+    hidden, weight = normal(rows, size, scale=scale).bfloat16(), normal(vocabulary, size, seed=1, scale=1.0).bfloat16()
+    bias = normal(vocabulary, seed=2, scale=1.0) if bias else None
+    target = torch.arange(rows) * 7 % vocabulary
+    if rows > 2:
+        target[1], target[2] = vocabulary - 1, -1
+    raw = (hidden.double() @ weight.double().T).requires_grad_()
+    return hidden, weight, bias, target, *head_truth(raw, bias, target, transform)
+
+
+def head_truth(raw, bias, target, transform):
+    z = reference.transform_logits(raw if bias is None else raw + bias, *transform)
+    kept = target >= 0
+    logp = torch.where(kept, z.log_softmax(-1).gather(-1, target.clamp(min=0)[:, None])[:, 0], 0)
+    return z.detach(), torch.autograd.grad(logp.sum(), raw)[0], logp.detach()
+
+
+def derivative(hidden, weight, target, bias, transform, tile=None, cuts=(), dtype=torch.float32):
+    """lse, logp and dlogp/draw logits in float64, of D that is written in pieces."""
+    d, edges = normal(len(hidden), len(weight), seed=9).to(dtype), [0, *cuts, len(weight)]
+    places = [(a, b, d[:, a:b]) for a, b in pairwise(edges)]
+    lse, logp, factor = head.exponentials(hidden, weight, target, bias, places, *transform, tile=tile)
+    return lse, logp, d.double() * factor.double()[:, None]
+
+
+@pytest.mark.parametrize("tile", PRODUCT_TILES)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize(
+    "rows, size, vocabulary, cuts", [(1, 8, 1, ()), (5, 16, 37, (13, 16)), (20, 40, 300, (255, 257)), (33, 24, 64, ())]
+)
+def test_a_product_of_exponentials_equals_the_formulas(rows, size, vocabulary, cuts, transform, tile):
+    case = exponentials_case(rows, size, vocabulary, TRANSFORMS[transform])
+    hidden, weight, bias, target, z, expected, logp = case
+    found = derivative(hidden, weight, target, bias, TRANSFORMS[transform], PRODUCT_TILES[tile], cuts)
+    kept = target >= 0
+    torch.testing.assert_close(found[0][kept].double(), z.logsumexp(-1)[kept], rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(found[1].double(), logp, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(found[2], expected, rtol=1e-4, atol=4e-6)
+    alone = head.exponentials(hidden, weight, target, bias, None, *TRANSFORMS[transform], tile=PRODUCT_TILES[tile])
+    torch.testing.assert_close(alone[:2], found[:2], rtol=1e-6, atol=4e-6)  # other tiles, other sums
+    if rows > 2:
+        assert found[0][2] == found[1][2] == 0 and (found[2][2] == 0).all()
+
+
+@pytest.mark.parametrize("tile", PRODUCT_TILES)
+def test_targets_far_below_the_maximum(tile):
+    """Log-probs down to -376: tiles with shifts of their own, which are then scaled to one."""
+    hidden, weight, bias, target, *_ = exponentials_case(24, 32, 300, TRANSFORMS["plain"])
+    hidden *= torch.linspace(0.1, 20, 24).bfloat16()[:, None]
+    raw = (hidden.double() @ weight.double().T).requires_grad_()
+    _, expected, logp = head_truth(raw, bias, target, TRANSFORMS["plain"])
+    assert logp.min() < -300 and ((logp > -30) & (target >= 0)).any()
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 2**-6)):
+        _, found, d = derivative(hidden, weight, target, bias, TRANSFORMS["plain"], PRODUCT_TILES[tile], (100, 164), dtype)
+        torch.testing.assert_close(found.double(), logp, rtol=1e-6, atol=1e-5)
+        torch.testing.assert_close(d, expected, rtol=tolerance, atol=1e-5)
+
+
+def test_certain_and_impossible_targets():
+    """log p near 0 to its last digit, where 1 - p would be 0; an impossible target has log-prob -inf and the gradient of plain torch."""
+    hidden, weight, target = torch.ones(4, 8).bfloat16(), torch.zeros(50, 8).bfloat16(), torch.tensor([3, 3, 7, 3])
+    bias = torch.zeros(50)
+    bias[3], bias[7] = 25.0, -math.inf
+    lse, logp, d = derivative(hidden, weight, target, bias, TRANSFORMS["plain"])
+    torch.testing.assert_close(logp[0].double(), -torch.tensor(48 * math.exp(-25.0), dtype=torch.float64).log1p(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(d[0, 3], -logp[0].double(), rtol=1e-5, atol=0)
+    assert logp[2] == -math.inf and lse.isfinite().all() and d.isfinite().all() and d[0, 7] == 0
+    p = bias.double().softmax(-1)
+    torch.testing.assert_close(d[2], torch.nn.functional.one_hot(target[2], 50) - p, rtol=1e-5, atol=1e-12)
+
+
+def test_what_is_not_a_number_in_an_ignored_row_stays_there():
+    hidden, weight, bias, target, *_ = exponentials_case(20, 16, 40, TRANSFORMS["plain"])
+    expected = derivative(hidden, weight, target, bias, TRANSFORMS["plain"])
+    hidden[2] = math.nan
+    assert all(torch.equal(x, y) for x, y in zip(derivative(hidden, weight, target, bias, TRANSFORMS["plain"]), expected))
+
+
+def test_the_head_without_logits_takes_aligned_bfloat16(monkeypatch):
+    x, w = torch.zeros(4, 24).bfloat16(), torch.zeros(9, 24).bfloat16()
+    assert head.serves(x, w) == (configs.architecture(x.device) in configs.PRODUCT)
+    monkeypatch.setattr(configs, "PRODUCT", {configs.architecture(x.device): configs.ProductTile(16, 16, 16, 2, 4, 2)})
+    assert head.serves(x, w) and head.serves(x[:, :16], w[:, :16])
+    unaligned = ((x[:, :20], w[:, :20].clone()), (x[:, 1:], w[:, 1:]), (torch.zeros(24, 4).bfloat16().T, w))
+    for a, b in ((x.half(), w.half()), (x.float(), w.float()), (x[:0], w), (x, w[:0]), *unaligned):
+        assert not head.serves(a, b)
+    monkeypatch.setattr(configs, "PRODUCT", {})
+    assert not head.serves(x, w)
 
 
 @pytest.mark.parametrize("rows", [16, 20, 40, 48, 49])  # one chunk, D in the result, also beside it, dWeight summed

@@ -247,7 +247,7 @@ def statistics(
         tile = tile or configs.tile("statistics", z.device)
         splits, span = configs.splits(rows, vocabulary, tile)
         partial = torch.empty(5, splits, rows, dtype=torch.float32, device=z.device)
-        inner, outer = _transform(logit_scale, softcap, temperature)
+        inner, outer = transform(logit_scale, softcap, temperature)
         q = z if ref_z is None else ref_z
         shared = (z, q, target.contiguous(), some(bias, z), some(ref_bias, z), partial)
         strides = (*_rows(z), *_rows(q)[1:])
@@ -297,7 +297,7 @@ def gradient(
         out = _reinterpreted(z, dtype)
     if not rows:
         return out
-    inner, outer = _transform(logit_scale, softcap, temperature)
+    inner, outer = transform(logit_scale, softcap, temperature)
     lse, _, ref_lse, _, divergence = stats
     q, any_ = z if kl is None else ref_z, lse  # a pointer for what a variant of the kernel does not read
     with on(z.device):
@@ -311,7 +311,7 @@ def gradient(
     return out
 
 
-def _transform(logit_scale: float, softcap: float | None, temperature: float) -> tuple[float, float]:
+def transform(logit_scale: float, softcap: float | None, temperature: float) -> tuple[float, float]:
     """z = inner * raw, or with soft-capping z = outer * tanh(inner * raw)."""
     return (logit_scale / temperature, 1.0) if softcap is None else (logit_scale / softcap, softcap / temperature)
 

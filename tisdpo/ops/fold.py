@@ -29,13 +29,15 @@ class Transform(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """Per row: log-sum-exp and target log-prob of the policy, the same of the reference (or None), KL (or None)."""
+    """Per row: log-sum-exp and target log-prob of the policy, the same of the reference (or None), KL (or None); what D is still to be
+    multiplied by (or None)."""
 
     lse: Tensor
     logp: Tensor
     ref_lse: Tensor | None
     ref_logp: Tensor | None
     kl: Tensor | None
+    factor: Tensor | None = None
 
 
 class Fold(NamedTuple):
@@ -69,7 +71,7 @@ class Fold(NamedTuple):
         g_kl = None if self.kl is None else g_kl
         options = {} if columns is None else {"columns": columns}
         return folds.gradient(
-            z, target, ref_z, stats, g_logp, g_kl, self.bias, self.ref_bias, self.ignored, self.kl, *self.transform,
+            z, target, ref_z, stats[:5], g_logp, g_kl, self.bias, self.ref_bias, self.ignored, self.kl, *self.transform,
             out=out, dtype=dtype, **options,
         )  # fmt: skip
 

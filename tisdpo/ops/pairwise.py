@@ -11,7 +11,6 @@ Cost in head-sized products (u = 2 N H V FLOP): policy logits 1, reference logit
 and D does not wait (but not for one chunk of a 16-bit head on a GPU).
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -19,9 +18,9 @@ from torch import Tensor
 
 from tisdpo.losses import Objective, pairwise_losses, score_gradients, sequence_scores
 from tisdpo.ops import backend as backends
-from tisdpo.ops import fold, products, values
+from tisdpo.ops import fold, values
 from tisdpo.ops.backend import accumulation_dtype
-from tisdpo.ops.rows import GradientSums, HeadRows, Tiles, heads
+from tisdpo.ops.rows import GradientSums, Visits, direct, heads, visit_rows
 from tisdpo.ops.sequence_sums import weighted_sums
 from tisdpo.ops.token_stats import gradient_shapes
 
@@ -40,7 +39,9 @@ def linear_pairwise(
     """
     objective = Objective(loss, beta, kl, alpha, detach_chosen_kl, label_smoothing)
     name = backends.resolve(backend, hidden.device.type, hidden.dtype)
-    most = HeadRows(hidden, weight, None).chunk_rows(1 if kl is None else 2, True)
+    folds = fold.Fold(name, kl, fold.Transform(logit_scale, softcap, temperature), bias, ref_bias)
+    policy, reference = heads(hidden, weight, ref_hidden, ref_weight, None)
+    most = policy.chunk_rows(1 if kl is None else 2, True, direct(policy, reference, folds))
     rows = _Rows.of(target, token_weights, cu_seqlens, len(weight), ignore_index, name, min(most, backends.few_rows(hidden.device.type)))
     index = rows.index
     if index is not None:
@@ -49,7 +50,7 @@ def linear_pairwise(
         hidden = hidden.masked_fill(rows.ignored[:, None], 0)
         target, ref_logps = target.masked_fill(rows.ignored, -1), None if ref_logps is None else ref_logps.masked_fill(rows.ignored, 0)
     policy, reference = heads(hidden, weight, ref_hidden, ref_weight, index)
-    folds = fold.Fold(name, kl, fold.Transform(logit_scale, softcap, temperature), bias, ref_bias, ignored=rows.ignored is not None)
+    folds = folds._replace(ignored=rows.ignored is not None)
     grads = GradientSums(policy, tuple(needs), most, by_columns=name == "triton")
     walk = _Walk(policy, reference, target, token_weights, ref_logps, rows, objective, folds, grads)
     chunks = [walk.chunk(first, rows.bounds[first : last + 1], normalizer) for first, last in walk.chunks(rows.bounds)]
@@ -183,14 +184,14 @@ class _Walk:
 
     def __init__(self, policy, reference, target, token_weights, ref_logps, rows, objective, folds, grads):
         # Without KL only the log-probs of the reference are needed: its logits are there and gone before those of the policy, in one buffer
-        self.policy, self.reference, self.before = policy, *((None, reference) if objective.kl is None else (reference, None))
+        alone = objective.kl is None and not direct(policy, reference, folds)
+        self.policy, self.reference, self.before = policy, *((None, reference) if alone else (reference, None))
         self.target, self.token_weights, self.ref_logps = target, token_weights, ref_logps
         self.cu_seqlens, self.lengths = rows.cu_seqlens, rows.lengths
         self.objective, self.folds, self.grads, self.with_gradient = objective, folds, grads, any(grads.needs)
         self.dtype = accumulation_dtype(policy.hidden.dtype)
-        models = 1 if self.reference is None else 2
-        self.rows = policy.chunk_rows(models, grads.later)
-        self.longest = backends.longest_held(self.rows, policy.hidden.shape[1], models)
+        self.rows = visit_rows(policy, self.reference, folds, grads if self.with_gradient else None)
+        self.longest = backends.longest_held(self.rows, policy.hidden.shape[1], 1 if objective.kl is None else 2)
 
     def chunks(self, bounds: list[int]) -> list[tuple[int, int]]:
         """(first, last) boundary of every chunk, after the memory for logits is there: one that grew would leave holes behind.
@@ -208,7 +209,7 @@ class _Walk:
             rows = max((b - a for parts in ranges for a, b in parts), default=0)
         else:
             rows = buffer_rows(bounds, self.rows, self.longest)
-        self.tiles = Tiles(self.policy, self.reference, rows, later)
+        self.visits = Visits(self.policy, self.reference, self.folds, rows, self.grads if self.with_gradient else None, later)
         return chunks
 
     def chunk(self, first: int, bounds: list[int], normalizer: Tensor) -> tuple[Tensor, Tensor]:
@@ -220,34 +221,37 @@ class _Walk:
         kl_sign = self._token_kl_sign(cu, stop - start)
 
         held, stats = None, []
+        hold = self.with_gradient and (self.grads.later or len(ranges) == 1)
         for a, b in ranges:
             ref_logp = None if self.before is None else self._reference_logp(a, b)
-            z, ref_z = self.tiles.logits(a, b)
-            found = self.folds.statistics(z, self.target[a:b], ref_z)
+            sign = None if kl_sign is None else kl_sign[a - start : b - start]
+            found, d = self.visits.visit(a, b, self.target[a:b], sign, wanted=hold)
             stats.append(found if ref_logp is None else found._replace(ref_logp=ref_logp))
-            if self.with_gradient and self.grads.later:
-                sign = None if kl_sign is None else kl_sign[a - start : b - start]
-                self.grads.hold(a, b, self._unscaled_gradient(a, b, z, ref_z, stats[-1], sign))
-            elif self.with_gradient and len(ranges) == 1:
-                held = self._unscaled_gradient(a, b, z, ref_z, stats[0], kl_sign)()
+            if hold and self.grads.later:
+                self.grads.hold(a, b, d)
+            elif hold:
+                held = d
 
         # a device has its first products by now, and computes while the host goes on
         lengths = self.lengths[first : first + len(bounds) - 1].to(self.dtype)
-        loss, sums, coefficient = self._pairs(fold.concatenated(stats, self.dtype, cu.device), start, stop, cu - start, lengths, normalizer)
+        found = fold.concatenated(stats, self.dtype, cu.device)
+        loss, sums, coefficient = self._pairs(found, start, stop, cu - start, lengths, normalizer)
         if not self.with_gradient:
             return loss, sums
+        if found.factor is not None:
+            coefficient = coefficient * found.factor
         if self.grads.later:
             self.grads.scale(start, stop, coefficient)
             return loss, sums
         for (a, b), s in zip(ranges, stats):
             place = slice(a - start, b - start)
             sign = None if kl_sign is None else kl_sign[place]
-            d = self._unscaled_gradient(a, b, *self.tiles.logits(a, b), s, sign)() if held is None else held
+            d = self.visits.visit(a, b, self.target[a:b], sign, wanted=True, stats=s)[1] if held is None else held
             self.grads.add(a, b, d, coefficient[place])
         return loss, sums
 
     def _reference_logp(self, a: int, b: int) -> Tensor:
-        z = self.before.logits(a, b, self.tiles.buffer[: b - a])
+        z = self.before.logits(a, b, self.visits.tiles.buffer[: b - a])
         return self.folds._replace(bias=self.folds.ref_bias, ref_bias=None).statistics(z, self.target[a:b], None).logp
 
     def _token_kl_sign(self, cu: Tensor, rows: int) -> Tensor | None:
@@ -259,11 +263,6 @@ class _Walk:
         signs = torch.full((len(cu) - 1,), self.objective.kl_sign, dtype=self.dtype, device=cu.device)
         signs[::2] = 0.0
         return torch.repeat_interleave(signs, cu.diff(), output_size=rows)
-
-    def _unscaled_gradient(self, a, b, z, ref_z, stats, kl_sign):
-        """dscore/dlogits of rows a..b as a function that writes them, see `GradientSums.hold`."""
-        dtype = products.gradient_dtype(self.policy.weight.device, self.policy.weight.dtype)
-        return partial(self.folds.gradient, z, self.target[a:b], ref_z, stats, None, kl_sign, dtype=dtype)
 
     def _pairs(
         self, stats: fold.Statistics, start: int, stop: int, cu: Tensor, lengths: Tensor, normalizer: Tensor

@@ -206,11 +206,11 @@ class WaitingRows:
 
 def column_sums(d: Tensor, coefficient: Tensor) -> Tensor:
     """d [n, V].T @ coefficient [n] -> [V] in the dtype of the coefficient."""
-    out = coefficient.new_empty(d.shape[1])
     if d.dtype == coefficient.dtype:
-        return torch.mv(d.T, coefficient, out=out)
-    _mm(d.T, coefficient.to(d.dtype)[:, None], out[:, None])
-    return out
+        return torch.mv(d.T, coefficient, out=coefficient.new_empty(d.shape[1]))
+    rounded = coefficient.to(d.dtype)  # and what that has lost: together exact to 16 bits
+    both = torch.stack([rounded, (coefficient - rounded).to(d.dtype)], 1)
+    return _mm(d.T, both, coefficient.new_empty(d.shape[1], 2)).sum(1)
 
 
 def _mm(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> Tensor:

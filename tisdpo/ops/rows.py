@@ -1,4 +1,9 @@
-"""The rows that carry loss, and the head over a range of them: what the one-pass and the two-pass drivers share."""
+"""The rows that carry loss, and the head over a range of them: what the one-pass and the two-pass drivers share.
+
+A range of rows is visited in one of two ways (`Visits`). Any backend: logits into a buffer, the fold's statistics over them, its gradient
+in their place. By Triton, for bfloat16 and without KL, on chips with a row in `kernels.configs.PRODUCT`: a product that leaves D and the
+statistics, and no logits (`tisdpo.kernels.head`).
+"""
 
 import math
 from dataclasses import dataclass
@@ -6,8 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tisdpo.ops import backend, products
+from tisdpo.ops import backend, fold, products
 from tisdpo.ops.backend import accumulation_dtype
+
+HIDDEN_ROWS = 2048  # of float32 D @ W at a time where D lies ready: as fast as more, see benchmarks/NOTES.md
+DIRECT_ROWS = 1 << 14  # of a visit without memory for logits or D; it needs 8 bytes a row and tile of 256 columns
 
 
 @dataclass(frozen=True)
@@ -26,10 +34,11 @@ class HeadRows:
         """hidden @ weight.T of rows a..b, written to `out` [b - a, V]."""
         return products.logits(self.take(a, b), self.weight, out)
 
-    def chunk_rows(self, models: int, later: bool) -> int:
-        """Rows of a chunk when `models` buffers of logits live at a time; `later`: nothing in them waits for its pair."""
-        dtype = accumulation_dtype(self.hidden.dtype)
-        return backend.chunk_rows(len(self.weight), models, dtype.itemsize, self.hidden.device.type, later)
+    def chunk_rows(self, models: int, later: bool, direct: bool = False) -> int:
+        """Rows of a chunk when `models` buffers of logits live at a time, or, if `direct`, one of D; `later`: nothing in them waits for
+        its pair."""
+        dtype = products.gradient_dtype(self.weight.device, self.weight.dtype) if direct else accumulation_dtype(self.hidden.dtype)
+        return backend.chunk_rows(len(self.weight), models, dtype.itemsize, self.hidden.device.type, later or direct)
 
     def ranges(self, start: int, stop: int, rows: int) -> list[tuple[int, int]]:
         """start..stop in steps of at most `rows`, see `row_ranges`."""
@@ -43,19 +52,11 @@ class Tiles:
     """
 
     def __init__(self, policy: HeadRows, reference: HeadRows | None, rows: int, later: bool):
-        self.policy, self.reference, self.rows = policy, reference, rows
+        self.policy, self.reference = policy, reference
         self.shared = reference is not None and _same(policy.weight, reference.weight)
         models = 1 if reference is None else 2
         dtype, device = accumulation_dtype(policy.hidden.dtype), policy.hidden.device
-        try:
-            self.buffer = torch.empty(models * rows, len(policy.weight), dtype=dtype, device=device)
-        except torch.OutOfMemoryError as error:
-            size = models * rows * len(policy.weight) * dtype.itemsize >> 20
-            pairs = "" if later else "; unset, a single pair may take as much as a head"
-            raise torch.OutOfMemoryError(
-                f"no memory for a chunk of {size} MiB of logits; lower the budget by TISDPO_CHUNK_MIB "
-                f"(now {backend.chunk_bytes(device.type, models, later) >> 20}{pairs}). {error}"
-            ) from None
+        self.buffer = _chunk(models * rows, len(policy.weight), dtype, device, backend.chunk_bytes(device.type, models, later), later)
 
     def logits(self, a: int, b: int) -> tuple[Tensor, Tensor | None]:
         """Raw logits [b-a, V] of rows a..b, without bias; they live until the next call."""
@@ -68,6 +69,83 @@ class Tiles:
             if self.reference is not None:
                 self.reference.logits(a, b, ref_z)
         return z, None if self.reference is None else ref_z
+
+
+class Visits:
+    """Statistics and D = dscore/dlogits of one range of rows after the other, in memory that is used again and again."""
+
+    def __init__(self, policy: HeadRows, reference, folds: fold.Fold, rows: int, grads: "GradientSums | None", later: bool):
+        """rows: the most of a range; grads: for whom D is, None for statistics alone; later: nothing waits for its pair."""
+        self.policy, self.reference, self.folds, self.grads = policy, reference, folds, grads
+        self.dtype = products.gradient_dtype(policy.weight.device, policy.weight.dtype)
+        self.direct = direct(policy, reference, folds)
+        if not self.direct:
+            self.tiles = Tiles(policy, reference, rows, later)
+        elif grads is not None and not grads.by_columns:
+            device = policy.weight.device
+            self.d = _chunk(rows, len(policy.weight), self.dtype, device, backend.chunk_bytes(device.type, 1, True), True)
+
+    def visit(
+        self, a: int, b: int, target: Tensor, g_kl: Tensor | None = None, *, wanted: bool = False, stats: fold.Statistics | None = None,
+        g_logp: Tensor | None = None,
+    ) -> tuple[fold.Statistics, Tensor | None]:  # fmt: skip
+        """Statistics of rows a..b, target [b - a], and where `wanted` D [b - a, V] for upstream g_logp (None: ones) and, with KL, g_kl.
+
+        D is still to be multiplied by the `factor` of the statistics, if there is one; it lives until the next visit, and is None where it
+        was written to the places of `grads`. stats: those of an earlier visit, which need not be found again."""
+        places = self.grads.places(a, b) if wanted else None
+        if self.direct:
+            found, d = self._direct(a, b, target, wanted, places)
+            return found if g_logp is None else found._replace(factor=found.factor * g_logp), d
+        z, ref_z = self.tiles.logits(a, b)
+        stats = self.folds.statistics(z, target, ref_z) if stats is None else stats
+        if not wanted:
+            return stats, None
+        if places is None:
+            return stats, self.folds.gradient(z, target, ref_z, stats, g_logp, g_kl, dtype=self.dtype)
+        for first, last, d in places:
+            self.folds.gradient(z, target, ref_z, stats, g_logp, g_kl, dtype=self.dtype, out=d, columns=(first, last))
+        return stats, None
+
+    def _direct(self, a, b, target, wanted, places) -> tuple[fold.Statistics, Tensor | None]:
+        from tisdpo.kernels.head import exponentials
+
+        d = self.d[: b - a] if wanted and places is None else None
+        places = [(0, len(self.policy.weight), d)] if d is not None else places
+        transform, folds = self.folds.transform, self.folds
+        lse, logp, factor = exponentials(self.policy.take(a, b), self.policy.weight, target, folds.bias, places, *transform)
+        ref_lse = ref_logp = None
+        if self.reference is not None:
+            ref_lse, ref_logp, _ = exponentials(self.reference.take(a, b), self.reference.weight, target, folds.ref_bias, None, *transform)
+        return fold.Statistics(lse, logp, ref_lse, ref_logp, None, factor), d
+
+
+def direct(policy: HeadRows, reference: HeadRows | None, folds: fold.Fold) -> bool:
+    """Whether D comes from the product itself, without logits, see `Visits`."""
+    if folds.backend != "triton" or folds.kl is not None:
+        return False
+    from tisdpo.kernels.head import serves
+
+    return all(serves(rows.hidden, rows.weight) for rows in (policy, reference) if rows is not None)
+
+
+def visit_rows(policy: HeadRows, reference: HeadRows | None, folds: fold.Fold, grads: "GradientSums | None") -> int:
+    """The most rows of a visit. grads: for whom D is, None for statistics alone."""
+    without_logits, later = direct(policy, reference, folds), grads is None or grads.later
+    rows = policy.chunk_rows(1 if reference is None or without_logits else 2, later, without_logits)
+    return max(rows, DIRECT_ROWS) if without_logits and (grads is None or grads.by_columns) else rows
+
+
+def _chunk(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device, budget: int, later: bool) -> Tensor:
+    """Memory for a chunk of logits or of D [rows, V]; the error names the budget that allowed so many rows."""
+    try:
+        return torch.empty(rows, vocabulary, dtype=dtype, device=device)
+    except torch.OutOfMemoryError as error:
+        pairs = "" if later else "; unset, a single pair may take as much as a head"
+        raise torch.OutOfMemoryError(
+            f"no memory for a chunk of {rows * vocabulary * dtype.itemsize >> 20} MiB of logits; lower the budget by TISDPO_CHUNK_MIB "
+            f"(now {budget >> 20}{pairs}). {error}"
+        ) from None
 
 
 def _same(x: Tensor, y: Tensor) -> bool:
@@ -102,8 +180,8 @@ class GradientSums:
     """
 
     def __init__(self, rows: HeadRows, needs: tuple[bool, bool, bool], most: int, by_columns: bool = False):
-        """most: rows of a chunk of whole pairs; by_columns: the gradient is written for ranges of columns, to where it waits."""
-        self.rows, self.needs, self.by_columns = rows, needs, by_columns
+        """most: rows of a chunk of whole pairs; by_columns: the backend writes D for ranges of columns, so to where it waits."""
+        self.rows, self.needs = rows, needs
         self.dtype = dtype = accumulation_dtype(rows.hidden.dtype)
         self.count = len(rows.hidden) if rows.index is None else len(rows.index)
         self.weight = None  # dWeight, of one chunk
@@ -114,8 +192,9 @@ class GradientSums:
         self.hidden = (rows.hidden.new_zeros if self.count < len(rows.hidden) else empty)(rows.hidden.shape) if needs[0] else empty(0)
         self.summed = products.SummedRows(rows.weight) if needs[1] and not (self.waits or self.alone) else None
         self.later = self.waits or not (needs[1] or needs[2])
+        self.by_columns = self.waits and by_columns
         self.bias = rows.weight.new_zeros(len(rows.weight), dtype=dtype) if needs[2] and not self.waits else empty(0)
-        self.held: list[tuple[int, int, Tensor]] = []  # D @ W of rows a..b, without the factors
+        self.held: list[tuple[int, int, Tensor | None]] = []  # D @ W of rows a..b, without the factors; None: of the D that waits
         if self.waits:
             self.waiting, self.coefficient = products.WaitingRows(rows.weight, self.count), empty(self.count, dtype=dtype)
 
@@ -132,25 +211,25 @@ class GradientSums:
         if self.needs[2]:
             self.bias += products.column_sums(d, coefficient)
 
-    def hold(self, a: int, b: int, gradient) -> None:
-        """The rows a..b, whose coefficients follow. gradient(): D [b-a, V], over the logits; gradient(out=d, columns=(first, last)): writes
-        these columns of it to d, where `by_columns` says so."""
-        if self.waits and self.by_columns:
-            for first, last, place in self.waiting.places(a, b):
-                gradient(out=place, columns=(first, last))
-            if self.needs[0]:
-                self.held.append((a, b, self.waiting.grad_hidden(a, b, self.rows.weight)))
-            return
-        d = gradient()
-        if self.waits:
+    def places(self, a: int, b: int) -> list[tuple[int, int, Tensor]] | None:
+        """(first, last, D [b-a, last-first]) for all ranges of columns, where D of the rows a..b is wanted; None: anywhere."""
+        return self.waiting.places(a, b) if self.by_columns else None
+
+    def hold(self, a: int, b: int, d: Tensor | None) -> None:
+        """The rows a..b, whose coefficients follow, with D [b-a, V], or None where it is in its `places`."""
+        if self.waits and d is not None:
             self.waiting.put(a, b, d)
         if self.needs[0]:
-            self.held.append((a, b, products.grad_hidden(d, self.rows.weight, self.dtype)))
+            self.held.append((a, b, None if d is None else products.grad_hidden(d, self.rows.weight, self.dtype)))
 
     def scale(self, a: int, b: int, coefficient: Tensor) -> None:
         """The coefficients of all rows that are held, a..b."""
         for first, last, grad in self.held:
-            self._set_hidden(first, last, grad, coefficient[first - a : last - a])
+            if grad is not None:
+                self._set_hidden(first, last, grad, coefficient[first - a : last - a])
+                continue
+            for i, j in row_ranges(first, last, HIDDEN_ROWS):
+                self._set_hidden(i, j, self.waiting.grad_hidden(i, j, self.rows.weight), coefficient[i - a : j - a])
         self.held.clear()
         if self.waits:
             self.coefficient[a:b] = coefficient

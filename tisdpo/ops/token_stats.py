@@ -7,15 +7,13 @@ The outputs of every operator: (logps, lse, ref_logps, ref_lse, kl), each [N] in
 for are empty. Rows with `ignore_index` give 0 and no gradient.
 """
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
 from tisdpo.ops import backend as backends
-from tisdpo.ops import fold, products, values
+from tisdpo.ops import fold, values
 from tisdpo.ops.backend import accumulation_dtype
-from tisdpo.ops.rows import GradientSums, HeadRows, Tiles, heads
+from tisdpo.ops.rows import GradientSums, Visits, direct, heads, visit_rows
 from tisdpo.ops.torch_fold import kept_rows
 
 Statistics5 = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -30,7 +28,7 @@ def _outputs(like: Tensor, rows: int, has_ref: bool, kl: str | None, fill) -> St
 def _from_statistics(stats: fold.Statistics, like: Tensor) -> Statistics5:
     """The statistics of all rows as the outputs of an operator, which share no memory; an empty tensor for each that was not asked for."""
     nothing = torch.empty(0, dtype=accumulation_dtype(like.dtype), device=like.device)
-    lse, logp, ref_lse, ref_logp, kl = stats
+    lse, logp, ref_lse, ref_logp, kl = stats[:5]
     return tuple((nothing if x is None else x).clone() for x in (logp, lse, ref_logp, ref_lse, kl))
 
 
@@ -153,11 +151,11 @@ def linear_token_stats(
     values.target(target, len(weight), ignore_index)
     outputs = _outputs(hidden, len(target), ref_hidden is not None, kl, torch.zeros)
     index = None if ignore_index == values.NOTHING else kept_rows(target != ignore_index)
-    policy, reference = heads(hidden, weight, ref_hidden, ref_weight, index)
-    name = backends.resolve(backend, hidden.device.type, hidden.dtype)
-    folds = fold.Fold(name, kl, fold.Transform(logit_scale, softcap, temperature), bias, ref_bias)
-    for _a, _b, place, z, ref_z in _tiles(policy, reference, index, len(target), later=True):
-        _scatter(outputs, place, folds.statistics(z, target[place], ref_z))
+    options = (index, kl, (logit_scale, softcap, temperature), backend)
+    visits, ranges = _visits(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, *options)
+    for a, b in ranges:
+        place = _place(index, a, b)
+        _scatter(outputs, place, visits.visit(a, b, target[place])[0])
     return outputs
 
 
@@ -176,22 +174,21 @@ def linear_token_stats_backward(
     index = None if ignore_index == values.NOTHING else kept_rows(target != ignore_index)
     if kl is None:
         ref_hidden = None  # the reference's log-probs are constants
-    policy, reference = heads(hidden, weight, ref_hidden, ref_weight, index)
-    name = backends.resolve(backend, hidden.device.type, hidden.dtype)
-    folds = fold.Fold(name, kl, fold.Transform(logit_scale, softcap, temperature), bias, ref_bias)
     g_logps, g_kl = _upstream(g_logps, g_kl, stats, kl)
-    sums = GradientSums(policy, tuple(needs), policy.chunk_rows(1 if reference is None else 2, True), by_columns=name == "triton")
-    dtype = products.gradient_dtype(weight.device, weight.dtype)
-    for a, b, place, z, ref_z in _tiles(policy, reference, index, len(target), sums.later):
-        g = None if g_kl is None else g_kl[place]
-        gradient = partial(folds.gradient, z, target[place], ref_z, _gathered(stats, place), g_logps[place], g, dtype=dtype)
-        ones = torch.ones(b - a, dtype=sums.dtype, device=z.device)
+    options = (index, kl, (logit_scale, softcap, temperature), backend)
+    visits, ranges = _visits(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, *options, needs)
+    sums, d = visits.grads, None
+    for a, b in ranges:
+        place = _place(index, a, b)
+        g = None if kl is None else g_kl[place]
+        found, d = visits.visit(a, b, target[place], g, g_logp=g_logps[place], wanted=True, stats=_gathered(stats, place))
+        coefficient = torch.ones_like(g_logps[place]) if found.factor is None else found.factor
         if sums.later:
-            sums.hold(a, b, gradient)
-            sums.scale(a, b, ones)
+            sums.hold(a, b, d)
+            sums.scale(a, b, coefficient)
         else:
-            sums.add(a, b, gradient(), ones)
-        del z, ref_z, gradient  # and with them, after the last chunk, the logits: what follows needs memory of its own
+            sums.add(a, b, d, coefficient)
+    del visits, d  # and with them the logits: what follows needs memory of its own
     return sums.result()
 
 
@@ -212,13 +209,21 @@ def gradient_shapes(hidden: Tensor, weight: Tensor, needs) -> tuple[Tensor, Tens
     )
 
 
-def _tiles(policy: HeadRows, reference: HeadRows | None, index: Tensor | None, tokens: int, later: bool):
-    """(a, b, place, z, ref_z) for chunk after chunk: rows a..b of those that carry loss, `place` their index in the outputs."""
-    most = policy.chunk_rows(1 if reference is None else 2, later)
-    ranges = policy.ranges(0, tokens if index is None else len(index), most)
-    tiles = Tiles(policy, reference, max((b - a for a, b in ranges), default=0), later)
-    for a, b in ranges:
-        yield a, b, slice(a, b) if index is None else index[a:b], *tiles.logits(a, b)
+def _visits(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, index, kl, transform, backend, needs=None):
+    """Visits of the rows that carry loss, and their ranges (a, b). needs: which gradients; None: none."""
+    policy, reference = heads(hidden, weight, ref_hidden, ref_weight, index)
+    name = backends.resolve(backend, hidden.device.type, hidden.dtype)
+    folds = fold.Fold(name, kl, fold.Transform(*transform), bias, ref_bias)
+    most = policy.chunk_rows(1 if reference is None or direct(policy, reference, folds) else 2, True, direct(policy, reference, folds))
+    grads = None if needs is None else GradientSums(policy, tuple(needs), most, by_columns=name == "triton")
+    ranges = policy.ranges(0, len(hidden) if index is None else len(index), visit_rows(policy, reference, folds, grads))
+    later = grads is None or grads.later
+    return Visits(policy, reference, folds, max((b - a for a, b in ranges), default=0), grads, later), ranges
+
+
+def _place(index: Tensor | None, a: int, b: int):
+    """The rows a..b of those that carry loss among all."""
+    return slice(a, b) if index is None else index[a:b]
 
 
 def _setup_linear_token_stats(ctx, inputs, output):
