@@ -43,10 +43,11 @@ def target_kernel(
     hidden_ptr, weight_ptr, target_ptr, bias_ptr, out_ptr, size, hidden_stride, weight_stride, inner, outer,
     SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out [rows]: the target's logit after bias, scale, soft-capping and temperature; 0 for a negative target."""
+    """out [rows]: the target's logit after bias, scale, soft-capping and temperature; inf, of which every logit is infinitely far
+    away, for a negative target."""
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + row)
-    z = tl.zeros((), tl.float32)
+    z = tl.full((), float("inf"), tl.float32)
     if target >= 0:
         sums = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, size, BLOCK):
@@ -55,7 +56,7 @@ def target_kernel(
             h = tl.load(hidden_ptr + row * hidden_stride + offs, mask=mask, other=0.0).to(tl.float32)
             w = tl.load(weight_ptr + target * weight_stride + offs, mask=mask, other=0.0).to(tl.float32)
             sums += h * w
-        z += tl.sum(sums, 0)
+        z = tl.sum(sums, 0)
         if HAS_BIAS:
             z += tl.load(bias_ptr + target).to(tl.float32)
         if SOFTCAP:
@@ -65,58 +66,106 @@ def target_kernel(
     tl.store(out_ptr + row, z)
 
 
-@triton.jit(do_not_specialize=["rows", "first", "begin", "size"])
-def exponentials_kernel(
-    hidden_desc, weight_desc, d_ptr, target_ptr, target_logit_ptr, bias_ptr, sums_ptr, over_ptr,
+@triton.jit
+def _tile(number, tiles_down, tiles_across, GROUP: tl.constexpr):
+    """Place of a tile, (down, across): GROUP tiles down, then the next column of tiles, so that programs that run together share rows and
+    columns in the L2 cache."""
+    group = number // (GROUP * tiles_across)
+    down = tl.minimum(tiles_down - group * GROUP, GROUP)
+    inside = number % (GROUP * tiles_across)
+    return group * GROUP + inside % down, inside // down
+
+
+@triton.jit
+def _product(hidden_desc, weight_desc, acc, down, across, k, WIDEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    h = hidden_desc.load([down * ROWS, k])
+    w = weight_desc.load([across * COLUMNS, k])
+    if WIDEN:  # the interpreter multiplies no bfloat16
+        h, w = h.to(tl.float32), w.to(tl.float32)
+    return tl.dot(h, w.T, acc)
+
+
+@triton.jit
+def _above_target(acc, bias_ptr, column, columns, shift, inner, outer, SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """By how much the logits of a tile exceed that of the target."""
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
+    if SOFTCAP:
+        return outer * _tanh(inner * acc) - shift[:, None]
+    return acc * inner - shift[:, None]
+
+
+@triton.jit
+def _own_shift(x):
+    """Of every row of a tile: 0, or its maximum where that is more than LIMIT."""
+    over = tl.max(x, 1)
+    return tl.where(over > LIMIT, over, 0.0)
+
+
+@triton.jit
+def _exponentials(
+    number, hidden_desc, weight_desc, d_ptr, target_ptr, target_logit_ptr, bias_ptr, sums_ptr, over_ptr,
     rows, columns, first, begin, size, d_stride, inner, outer,
     SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr, WRITE: tl.constexpr, WIDEN: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """A tile of e [rows, columns], of the vocabulary from `first` on, 0 at the target and in ignored rows; and of every row of the tile the
-    sum, and by how much more than the target's logit the exponentials were shifted (0, or the tile's maximum): [tiles, rows] each, of which
-    the launch writes those from `begin` on."""
-    tiles_down, tiles_across = tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS)
-    # GROUP tiles down, then the next column of tiles: programs that run together share rows and columns in the L2 cache
-    number = tl.program_id(0)
-    group = number // (GROUP * tiles_across)
-    down = tl.minimum(tiles_down - group * GROUP, GROUP)
-    inside = number % (GROUP * tiles_across)
-    top, across = group * GROUP + inside % down, inside // down
+    """One tile."""
+    down, across = _tile(number, tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS), GROUP)
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
     for k in range(0, size, DEPTH):
-        h = hidden_desc.load([top * ROWS, k])
-        w = weight_desc.load([across * COLUMNS, k])
-        if WIDEN:  # the interpreter multiplies no bfloat16
-            h, w = h.to(tl.float32), w.to(tl.float32)
-        acc = tl.dot(h, w.T, acc)
-    row = top * ROWS + tl.arange(0, ROWS)
+        acc = _product(hidden_desc, weight_desc, acc, down, across, k, WIDEN, ROWS, COLUMNS)
+    row = down * ROWS + tl.arange(0, ROWS)
     column = across * COLUMNS + tl.arange(0, COLUMNS)
     target = tl.load(target_ptr + row, mask=row < rows, other=-1)
     shift = _finite(tl.load(target_logit_ptr + row, mask=row < rows, other=0.0))
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + first + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
-    if SOFTCAP:
-        x = outer * _tanh(inner * acc) - shift[:, None]
-    else:
-        x = acc * inner - shift[:, None]
-    # what lies outside of the vocabulary, targets, and ignored rows: most tiles have none
-    own = tl.where((target >= first) & (target < first + columns), target - first - across * COLUMNS, -1).to(tl.int32)
-    special = ((own >= 0) & (own < COLUMNS)) | (target < 0)
-    if ((across + 1) * COLUMNS > columns) | (tl.max(special.to(tl.int32), 0) > 0):
-        counted = (column < columns)[None, :] & (tl.arange(0, COLUMNS)[None, :] != own[:, None]) & (target >= 0)[:, None]
-        x = tl.where(counted, x, -float("inf"))
-    over = tl.max(x, 1)
-    over = tl.where(over > LIMIT, over, 0.0)
+    x = _above_target(acc, bias_ptr + first, column, columns, shift, inner, outer, SOFTCAP, HAS_BIAS)
+    # No branch around this for tiles in which nothing is masked: that took 2 ms of 13.
+    x = tl.where((column < columns)[None, :] & (column[None, :] != (target - first).to(tl.int32)[:, None]), x, -float("inf"))
+    over = _own_shift(x)
     e = tl.exp2(x * LOG2E - (over * LOG2E)[:, None])
     place = (begin + across).to(tl.int64) * rows + row
     tl.store(sums_ptr + place, tl.sum(e, 1), mask=row < rows)
     tl.store(over_ptr + place, over, mask=row < rows)
     if WRITE:
         if SOFTCAP:
-            bent = x * (1.0 / outer) + (shift / outer)[:, None]
+            bent = x * (1.0 / outer) + tl.where(target < 0, 0.0, shift / outer)[:, None]
             e *= tl.maximum(1.0 - bent * bent, 0.0)  # x may be -inf
         where = row.to(tl.int64)[:, None] * d_stride + column[None, :]
         tl.store(d_ptr + where, e.to(d_ptr.dtype.element_ty), mask=(row < rows)[:, None] & (column < columns)[None, :])
+
+
+@triton.jit(do_not_specialize=["rows", "first", "begin", "size"])
+def exponentials_kernel(
+    hidden_desc, weight_desc, d_ptr, target_ptr, target_logit_ptr, bias_ptr, sums_ptr, over_ptr,
+    rows, columns, first, begin, size, d_stride, inner, outer,
+    SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr, WRITE: tl.constexpr, WIDEN: tl.constexpr, AHEAD: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Tiles of e [rows, columns], of the vocabulary from `first` on, 0 at the target and in ignored rows (a target logit of inf); and of
+    every row of a tile the sum, and by how much more than the target's logit the exponentials were shifted: [tiles, rows] each, from
+    `begin` on. AHEAD: a program makes many tiles, and the loads of the next begin before the epilogue of this one; else it makes one."""
+    if AHEAD:
+        for number in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS) * tl.cdiv(columns, COLUMNS), tl.num_programs(0), flatten=True):
+            _exponentials(
+                number, hidden_desc, weight_desc, d_ptr, target_ptr, target_logit_ptr, bias_ptr, sums_ptr, over_ptr,
+                rows, columns, first, begin, size, d_stride, inner, outer, SOFTCAP, HAS_BIAS, WRITE, WIDEN, ROWS, COLUMNS, DEPTH, GROUP,
+            )  # fmt: skip
+    else:
+        _exponentials(
+            tl.program_id(0), hidden_desc, weight_desc, d_ptr, target_ptr, target_logit_ptr, bias_ptr, sums_ptr, over_ptr,
+            rows, columns, first, begin, size, d_stride, inner, outer, SOFTCAP, HAS_BIAS, WRITE, WIDEN, ROWS, COLUMNS, DEPTH, GROUP,
+        )  # fmt: skip
+
+
+@triton.jit
+def _log_total(z, most, others):
+    """Of rows with the target's logit z, from the sum of the others' exponentials, which are shifted `most` beyond it: the target's own
+    exponential, the sum of all, and its logarithm; log(1 + x) to the last digit also of a small x."""
+    own = tl.where(z == -float("inf"), 0.0, tl.exp(-most))
+    total = others + own
+    step = total - 1.0  # what 1 + x has kept of x: the quotient brings back the rest
+    near = tl.where(step == 0.0, others, tl.log(total) * (others / step))
+    return own, total, tl.where((most == 0.0) & (own > 0.0), near, tl.log(total))
 
 
 @triton.jit(do_not_specialize=["rows", "tiles"])
@@ -142,11 +191,7 @@ def finish_kernel(
     kept = tl.load(target_ptr + row, mask=inside, other=-1) >= 0
     z = tl.load(target_logit_ptr + row, mask=inside, other=0.0)
     shift = _finite(z)
-    own = tl.where(z == -float("inf"), 0.0, tl.exp(-most))
-    total = others + own
-    # log(1 + x) to the last digit also of a small x: what 1 + x has lost of x, the quotient brings back
-    step = total - 1.0
-    log_total = tl.where((most == 0.0) & (own > 0.0), tl.where(step == 0.0, others, tl.log(total) * (others / step)), tl.log(total))
+    _own, total, log_total = _log_total(z, most, others)
     slope = inner + tl.zeros_like(z)
     at_target = -others
     if SOFTCAP:
@@ -182,14 +227,26 @@ def fix_kernel(
         tl.store(d_row + (target - first), at_target.to(d_ptr.dtype.element_ty))
 
 
-def serves(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether `exponentials` takes such hidden states and such a head, in this dtype, at these addresses, on this device."""
+def target_logits(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, inner: float, outer: float, softcap: bool, out: Tensor
+) -> None:
+    """`target_kernel` into out [n]."""
+    with on(hidden.device):
+        target_kernel[(len(hidden),)](
+            hidden, weight, target, some(bias, out), out, hidden.shape[1], hidden.stride(0), weight.stride(0), inner, outer,
+            SOFTCAP=softcap, HAS_BIAS=bias is not None, BLOCK=min(1024, triton.next_power_of_2(hidden.shape[1])), num_warps=4,
+        )  # fmt: skip
+
+
+def serves(hidden: Tensor, weight: Tensor, models: int = 1) -> bool:
+    """Whether `exponentials`, or `head_kl.divergences` for two models, takes such hidden states and such a head, in this dtype, at these
+    addresses, on this device."""
     aligned = all(x.stride(-1) == 1 and x.stride(0) * x.itemsize % 16 == 0 and x.data_ptr() % 16 == 0 for x in (hidden, weight))
     return (
         hidden.dtype == weight.dtype == torch.bfloat16
         and min(hidden.numel(), weight.numel()) > 0
         and aligned
-        and configs.product_tile(weight.device) is not None
+        and configs.product_tile(weight.device, models) is not None
     )
 
 
@@ -211,19 +268,17 @@ def exponentials(
     parts = [(0, vocabulary, None)] if places is None else places
     counts = [triton.cdiv(last - first, tile.columns) for first, last, _ in parts]
     sums, over = torch.empty(2, sum(counts), rows, dtype=torch.float32, device=hidden.device)
-    block = min(1024, triton.next_power_of_2(size))
+    ahead = softcap is None and bias is None  # with either there are not registers enough
+    target_logits(hidden, weight, target, bias, inner, outer, softcap is not None, target_logit)
     with on(hidden.device):
-        target_kernel[(rows,)](
-            hidden, weight, target, some(bias, out), target_logit, size, hidden.stride(0), weight.stride(0), inner, outer,
-            **flags, BLOCK=block, num_warps=4,
-        )  # fmt: skip
-        h = _descriptor(hidden, tile.rows, tile.depth)
+        h = descriptor(hidden, tile.rows, tile.depth)
         begin = 0
         for (first, last, d), count in zip(parts, counts):
-            exponentials_kernel[(triton.cdiv(rows, tile.rows) * count,)](
-                h, _descriptor(weight[first:last], tile.columns, tile.depth), some(None, out) if d is None else d, target, target_logit,
+            tiles = triton.cdiv(rows, tile.rows) * count
+            exponentials_kernel[(min(configs.multiprocessors(hidden.device), tiles) if ahead else tiles,)](
+                h, descriptor(weight[first:last], tile.columns, tile.depth), some(None, out) if d is None else d, target, target_logit,
                 some(bias, out), sums, over, rows, last - first, first, begin, size, 0 if d is None else d.stride(0), inner, outer,
-                **flags, WRITE=d is not None, WIDEN=hidden.device.type == "cpu",
+                **flags, WRITE=d is not None, WIDEN=hidden.device.type == "cpu", AHEAD=ahead,
                 ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, GROUP=tile.group, num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
             begin += count
@@ -241,7 +296,7 @@ def exponentials(
     return out[0], out[1], out[2]
 
 
-def _descriptor(x: Tensor, rows: int, columns: int):
+def descriptor(x: Tensor, rows: int, columns: int):
     from triton.tools.tensor_descriptor import TensorDescriptor  # of Triton 3.4 and later
 
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns])
