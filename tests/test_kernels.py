@@ -14,7 +14,7 @@ from test_products import in_float64
 
 import tisdpo
 from tisdpo import Objective, Weighting, reference
-from tisdpo.kernels import boundaries, configs, fold, head, head_kl, scale, sequence_sums
+from tisdpo.kernels import boundaries, configs, fold, head, scale, sequence_sums
 from tisdpo.ops import backend as backends
 from tisdpo.ops import products
 
@@ -376,9 +376,19 @@ def test_targets_far_below_the_maximum(tile):
     _, expected, logp = head_truth(raw, bias, target, TRANSFORMS["plain"])
     assert logp.min() < -300 and ((logp > -30) & (target >= 0)).any()
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 2**-6)):
-        _, found, d = derivative(hidden, weight, target, bias, TRANSFORMS["plain"], PRODUCT_TILES[tile], (100, 164), dtype)
+        found, d = derivative(hidden, weight, target, bias, TRANSFORMS["plain"], PRODUCT_TILES[tile], (100, 164), dtype)[1:]
         torch.testing.assert_close(found.double(), logp, rtol=1e-6, atol=1e-5)
         torch.testing.assert_close(d, expected, rtol=tolerance, atol=1e-5)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_the_largest_item_of_a_rounded_gradient_is_exact(transform):
+    """D at the target is as large as the others together: rounded to bfloat16 the row's factor makes up for it."""
+    hidden, weight, bias, target, _, expected, _ = exponentials_case(20, 40, 300, TRANSFORMS[transform])
+    d = derivative(hidden, weight, target, bias, TRANSFORMS[transform], dtype=torch.bfloat16)[2]
+    kept = (target >= 0).nonzero()[:, 0]
+    torch.testing.assert_close(d[kept, target[kept]], expected[kept, target[kept]], rtol=2e-5, atol=1e-6)
+    torch.testing.assert_close(d, expected, rtol=2**-6, atol=1e-6)
 
 
 def test_certain_and_impossible_targets():
@@ -392,43 +402,6 @@ def test_certain_and_impossible_targets():
     assert logp[2] == -math.inf and lse.isfinite().all() and d.isfinite().all() and d[0, 7] == 0
     p = bias.double().softmax(-1)
     torch.testing.assert_close(d[2], torch.nn.functional.one_hot(target[2], 50) - p, rtol=1e-5, atol=1e-12)
-
-
-@pytest.mark.parametrize("tile", PRODUCT_TILES)
-@pytest.mark.parametrize("transform", ["plain", "scaled"])
-@pytest.mark.parametrize("kl", ["reverse", "forward"])
-@pytest.mark.parametrize(
-    "rows, size, vocabulary, cuts", [(1, 8, 1, ()), (5, 16, 37, (13, 16)), (20, 40, 300, (255,)), (24, 24, 100, (64,))]
-)
-def test_a_pair_of_products_equals_the_formulas(rows, size, vocabulary, cuts, kl, transform, tile):
-    """The last case: log-probs of both models down to -200, tiles with shifts of their own."""
-    transform, extreme = TRANSFORMS[transform], rows == 24
-    hidden, weight, bias, target, *_ = exponentials_case(rows, size, vocabulary, transform)
-    ref_hidden, ref_weight = (
-        hidden + normal(rows, size, seed=5, scale=0.3).bfloat16(),
-        weight + normal(vocabulary, size, seed=6, scale=0.3).bfloat16(),
-    )
-    if extreme:
-        hidden *= torch.linspace(0.1, 20, rows).bfloat16()[:, None]
-        ref_hidden *= torch.linspace(0.1, 20, rows).bfloat16()[:, None]
-    ref_bias = normal(vocabulary, seed=7, scale=1.0)
-    raw = (hidden.double() @ weight.double().T).requires_grad_()
-    expected = truth(raw, target, ref_hidden.double() @ ref_weight.double().T, bias, ref_bias, kl, transform)
-    assert not extreme or min(x.min() for x in expected[:2]) < -100
-    g, g_kl = normal(rows, seed=8, scale=1.0), normal(rows, seed=9, scale=0.1)
-    gradient = torch.autograd.grad((g * expected[0]).sum() + (g_kl * expected[2]).sum(), raw)[0]
-    d, scratch = torch.full((2, rows, vocabulary), math.nan)
-    edges = [0, *cuts, vocabulary]
-    places = [(a, b, d[:, a:b]) for a, b in pairwise(edges)]
-    inputs = (hidden, weight, ref_hidden, ref_weight, target, bias, ref_bias)
-    options = dict(tile=PRODUCT_TILES[tile])
-    found = head_kl.divergences(*inputs, places, scratch, g, g_kl, kl, transform[0], transform[2], **options)
-    for x, y in zip((found[1], found[3], found[4]), expected):
-        torch.testing.assert_close(x.double(), y.detach(), rtol=3e-6, atol=1e-4 if extreme else 2e-5)
-    # with log-ratios of hundreds the terms of the gradient are as large as these, and so is their rounding
-    torch.testing.assert_close(d.double(), gradient, rtol=1e-4, atol=1e-5 * max(1.0, expected[2].max().item()))
-    alone = head_kl.divergences(*inputs, None, None, None, None, kl, transform[0], transform[2], **options)
-    torch.testing.assert_close(alone, found, rtol=3e-6, atol=2e-5)
 
 
 def test_the_head_without_logits_takes_aligned_bfloat16(monkeypatch):
@@ -462,9 +435,8 @@ def test_a_gradient_that_is_written_where_it_waits(monkeypatch, rows, kl):
             objective=tisdpo.Objective(kl=kl, beta=0.01), **reference,
         )  # fmt: skip
         found[name] = [output.loss.detach(), *torch.autograd.grad(output.loss * 0.5, policy)]
-    atol = 0.02 if kl is None else 0.04  # the interpreter cuts bfloat16 off, with KL twice
     for x, y in zip(found["triton"], found["torch"]):
-        torch.testing.assert_close(x.double(), y.double(), rtol=0.02, atol=atol * y.abs().max().item())
+        torch.testing.assert_close(x.double(), y.double(), rtol=0.02, atol=0.02 * y.abs().max().item())
 
 
 def test_bad_values_are_an_error_and_not_an_assertion_on_the_device(monkeypatch):

@@ -58,8 +58,6 @@ class ProductTile(NamedTuple):
 # card): 11.0 and 13.0; 3 stages 11.1 and 13.2, a group of 16 11.1 and 13.3, 256 x 128 11.2 and 13.5, a program a tile 11.4 and 13.6, 32
 # items of H 11.7 and 13.4. The library with float32 logits and both folds: 13.7 and 15.7.
 PRODUCT = {"sm_90": ProductTile(128, 256, 64, 8, 8, 4)}
-# The same for the tile of two products at a time, `kernels.head_kl`.
-PRODUCTS = {"sm_90": ProductTile(128, 128, 64, 8, 8, 3)}
 
 MAX_SPLITS = 64
 OCCUPIED = 8  # a narrow gradient keeps one program a row, and so its memory, down to an eighth of the programs that fill the device
@@ -78,9 +76,9 @@ def _tile(kernel: str, arch: str) -> Tile:
     return TABLE[kernel][arch]
 
 
-def product_tile(device: torch.device, models: int = 1) -> ProductTile | None:
-    """The row of PRODUCT, or of PRODUCTS for two models, for this device, if there is one."""
-    return (PRODUCT if models == 1 else PRODUCTS).get(architecture(device))
+def product_tile(device: torch.device) -> ProductTile | None:
+    """The row of PRODUCT for this device, if there is one."""
+    return PRODUCT.get(architecture(device))
 
 
 @cache

@@ -170,10 +170,11 @@ def _log_total(z, most, others):
 
 @triton.jit(do_not_specialize=["rows", "tiles"])
 def finish_kernel(
-    target_ptr, target_logit_ptr, sums_ptr, over_ptr, out_ptr, rows, tiles, inner, outer,
+    d_ptr, target_ptr, target_logit_ptr, sums_ptr, over_ptr, out_ptr, rows, tiles, inner, outer,
     SOFTCAP: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums of all tiles -> out [5, rows]: lse, logp, factor of D, shift beyond the target's logit, D at the target."""
+    """Partial sums of all tiles -> out [5, rows]: lse, logp, factor of D, shift beyond the target's logit, D at the target. Of d only the
+    dtype counts."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
     most = tl.zeros((ROWS,), tl.float32)
@@ -192,17 +193,21 @@ def finish_kernel(
     z = tl.load(target_logit_ptr + row, mask=inside, other=0.0)
     shift = _finite(z)
     _own, total, log_total = _log_total(z, most, others)
-    slope = inner + tl.zeros_like(z)
+    slope = inner
     at_target = -others
     if SOFTCAP:
-        slope = slope * outer
+        slope = inner * outer
         bent = shift / outer
         at_target = at_target * (1.0 - bent * bent)
+    factor = -slope / total
+    # D at the target is as large as the rest of the row together, so that one is made exact: what rounding does to it goes to the factor.
+    rounded = at_target.to(d_ptr.dtype.element_ty).to(tl.float32)
+    factor = tl.where(rounded == 0.0, factor, factor * (at_target / rounded))
     tl.store(out_ptr + row, tl.where(kept, shift + most + log_total, 0.0), mask=inside)
     tl.store(out_ptr + rows + row, tl.where(kept, (z - shift) - most - log_total, 0.0), mask=inside)
-    tl.store(out_ptr + 2 * rows + row, tl.where(kept, -slope / total, 0.0), mask=inside)
+    tl.store(out_ptr + 2 * rows + row, tl.where(kept, factor, 0.0), mask=inside)
     tl.store(out_ptr + 3 * rows + row, most, mask=inside)
-    tl.store(out_ptr + 4 * rows + row, at_target, mask=inside)
+    tl.store(out_ptr + 4 * rows + row, rounded, mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows", "first", "begin"])
@@ -238,15 +243,14 @@ def target_logits(
         )  # fmt: skip
 
 
-def serves(hidden: Tensor, weight: Tensor, models: int = 1) -> bool:
-    """Whether `exponentials`, or `head_kl.divergences` for two models, takes such hidden states and such a head, in this dtype, at these
-    addresses, on this device."""
+def serves(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether `exponentials` takes such hidden states and such a head, in this dtype, at these addresses, on this device."""
     aligned = all(x.stride(-1) == 1 and x.stride(0) * x.itemsize % 16 == 0 and x.data_ptr() % 16 == 0 for x in (hidden, weight))
     return (
         hidden.dtype == weight.dtype == torch.bfloat16
         and min(hidden.numel(), weight.numel()) > 0
         and aligned
-        and configs.product_tile(weight.device, models) is not None
+        and configs.product_tile(weight.device) is not None
     )
 
 
@@ -276,14 +280,14 @@ def exponentials(
         for (first, last, d), count in zip(parts, counts):
             tiles = triton.cdiv(rows, tile.rows) * count
             exponentials_kernel[(min(configs.multiprocessors(hidden.device), tiles) if ahead else tiles,)](
-                h, descriptor(weight[first:last], tile.columns, tile.depth), some(None, out) if d is None else d, target, target_logit,
+                h, descriptor(weight[first:last], tile.columns, tile.depth), out if d is None else d, target, target_logit,
                 some(bias, out), sums, over, rows, last - first, first, begin, size, 0 if d is None else d.stride(0), inner, outer,
                 **flags, WRITE=d is not None, WIDEN=hidden.device.type == "cpu", AHEAD=ahead,
                 ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, GROUP=tile.group, num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
             begin += count
         finish_kernel[(triton.cdiv(rows, FINISH_ROWS),)](
-            target, target_logit, sums, over, out, rows, begin, inner, outer,
+            out if places is None else places[0][2], target, target_logit, sums, over, out, rows, begin, inner, outer,
             SOFTCAP=softcap is not None, ROWS=FINISH_ROWS, TILES=FINISH_TILES, num_warps=4,
         )  # fmt: skip
         begin = 0

@@ -35,10 +35,12 @@ class HeadRows:
         return products.logits(self.take(a, b), self.weight, out)
 
     def chunk_rows(self, models: int, later: bool, direct: bool = False) -> int:
-        """Rows of a chunk when `models` buffers of logits live at a time, or, if `direct`, one of D; `later`: nothing in them waits for
-        its pair."""
-        dtype = products.gradient_dtype(self.weight.device, self.weight.dtype) if direct else accumulation_dtype(self.hidden.dtype)
-        return backend.chunk_rows(len(self.weight), models, dtype.itemsize, self.hidden.device.type, later or direct)
+        """Rows of a chunk when the logits of `models` models live at a time, or, if `direct`, nothing but D of the policy; `later`: nothing
+        in them waits for its pair."""
+        size, device = len(self.weight), self.hidden.device
+        if direct:
+            return backend.chunk_rows(size, 1, products.gradient_dtype(device, self.weight.dtype).itemsize, device.type, True)
+        return backend.chunk_rows(size, models, accumulation_dtype(self.hidden.dtype).itemsize, device.type, later)
 
     def ranges(self, start: int, stop: int, rows: int) -> list[tuple[int, int]]:
         """start..stop in steps of at most `rows`, see `row_ranges`."""
@@ -78,13 +80,12 @@ class Visits:
         """rows: the most of a range; grads: for whom D is, None for statistics alone; later: nothing waits for its pair."""
         self.policy, self.reference, self.folds, self.grads = policy, reference, folds, grads
         self.dtype = products.gradient_dtype(policy.weight.device, policy.weight.dtype)
-        self.direct = direct(policy, reference, folds)
+        self.direct, self.d = direct(policy, reference, folds), None
         if not self.direct:
             self.tiles = Tiles(policy, reference, rows, later)
-            return
-        wanted = 0 if grads is None else (not grads.by_columns) + (folds.kl is not None)
-        device = policy.weight.device
-        self.memory = _chunk(wanted * rows, len(policy.weight), self.dtype, device, backend.chunk_bytes(device.type, 1, True), True)
+        elif grads is not None and not grads.by_columns:
+            device = policy.weight.device
+            self.d = _chunk(rows, len(policy.weight), self.dtype, device, backend.chunk_bytes(device.type, 1, True), True)
 
     def visit(
         self, a: int, b: int, target: Tensor, g_kl: Tensor | None = None, *, wanted: bool = False, stats: fold.Statistics | None = None,
@@ -96,7 +97,8 @@ class Visits:
         was written to the places of `grads`. stats: those of an earlier visit, which need not be found again."""
         places = self.grads.places(a, b) if wanted else None
         if self.direct:
-            return self._direct(a, b, target, places, wanted, g_logp, g_kl)
+            d = self.d[: b - a] if wanted and places is None else None
+            return self._direct(a, b, target, places if d is None else [(0, len(self.policy.weight), d)], g_logp), d
         z, ref_z = self.tiles.logits(a, b)
         stats = self.folds.statistics(z, target, ref_z) if stats is None else stats
         if not wanted:
@@ -107,51 +109,32 @@ class Visits:
             self.folds.gradient(z, target, ref_z, stats, g_logp, g_kl, dtype=self.dtype, out=d, columns=(first, last))
         return stats, None
 
-    def _direct(self, a, b, target, places, wanted, g_logp, g_kl) -> tuple[fold.Statistics, Tensor | None]:
+    def _direct(self, a, b, target, places, g_logp) -> fold.Statistics:
         from tisdpo.kernels.head import exponentials
-        from tisdpo.kernels.head_kl import divergences
 
-        folds, weight, hidden = self.folds, self.policy.weight, self.policy.take(a, b)
-        memory, d = self.memory, None
-        if wanted and places is None:
-            d, memory = memory[: b - a], memory[b - a :]
-            places = [(0, len(weight), d)]
-        reference = None if self.reference is None else (self.reference.take(a, b), self.reference.weight)
-        if folds.kl is not None:
-            scratch, (scale, _, temperature) = memory[: b - a] if wanted else None, folds.transform
-            inputs = (hidden, weight, *reference, target, folds.bias, folds.ref_bias, places, scratch, g_logp, g_kl)
-            return fold.Statistics(*divergences(*inputs, folds.kl, scale, temperature)), d
-        lse, logp, factor = exponentials(hidden, weight, target, folds.bias, places, *folds.transform)
+        policy, reference, transform = self.policy, self.reference, self.folds.transform
+        lse, logp, factor = exponentials(policy.take(a, b), policy.weight, target, self.folds.bias, places, *transform)
         factor = factor if g_logp is None else factor * g_logp
         ref_lse = ref_logp = None
         if reference is not None:
-            ref_lse, ref_logp, _ = exponentials(*reference, target, folds.ref_bias, None, *folds.transform)
-        return fold.Statistics(lse, logp, ref_lse, ref_logp, None, factor), d
+            ref_lse, ref_logp, _ = exponentials(reference.take(a, b), reference.weight, target, self.folds.ref_bias, None, *transform)
+        return fold.Statistics(lse, logp, ref_lse, ref_logp, None, factor)
 
 
 def direct(policy: HeadRows, reference: HeadRows | None, folds: fold.Fold) -> bool:
     """Whether D comes from the product itself, without logits, see `Visits`."""
-    if folds.backend != "triton" or (folds.kl is not None and folds.transform.softcap is not None):  # too few registers for both
+    if folds.backend != "triton" or folds.kl is not None:
         return False
     from tisdpo.kernels.head import serves
 
-    models = 1 if folds.kl is None else 2
-    if models == 2 and policy.hidden.shape[1] != reference.hidden.shape[1]:
-        return False
-    return all(serves(rows.hidden, rows.weight, models) for rows in (policy, reference) if rows is not None)
-
-
-def buffers(reference: HeadRows | None, folds: fold.Fold, without_logits: bool) -> int:
-    """How many [rows, V] live at a time: logits, or e and r of `tisdpo.kernels.head_kl`."""
-    return 2 if folds.kl is not None or (reference is not None and not without_logits) else 1
+    return all(serves(rows.hidden, rows.weight) for rows in (policy, reference) if rows is not None)
 
 
 def visit_rows(policy: HeadRows, reference: HeadRows | None, folds: fold.Fold, grads: "GradientSums | None") -> int:
     """The most rows of a visit. grads: for whom D is, None for statistics alone."""
     without_logits, later = direct(policy, reference, folds), grads is None or grads.later
-    rows = policy.chunk_rows(buffers(reference, folds, without_logits), later, without_logits)
-    free = without_logits and (grads is None or (grads.by_columns and folds.kl is None))
-    return max(rows, DIRECT_ROWS) if free else rows
+    rows = policy.chunk_rows(1 if reference is None else 2, later, without_logits)
+    return max(rows, DIRECT_ROWS) if without_logits and (grads is None or grads.by_columns) else rows
 
 
 def _chunk(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device, budget: int, later: bool) -> Tensor:

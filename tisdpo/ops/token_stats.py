@@ -13,7 +13,7 @@ from torch import Tensor
 from tisdpo.ops import backend as backends
 from tisdpo.ops import fold, values
 from tisdpo.ops.backend import accumulation_dtype
-from tisdpo.ops.rows import GradientSums, Visits, buffers, direct, heads, visit_rows
+from tisdpo.ops.rows import GradientSums, Visits, direct, heads, visit_rows
 from tisdpo.ops.torch_fold import kept_rows
 
 Statistics5 = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -214,8 +214,7 @@ def _visits(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, index, kl, t
     policy, reference = heads(hidden, weight, ref_hidden, ref_weight, index)
     name = backends.resolve(backend, hidden.device.type, hidden.dtype)
     folds = fold.Fold(name, kl, fold.Transform(*transform), bias, ref_bias)
-    without_logits = direct(policy, reference, folds)
-    most = policy.chunk_rows(buffers(reference, folds, without_logits), True, without_logits)
+    most = policy.chunk_rows(1 if reference is None else 2, True, direct(policy, reference, folds))
     grads = None if needs is None else GradientSums(policy, tuple(needs), most, by_columns=name == "triton")
     ranges = policy.ranges(0, len(hidden) if index is None else len(index), visit_rows(policy, reference, folds, grads))
     later = grads is None or grads.later
