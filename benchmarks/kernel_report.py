@@ -5,8 +5,8 @@
 
 The kernels are compiled ahead of time with the tile sizes of `tisdpo.kernels.configs` and the types and alignments that a head with a
 vocabulary of 32000, 128256, 151936 or 262208 gives them: the vocabulary is an argument, and all of these are multiples of 16, so they share
-the compiled code (`specialisation` says so). Exit code 1 where a kernel spills, needs more shared memory than the chip has, or loads less
-than 16 bytes at a time although it could.
+the compiled code (`specialisation` says so). Exit code 1 where a kernel spills, needs more shared memory than the chip has, loads or stores
+rows less than 16 bytes at a time although it could, or is a product without the chip's matrix instructions and bulk loads.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tisdpo.kernels import boundaries, configs, fold, scale, sequence_sums
+from tisdpo.kernels import boundaries, configs, fold, head, scale, sequence_sums
 
 VOCABULARIES = (32000, 128256, 151936, 262208)
 
@@ -44,7 +44,7 @@ class Variant:
 
     name: str
     kernel: object
-    tile: str | None  # the row of configs.TABLE
+    tile: str | None  # the row of configs.TABLE; "product": of configs.PRODUCT
     flags: dict
     types: dict
     streams: bool = True  # reads whole rows, so that the width of its loads matters
@@ -65,6 +65,7 @@ class Row:
     shared_limit: int
     wide_loads: float | None  # share of the loaded bytes that come 16 at a time; None where the kernel reads no rows
     reads_before_writing: bool  # where the gradient shares the memory of the logits: all of a block is loaded before any of it is stored
+    missing: list[str]  # instructions that a product needs and does not have
 
     @property
     def problems(self) -> list[str]:
@@ -77,7 +78,7 @@ class Row:
             found.append(f"loads only {self.wide_loads:.0%} of its bytes 16 at a time")
         if not self.reads_before_writing:
             found.append("writes over logits that were not read yet")
-        return found
+        return found + [f"has no {name}" for name in self.missing]
 
 
 def variants() -> list[Variant]:
@@ -118,6 +119,21 @@ def variants() -> list[Variant]:
     found.append(Variant("statistics, all integers one", fold.statistics_kernel, "statistics", one_row, wide, **single))
     one_row = dict(KL=2, HAS_G=True, NARROW_IN_PLACE=False, **none)
     found.append(Variant("gradient, all integers one", fold.gradient_kernel, "gradient", one_row, wide | dict(d_ptr="*fp32"), **single))
+    for softcap in (False, True):
+        for bias in (False, True):
+            for write in (True, False):
+                flags = dict(SOFTCAP=softcap, HAS_BIAS=bias, WRITE=write, WIDEN=False, AHEAD=not (softcap or bias))
+                options = [name for name, on in (("D", write), ("bias", bias), ("softcap", softcap)) if on]
+                name = ", ".join(["exponentials", *options])
+                found.append(Variant(name, head.exponentials_kernel, "product", flags, dict(d_ptr="*bf16"), streams=False))
+    for softcap in (False, True):
+        flags, types = dict(SOFTCAP=softcap, HAS_BIAS=softcap), dict(hidden_ptr="*bf16", weight_ptr="*bf16", d_ptr="*bf16")
+        label = "softcap" if softcap else "plain"
+        found.append(Variant(f"target logits, {label}", head.target_kernel, None, flags | dict(BLOCK=1024), types, streams=False))
+        flags = dict(SOFTCAP=softcap, ROWS=head.FINISH_ROWS, TILES=head.FINISH_TILES)
+        found.append(Variant(f"finish exponentials, {label}", head.finish_kernel, None, flags, types, streams=False))
+    flags = dict(COLUMNS=256, BLOCK=head.FIX_BLOCK)
+    found.append(Variant("fix exponentials", head.fix_kernel, None, flags, dict(d_ptr="*bf16"), streams=False))
     sums = dict(HAS_KL=True, WEIGHTS=2, BLOCK=sequence_sums.BLOCK)
     found.append(Variant("weighted sums", sequence_sums.sums_kernel, None, sums, {}, streams=False))
     found.append(Variant("weighted sums, one sequence", sequence_sums.sums_kernel, None, sums, {}, **single))
@@ -138,6 +154,7 @@ def specialisation(vocabulary: int) -> dict[str, bool]:
 
 
 _INTEGERS = {"target_ptr": "*i64", "cu_ptr": "*i64"}
+NOT_SPECIALISED = {"exponentials_kernel": ("first",), "fix_kernel": ("first",)}  # their `do_not_specialize`, of those named below
 _FLOATS = ("inner", "outer", "k", "mu_chosen", "mu_rejected", "lower", "upper")
 
 
@@ -147,12 +164,16 @@ def _source(variant: Variant, flags: dict) -> ASTSource:
     for place, name in enumerate(variant.kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
+        elif name.endswith("_desc"):
+            rows = constants["ROWS" if name == "hidden_desc" else "COLUMNS"]
+            signature[name] = f"tensordesc<bf16[{rows}, {constants['DEPTH']}]>"
         elif name.endswith("_ptr"):
             signature[name] = variant.types.get(name) or _INTEGERS.get(name, "*fp32")
             aligned[(place,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if name in _FLOATS else "i32"
-            if name in ("vocabulary", "first", "span", "numel") or name.endswith(("_outer", "_inner")):
+            told = name not in NOT_SPECIALISED.get(variant.kernel.__name__, ())
+            if told and (name in ("vocabulary", "first", "span", "numel", "columns") or name.endswith(("_outer", "_inner", "_stride"))):
                 aligned[(place,)] = [["tt.divisibility", 16]]
     return ASTSource(variant.kernel, signature, constants, aligned)
 
@@ -160,15 +181,28 @@ def _source(variant: Variant, flags: dict) -> ASTSource:
 def compiled(variant: Variant, arch: str) -> Row:
     """Compile one variant for one architecture and read the result."""
     target, limit = ARCHITECTURES[arch]
-    tile = configs.TABLE[variant.tile][arch] if variant.tile else None
-    flags = variant.flags | (dict(BLOCK=tile.block) if tile else {})
-    warps = tile.warps if tile else 4
-    kernel = triton.compile(_source(variant, flags), target=target, options={"num_warps": warps})
+    flags, options, block = variant.flags, {"num_warps": 4}, 0
+    if variant.tile == "product":
+        tile = configs.PRODUCT[arch]
+        flags = flags | dict(ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, GROUP=tile.group)
+        options, block = {"num_warps": tile.warps, "num_stages": tile.stages}, tile.columns
+    elif variant.tile:
+        tile = configs.TABLE[variant.tile][arch]
+        flags, options, block = flags | dict(BLOCK=tile.block), {"num_warps": tile.warps}, tile.block
+    kernel = triton.compile(_source(variant, flags), target=target, options=options)
     registers, spilled, wide, ordered = _nvidia(kernel) if target.backend == "cuda" else _amd(kernel)
     return Row(
-        variant.name, arch, flags.get("BLOCK", 0), warps, registers, spilled, kernel.metadata.shared, limit,
+        variant.name, arch, block or flags.get("BLOCK", 0), options["num_warps"], registers, spilled, kernel.metadata.shared, limit,
         wide if variant.streams else None, ordered or not flags.get("NARROW_IN_PLACE", False),
+        _missing(kernel.asm["ptx"], flags["WRITE"]) if variant.tile == "product" else [],
     )  # fmt: skip
+
+
+def _missing(ptx: str, writes: bool) -> list[str]:
+    """What the PTX of a product on sm_90 lacks: asynchronous matrix products, bulk loads of tiles, stores of 16 bytes."""
+    wanted = {"wgmma": r"wgmma\.mma_async", "bulk tensor loads": r"cp\.async\.bulk\.tensor"}
+    wanted |= {"16-byte stores": r"st\.global\S*\.v4\.b32"} if writes else {}
+    return [name for name, pattern in wanted.items() if not re.search(pattern, ptx)]
 
 
 def _nvidia(kernel) -> tuple[int, int, float, bool]:
@@ -219,6 +253,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.kernel not in variant.name:
             continue
         for arch in args.arch:
+            if variant.tile == "product" and arch not in configs.PRODUCT:
+                continue
             row = compiled(variant, arch)
             rows.append(row)
             if not args.json:

@@ -197,8 +197,8 @@ def _longest(row: dict) -> str:
     return f"more than {row['points'][-1][0]:,}" if row["longest"] is None else f"{row['longest']:,}"
 
 
-def page(cpu: list[dict], end_to_end: dict | None, gpu: dict | None) -> str:
-    """RESULTS.md."""
+def page(cpu: list[dict], end_to_end: dict | None, gpu: dict | None, later: dict | None) -> str:
+    """RESULTS.md. later: steps that were measured on the same GPU after `gpu`, see `main`."""
     lines = [
         "# Results", "",
         "Made by `python -m benchmarks.plot` from the JSON files named below. What u is, how to read the tables and how to repeat them: "
@@ -221,7 +221,7 @@ def page(cpu: list[dict], end_to_end: dict | None, gpu: dict | None) -> str:
             lines += [report["parts_of"]["scaling"], ""] if "scaling" in report["parts_of"] else []
             lines += scaling_table(report["scaling"])
     lines += ["## Where somebody else is faster", "", "Rows above in which a provider that computes the same task beats one pass:", ""]
-    lines += [*losing_rows([*cpu, *([gpu] if gpu else [])]), ""]
+    lines += [*losing_rows([*cpu, *([gpu] if gpu else []), *([later] if later else [])]), ""]
     if end_to_end is not None:
         lines += ["## Whole training steps and scoring, CPU, float32", "", machine(end_to_end), "", *end_to_end_tables(end_to_end)]
     lines += ["## GPU", ""]
@@ -235,16 +235,26 @@ def page(cpu: list[dict], end_to_end: dict | None, gpu: dict | None) -> str:
         lines += [""]
         if "ceilings" in gpu.get("roofline", {}):
             lines += ["### Ceilings, and the folds on 2048 rows of 128256", "", *roofline_table(gpu["roofline"])]
-        for head in dict.fromkeys(result["head"] for result in gpu["steps"]):
-            lines += [f"### The head of {head}", ""]
-            for result in gpu["steps"]:
-                lines += step_table(result) if result["head"] == head else []
+        lines += gpu_steps(gpu)
         if gpu.get("left_out"):
             lines += ["No time was left for: " + "; ".join(text.removesuffix(": no time left") for text in gpu["left_out"]) + ".", ""]
+    if later is not None:
+        lines += [f"## GPU, revision {later['revision']}", "", machine(later), "", f"- Tests marked gpu: {later['tests']['summary']}."]
+        lines += [*(f"- {remark}" for remark in later["remarks"]), "", *gpu_steps(later)]
     return "\n".join(lines)
 
 
-def gpu_figures(report: dict) -> list[str]:
+def gpu_steps(report: dict) -> list[str]:
+    """The tables of all steps, by head."""
+    lines = []
+    for head in dict.fromkeys(result["head"] for result in report["steps"]):
+        lines += [f"### The head of {head}", ""]
+        for result in report["steps"]:
+            lines += step_table(result) if result["head"] == head else []
+    return lines
+
+
+def gpu_figures(report: dict, later: dict | None) -> list[str]:
     """The README's table of a GPU: time and memory of the four kinds of step at the first head and length that were measured."""
     first = report["steps"][0]
     steps = [r for r in report["steps"] if (r["head"], r["size"]) == (first["head"], first["size"])]
@@ -260,13 +270,23 @@ def gpu_figures(report: dict) -> list[str]:
         cells = [f"{ms(row['seconds'])} ms, {row['extra_bytes'] / MIB:,.0f} MiB" if "seconds" in row else "" for row in rows]
         bold = "**" if name == OURS else ""
         lines.append(f"| {bold}{name}{bold} | " + " | ".join(bold + cell + bold if cell else "" for cell in cells) + " |")
+    if later is not None:
+        again = {(r["head"], tuple(r["size"].values()), r["step"]): r for r in later["steps"]}
+        found = [again[r["head"], tuple(r["size"].values()), r["step"]] for r in steps]
+        ours = [r["rows"][OURS] for r in found]
+        cells = [f"**{ms(row['seconds'])} ms, {row['extra_bytes'] / MIB:,.0f} MiB, {row['ratio']:.2f} x**" for row in ours]
+        place = f"[revision {later['revision']}](benchmarks/results/{later['file']})"
+        lines.insert(len(lines) - 8, f"| **tisdpo one pass**, {place} | " + " | ".join(cells) + " |")
+        lines += ["", "The row of the later revision is of a later run, in which the products alone took "
+                  + ", ".join(ms(r["products_seconds"]) for r in found) + " ms; x is the median of the quotients."]  # fmt: skip
     tests = report.get("tests", {"passed": False, "summary": "they were not run"})
     if not tests["passed"]:
-        lines += ["", f"In that run not every GPU test was seen to pass ({tests['summary']}); why: benchmarks/RESULTS.md."]
+        summaries = ", ".join(r["tests"]["summary"] for r in (report, later) if r is not None)
+        lines += ["", f"In these runs not every GPU test was seen to pass ({summaries}); why: benchmarks/RESULTS.md."]
     return ["", *lines]
 
 
-def figures(reports: list[dict], end_to_end: dict | None, gpu: dict | None) -> str:
+def figures(reports: list[dict], end_to_end: dict | None, gpu: dict | None, later: dict | None) -> str:
     """The README's block: time and memory of both kinds of step from the files of the default size, a GPU's, whole training steps."""
     columns = [(report, step) for report in reports for step in ("no KL", "KL, online reference")]
     rows = [{r["step"]: r for r in report["steps"]}[step]["rows"] for report, step in columns]
@@ -288,7 +308,7 @@ def figures(reports: list[dict], end_to_end: dict | None, gpu: dict | None) -> s
             "",
             f"Largest error of bfloat16 gradients, against float64: {ours}; plain torch, which rounds its logits, {plain}.",
         ]
-    lines += gpu_figures(gpu) if gpu else ["", "On a GPU: not yet measured."]
+    lines += gpu_figures(gpu, later) if gpu else ["", "On a GPU: not yet measured."]
     if end_to_end is not None:
         step = end_to_end["steps"][0]
 
@@ -422,9 +442,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"no cpu-float32-*.json of the default size in {RESULTS}; run python -m benchmarks.run", file=sys.stderr)
         return 2
     end_to_end = newest("end-to-end")
-    gpu = newest("device")
-    text = page(cpu, end_to_end, gpu)
-    readme = with_figures(README.read_text(), figures([report for report in cpu if plotted(report)], end_to_end, gpu))
+    gpu, later = newest("device"), newest("without-logits")
+    later = later if gpu and later and later["date"] > gpu["date"] else None
+    text = page(cpu, end_to_end, gpu, later)
+    readme = with_figures(README.read_text(), figures([report for report in cpu if plotted(report)], end_to_end, gpu, later))
     if args.check:
         stale = [path.name for path, new in ((PAGE, text), (README, readme)) if not path.exists() or path.read_text() != new]
         print(f"not what the JSON files give: {', '.join(stale)}; run python -m benchmarks.plot" if stale else "up to date")

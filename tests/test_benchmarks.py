@@ -223,4 +223,4 @@ def test_a_part_that_the_newest_file_lacks_is_that_of_the_file_before(curves, tm
     (report,) = plot.newest_of_each_size()
     assert report["file"] == "cpu-float32-a-2026-11-26.json" and report["revision"] == "a later one"
     assert report["scaling"] == old["scaling"] and list(report["parts_of"]) == ["scaling"]
-    assert "cpu-float32-a-2026-11-25.json" in plot.page([report], None, None).split("### Scaling")[1]
+    assert "cpu-float32-a-2026-11-25.json" in plot.page([report], None, None, None).split("### Scaling")[1]

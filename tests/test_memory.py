@@ -216,7 +216,7 @@ def test_plan_prints_a_table_and_a_verdict(tmp_path, capsys):
 def test_the_advice_is_what_fits():
     base, plan = shape_of(memory.load_config("Llama-3-8B")), Plan(gpus=8, kl=True)
     said = memory.verdict(base, plan, 80)
-    assert said.startswith("does not fit in 80 GiB: 96.4 GiB, largest is optimiser state (29.9 GiB); try --sharding fsdp2 (")
+    assert said.startswith("does not fit in 80 GiB: 96.3 GiB, largest is optimiser state (29.9 GiB); try --sharding fsdp2 (")
     assert estimate(base, replace(plan, sharding="fsdp2")).total <= 80 * GIB
     assert "try gradient checkpointing" in memory.verdict(base, Plan(lora=8, gradient_checkpointing=False), 60)
     assert memory.verdict(base, plan, 1).endswith("try more GPUs or a smaller model.")

@@ -20,7 +20,8 @@ Layers of another kind (no gate, state spaces, experts) are counted as if they w
 
 Head, for N = n completion tokens at most: the logits of one chunk in float32 (`tisdpo.ops.pairwise`, for policy and, with KL, reference),
 where the head is trained its gradient (16 bits: with D that waits [max(N, H), V], N <= 2 H, on a GPU [max(N + H / 8, H), V], or [V, H] for
-one chunk; else a float32 [V, H], which a 16-bit gradient is a part of), [N, H] three to five times.
+one chunk; else a float32 [V, H], which a 16-bit gradient is a part of), [N, H] three to five times. On an H100 or H200 a bfloat16 head
+without KL needs less: no logits (`tisdpo.kernels.head`).
 
 Not counted: fragmentation, buckets of ZeRO, quantised bases, autocast (which keeps float32 weights and casts them at every use).
 """
@@ -36,6 +37,7 @@ import torch
 from tisdpo.errors import InputError
 from tisdpo.ops import backend, products
 from tisdpo.ops.pairwise import PARTS, buffer_rows
+from tisdpo.ops.rows import HIDDEN_ROWS
 
 GIB = 1 << 30
 RESERVE = GIB  # CUDA's context and its libraries' workspaces: an assumption
@@ -331,7 +333,8 @@ def head_bytes(shape: Shape, plan: Plan) -> int:
     if waits:
         beside = n * products.WaitingRows.columns_beside((v, h), n, not cpu) * b
         finishing = min(v * h * 4, products.SLICE_BYTES) + 4 * n * h
-        return max(logits, finishing) + v * h * b + beside + 4 * n * h + states
+        held = 4 * h * (n if cpu else min(n, HIDDEN_ROWS))  # D @ W
+        return max(logits, finishing) + v * h * b + beside + held + states
     bounds = [i * plan.seq_len for i in range(2 * plan.pairs_per_gpu + 1)]
     held = buffer_rows(bounds, rows, backend.longest_held(rows, h, buffers))
     return v * h * 4 + buffers * held * v * 4 + 2 * 4 * held * h + widened + states
