@@ -1,7 +1,8 @@
 """How things are measured: environment, interleaved times, peak memory, agreement with float64.
 
 Times are interleaved over rounds, providers in turn, so that whatever else the machine does falls on all alike; a ratio is the median of
-quotients, each of a time and that of the products just before, so that a machine that becomes slower or faster moves both. On a GPU by
+quotients, each of a time and that of the products just before and after, so that a machine that becomes slower or faster moves both; on a
+CPU, whose neighbours may be busy, a ratio is measured on until its median is known to 2.5 %, five times the rounds at most. On a GPU by
 events, with the L2 cache overwritten before every call. Peak memory is the allocator's on a GPU, and the growth of the high-water mark of
 a fresh process on a CPU, beyond inputs and the gradients handed out.
 """
@@ -9,6 +10,7 @@ a fresh process on a CPU, beyond inputs and the gradients handed out.
 import ctypes
 import gc
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -44,6 +46,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
 MIB = 1 << 20
 BUSY_CYCLES = 12_000_000  # of a GPU's clock, about 6 ms
+SETTLED = 0.025  # relative standard error of a ratio at which a CPU's measurement ends, so that a rerun differs by less than a tenth
+MORE = 5  # times the rounds, at most, until then
 
 # What a provider may differ from the float64 truth, relative, loss and gradients. float32: a thousandth of what a wrong formula gives;
 # 16 bits: rounded logits alone cost 0.4 % a number.
@@ -169,19 +173,22 @@ def summary(seconds: list[float]) -> dict[str, float]:
     return {"seconds": statistics.median(seconds), "p20": max(low, min(seconds)), "p80": min(high, max(seconds)), "rounds": len(seconds)}
 
 
-def interleaved(jobs: dict, rounds: int, device: str, failed: dict | None = None, beside: str = "") -> dict[str, dict]:
+def interleaved(
+    jobs: dict, rounds: int, device: str, failed: dict | None = None, beside: str = "", most: int | None = None
+) -> dict[str, dict]:  # fmt: skip
     """`summary` of every job, run in turn `rounds` times.
 
-    failed: a job that raises leaves and its reason is noted there. beside: this job runs before each of the others, whose `ratio`
-    is the median of their quotients to it.
+    failed: a job that raises leaves and its reason is noted there. beside: this job runs before and after each of the others, whose `ratio`
+    is the median of their quotients to the mean of both. most: jobs whose ratio is not `settled` by then go on, for so many rounds at most.
     """
-    flush, seconds, ratios = l2_flush(device), {name: [] for name in jobs}, {}
-    for _ in range(rounds):
-        for name in [name for name in seconds if name != beside] or [beside]:
-            if beside:
-                seconds[beside].append(unit := timed(jobs[beside], device, flush))
-            if name == beside:  # all others have failed
-                continue
+    flush, seconds, ratios = l2_flush(device), {name: [] for name in jobs}, {name: [] for name in jobs if name != beside}
+    if beside:
+        seconds[beside].append(timed(jobs[beside], device, flush))
+    for number in range(max(rounds, most or 0)):
+        others = [name for name in seconds if name != beside and (number < rounds or not settled(ratios[name]))]
+        if not others and number >= rounds:
+            break
+        for name in others:
             try:
                 seconds[name].append(timed(jobs[name], device, flush))
             except Exception as error:
@@ -191,8 +198,17 @@ def interleaved(jobs: dict, rounds: int, device: str, failed: dict | None = None
                 del seconds[name]
                 continue
             if beside:
-                ratios.setdefault(name, []).append(seconds[name][-1] / unit)
-    return {name: summary(t) | ({"ratio": statistics.median(ratios[name])} if name in ratios else {}) for name, t in seconds.items()}
+                seconds[beside].append(timed(jobs[beside], device, flush))
+                ratios[name].append(seconds[name][-1] / statistics.mean(seconds[beside][-2:]))
+    return {name: summary(t) | ({"ratio": statistics.median(ratios[name])} if ratios.get(name) else {}) for name, t in seconds.items()}
+
+
+def settled(ratios: list[float]) -> bool:
+    """Whether the median of these is known to SETTLED: its standard error, 0.93 interquartile ranges over the root of their number."""
+    if len(ratios) < 2:
+        return False
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return 0.93 * (high - low) / math.sqrt(len(ratios)) <= SETTLED * middle
 
 
 def reason(error: Exception) -> str:
@@ -311,7 +327,7 @@ def compare(
     z = torch.empty(size.tokens, size.vocabulary, dtype=dtype, device=device)
     failed = {}
     jobs = {"products": lambda: problem.products(step, z, out), **jobs}
-    times = interleaved(jobs, rounds, device, failed, beside="products")
+    times = interleaved(jobs, rounds, device, failed, beside="products", most=MORE * rounds if device == "cpu" and rounds > 2 else None)
     for name, why in failed.items():  # memory that sufficed alone may not beside the buffers of the products
         rows[name]["failed"] = why
     products = times.pop("products")

@@ -96,8 +96,8 @@ def test_the_pages_are_what_the_files_give(capsys):
     assert plot.main(["--check"]) == 0, capsys.readouterr().out
 
 
-def test_a_ratio_is_to_the_products_just_before(monkeypatch):
-    speeds, done = iter([1, 1, 2, 2, 4, 4, 8, 8]), []
+def test_a_ratio_is_to_the_products_before_and_after(monkeypatch):
+    speeds, done = iter([1, 1.5, 2, 3, 4, 5, 6, 8, 10]), []
 
     def timed(job, device, flush):
         done.append(job)
@@ -107,14 +107,27 @@ def test_a_ratio_is_to_the_products_just_before(monkeypatch):
 
     monkeypatch.setattr(measure, "timed", timed)
     figures = measure.interleaved({x: x for x in ("products", "a", "b")}, 2, "cpu", beside="products")
-    assert done == ["products", "a", "products", "b"] * 2
+    assert done == ["products", "a", "products", "b", "products", "a", "products", "b", "products"]
     assert (figures["a"]["ratio"], figures["b"]["ratio"]) == (2.0, 3.0) and "ratio" not in figures["products"]
-    assert (figures["products"]["rounds"], figures["a"]["rounds"], figures["b"]["seconds"]) == (4, 2, 15.0)
+    assert (figures["products"]["rounds"], figures["a"]["rounds"], figures["b"]["seconds"]) == (5, 2, 16.5)
 
     speeds, done, failed = iter([1, 1, 1]), [], {}
     figures = measure.interleaved({"products": "products", "a": "raises"}, 3, "cpu", failed, beside="products")
-    assert done == ["products", "raises", "products", "products"] and failed == {"a": "MemoryError: full"}
+    assert done == ["products", "raises"] and failed == {"a": "MemoryError: full"}
     assert list(figures) == ["products"]
+
+
+def test_a_ratio_that_is_not_settled_is_measured_further(monkeypatch):
+    seconds = {
+        "products": iter([1.0] * 99),
+        "calm": iter([2.0, 2.01] * 9),
+        "wild": iter([2.0, 4.0, 3.0] * 30),
+        "late": iter([1, 3, *[2.0] * 30]),
+    }
+    monkeypatch.setattr(measure, "timed", lambda job, device, flush: next(seconds[job]))
+    figures = measure.interleaved({name: name for name in seconds}, 3, "cpu", beside="products", most=20)
+    assert (figures["calm"]["rounds"], figures["wild"]["rounds"]) == (3, 20) and 3 < figures["late"]["rounds"] < 20
+    assert measure.settled([1.0, 1.01, 1.02]) and not measure.settled([1.0, 1.2, 1.4]) and not measure.settled([1.0])
 
 
 def test_losing_rows_are_named():
