@@ -273,6 +273,17 @@ def test_doctor_tells_versions_devices_backend_and_packages(capsys, monkeypatch)
         assert re.search(rf"^  {extra} ", out, re.MULTILINE)
 
 
+def test_doctor_says_whether_a_head_has_logits(monkeypatch):
+    configs = pytest.importorskip("tisdpo.kernels.configs")
+    monkeypatch.setattr(doctor.backend, "available", lambda device: {"torch": "", "triton": "", "cpp": ""})
+    monkeypatch.setattr(configs, "architecture", lambda device: "sm_90")
+    assert "bfloat16 heads without KL have none" in dict(doctor.backends())["logits on cpu"]
+    monkeypatch.setattr(configs, "architecture", lambda device: "gfx942")
+    assert dict(doctor.backends())["logits on cpu"].endswith("was measured on sm_90, this is gfx942")
+    monkeypatch.setattr(doctor.backend, "available", lambda device: {"torch": "", "triton": "not here", "cpp": ""})
+    assert "logits on cpu" not in dict(doctor.backends())
+
+
 def test_doctor_says_what_is_missing_and_how_to_get_it(monkeypatch):
     real = doctor.metadata.version
 

@@ -94,6 +94,15 @@ def _multiplied(device: str, dtype: torch.dtype) -> str:
     return "widened to float32 a slice at a time: no product here keeps float32 sums"
 
 
+def _logits(device: str) -> str:
+    from tisdpo.kernels import configs  # Triton is imported only where it runs
+
+    arch = configs.architecture(torch.device(device))
+    if arch in configs.PRODUCT:
+        return "bfloat16 heads without KL have none: the product writes their gradient (tisdpo.kernels.head)"
+    return f"all heads have some: the product that needs none was measured on {', '.join(configs.PRODUCT)}, this is {arch}"
+
+
 def cpu_name() -> str:
     """The name the maker gave the CPU, or its architecture where the system does not tell."""
     names = _cpuinfo("model name")
@@ -136,6 +145,8 @@ def backends() -> list[tuple[str, str]]:
         for name, reason in backend.available(device).items():
             lines.append((f"{name} on {device}", f"cannot run: {reason}" if reason else "can run"))
         lines.append((f"bf16 on {device}", f"heads are {_multiplied(device, torch.bfloat16)}"))
+        if not backend.available(device)["triton"]:
+            lines.append((f"logits on {device}", f"in Triton {_logits(device)}"))
         if device == "cpu":
             own = torch.float32 in products.compiled()
             lines.append(

@@ -17,7 +17,8 @@ One row of V logits, u = 2 N H V FLOP:
 
 Floor: that of the product. The folds (`tisdpo.kernels.fold`) move 14 bytes a logit for the same. An exponential a logit is 4 % of a product
 with H = 4096 on an H200, where no other program runs beside the one that is at its epilogue. Measured there, 8192 rows of Llama-3-8B's
-head: 13.0 ms; the library's product takes 12.0 with 16-bit logits, and 15.3 with float32 ones and both folds.
+head, on a cool and on a hot card: 11.0 and 13.0 ms; the library's product takes 10.5 and 12.2 with 16-bit logits, and 13.7 and 15.7 with
+float32 ones and both folds (benchmarks/NOTES.md, 2026-11-27).
 
 Where a tile has a logit more than LIMIT above that of the target, its exponentials are shifted by its own maximum, which is noted, and the
 row is scaled to one shift afterwards (`fix`): rows with a log-prob below -LIMIT or so, read and written once more.
