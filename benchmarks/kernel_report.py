@@ -132,7 +132,7 @@ def variants() -> list[Variant]:
         found.append(Variant(f"target logits, {label}", head.target_kernel, None, flags | dict(BLOCK=1024), types, streams=False))
         flags = dict(SOFTCAP=softcap, ROWS=head.FINISH_ROWS, TILES=head.FINISH_TILES)
         found.append(Variant(f"finish exponentials, {label}", head.finish_kernel, None, flags, types, streams=False))
-    flags = dict(COLUMNS=256, BLOCK=head.FIX_BLOCK)
+    flags = dict(COLUMNS=configs.PRODUCT["sm_90"].columns, BLOCK=head.FIX_BLOCK)
     found.append(Variant("fix exponentials", head.fix_kernel, None, flags, dict(d_ptr="*bf16"), streams=False))
     sums = dict(HAS_KL=True, WEIGHTS=2, BLOCK=sequence_sums.BLOCK)
     found.append(Variant("weighted sums", sequence_sums.sums_kernel, None, sums, {}, streams=False))
@@ -154,7 +154,6 @@ def specialisation(vocabulary: int) -> dict[str, bool]:
 
 
 _INTEGERS = {"target_ptr": "*i64", "cu_ptr": "*i64"}
-NOT_SPECIALISED = {"exponentials_kernel": ("first",), "fix_kernel": ("first",)}  # their `do_not_specialize`, of those named below
 _FLOATS = ("inner", "outer", "k", "mu_chosen", "mu_rejected", "lower", "upper")
 
 
@@ -172,7 +171,7 @@ def _source(variant: Variant, flags: dict) -> ASTSource:
             aligned[(place,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if name in _FLOATS else "i32"
-            told = name not in NOT_SPECIALISED.get(variant.kernel.__name__, ())
+            told = name not in (variant.kernel.do_not_specialize or ())
             if told and (name in ("vocabulary", "first", "span", "numel", "columns") or name.endswith(("_outer", "_inner", "_stride"))):
                 aligned[(place,)] = [["tt.divisibility", 16]]
     return ASTSource(variant.kernel, signature, constants, aligned)

@@ -264,26 +264,37 @@ def gpu_figures(report: dict, later: dict | None) -> list[str]:
         "", "| | " + " | ".join(r["step"] for r in steps) + " |", "| --- |" + " --- |" * len(steps),
         "| the matrix products alone | " + " | ".join(ms(r["products_seconds"]) for r in steps) + " |",
     ]  # fmt: skip
+    again = {(r["head"], tuple(r["size"].values()), r["step"]): r for r in (later or {"steps": []})["steps"]}
+    found = [again.get((r["head"], tuple(r["size"].values()), r["step"])) for r in steps]
+    if any(found):
+        cells = ["" if r is None else f"{_gpu_cell(r['rows'][OURS])}, {r['rows'][OURS]['ratio']:.2f} x" for r in found]
+        place = f"[revision {later['revision']}](benchmarks/results/{later['file']})"
+        lines.append(_gpu_row(f"**tisdpo one pass**, {place}", cells, "**"))
     whole = ("tisdpo one pass, one chunk", "torch.compile", "torch.compile, float32 logits", "plain torch", "plain torch, float32 logits")
     for name in (OURS, *whole, "TRL chunked", "Cut Cross-Entropy, exact"):
-        rows = [r["rows"].get(name, {}) for r in steps]
-        cells = [f"{ms(row['seconds'])} ms, {row['extra_bytes'] / MIB:,.0f} MiB" if "seconds" in row else "" for row in rows]
+        cells = [_gpu_cell(r["rows"][name]) if "seconds" in r["rows"].get(name, {}) else "" for r in steps]
         bold = "**" if name == OURS else ""
-        lines.append(f"| {bold}{name}{bold} | " + " | ".join(bold + cell + bold if cell else "" for cell in cells) + " |")
-    if later is not None:
-        again = {(r["head"], tuple(r["size"].values()), r["step"]): r for r in later["steps"]}
-        found = [again[r["head"], tuple(r["size"].values()), r["step"]] for r in steps]
-        ours = [r["rows"][OURS] for r in found]
-        cells = [f"**{ms(row['seconds'])} ms, {row['extra_bytes'] / MIB:,.0f} MiB, {row['ratio']:.2f} x**" for row in ours]
-        place = f"[revision {later['revision']}](benchmarks/results/{later['file']})"
-        lines.insert(len(lines) - 8, f"| **tisdpo one pass**, {place} | " + " | ".join(cells) + " |")
-        lines += ["", "The row of the later revision is of a later run, in which the products alone took "
-                  + ", ".join(ms(r["products_seconds"]) for r in found) + " ms; x is the median of the quotients."]  # fmt: skip
-    tests = report.get("tests", {"passed": False, "summary": "they were not run"})
-    if not tests["passed"]:
-        summaries = ", ".join(r["tests"]["summary"] for r in (report, later) if r is not None)
-        lines += ["", f"In these runs not every GPU test was seen to pass ({summaries}); why: benchmarks/RESULTS.md."]
+        lines.append(_gpu_row(f"{bold}{name}{bold}", cells, bold))
+    if any(found):
+        products = ", ".join("-" if r is None else ms(r["products_seconds"]) for r in found)
+        note = f"Revision {later['revision']} was timed in a later run, in which the products alone took {products} ms; x is the median of "
+        lines += ["", note + "the quotients."]
+    for r in filter(None, (report, later)):
+        tests = r.get("tests", {"passed": False, "summary": "they were not run"})
+        if not tests["passed"]:
+            lines += [
+                "",
+                f"At revision {r['revision']} not every GPU test was seen to pass ({tests['summary']}); why: benchmarks/RESULTS.md.",
+            ]
     return ["", *lines]
+
+
+def _gpu_cell(row: dict) -> str:
+    return f"{ms(row['seconds'])} ms, {row['extra_bytes'] / MIB:,.0f} MiB"
+
+
+def _gpu_row(name: str, cells: list[str], bold: str) -> str:
+    return f"| {name} | " + " | ".join(bold + cell + bold if cell else "" for cell in cells) + " |"
 
 
 def figures(reports: list[dict], end_to_end: dict | None, gpu: dict | None, later: dict | None) -> str:

@@ -30,15 +30,13 @@ def step_work(size: Size, step: Step, itemsize: int, device: str = "cpu") -> tup
 
     Float32 logits are written by the product and read by the statistics and the gradient; those of the reference too. D of float32 is
     written over them and read by two products (one with a frozen head); D of 16 bits likewise, and on a CPU copied to where it waits. The
-    head is read for every chunk; so is, and written, the sum of its float32 gradient; a 16-bit one is written once. On an H100 or H200
-    a 16-bit head without KL has no logits: D is written once.
+    head is read for every chunk; so is, and written, the sum of its float32 gradient; a 16-bit one is written once.
     """
     N, H, V = size.tokens * (1 - size.masked), size.hidden, size.vocabulary
     models, trained = 1 + step.reference_products, not step.frozen
     rows = backend.chunk_rows(V, 1 if step.kl is None else 2, 4, device, later=step.frozen or itemsize == 2)
     d = itemsize * (2 + trained + (2 * trained if itemsize == 2 and device == "cpu" else 0))
-    without_logits = itemsize == 2 and device == "cuda" and step.kl is None
-    logits = N * V * (d if without_logits else 12 * models + d)
+    logits = N * V * (12 * models + d)
     chunks = math.ceil(N / rows)
     gradient = V * H * (8 * chunks if itemsize == 4 else itemsize) * trained
     return 2 * N * H * V * step.products, logits + chunks * V * H * itemsize * (models + 1) + gradient

@@ -130,6 +130,27 @@ def test_a_ratio_that_is_not_settled_is_measured_further(monkeypatch):
     assert measure.settled([1.0, 1.01, 1.02]) and not measure.settled([1.0, 1.2, 1.4]) and not measure.settled([1.0])
 
 
+def test_the_readme_shows_a_later_run_of_a_gpu_as_one():
+    row = {"seconds": 0.0384, "extra_bytes": 5 << 20, "ratio": 1.1}
+    step = {
+        "head": "H",
+        "size": {"tokens": 8, "hidden": 8, "vocabulary": 9, "pairs": 1, "masked": 0.0},
+        "dtype": "bfloat16",
+        "products_seconds": 0.03,
+    }
+    report = {
+        "device": {"name": "GPU"}, "file": "a.json", "revision": "aaa", "tests": {"passed": True, "summary": "9 passed"},
+        "steps": [step | {"step": kind, "rows": {OURS: row}} for kind in ("no KL", "KL")],
+    }  # fmt: skip
+    later = report | {"file": "b.json", "revision": "bbb", "tests": {"passed": False, "summary": "1 failed"}}
+    later["steps"] = [step | {"step": "no KL", "products_seconds": 0.02, "rows": {OURS: row | {"seconds": 0.025, "ratio": 1.25}}}]
+    alone, both = "\n".join(plot.gpu_figures(report, None)), "\n".join(plot.gpu_figures(report, later))
+    assert "38.4 ms, 5 MiB" in alone and "bbb" not in alone and "not every GPU test" not in alone
+    assert "| **tisdpo one pass**, [revision bbb](benchmarks/results/b.json) | **25 ms, 5 MiB, 1.25 x** |  |" in both
+    assert "the products alone took 20, - ms" in both and "At revision bbb not every GPU test was seen to pass (1 failed)" in both
+    assert "At revision aaa not every" in "\n".join(plot.gpu_figures({k: v for k, v in report.items() if k != "tests"}, later))
+
+
 def test_losing_rows_are_named():
     row = {"task": "TIS-DPO", "error": {"loss": 0.0}, "p20": 1.0, "p80": 1.0, "ratio": 1.0}
     result = {

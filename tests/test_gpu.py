@@ -9,7 +9,7 @@ import torch
 import tisdpo
 from benchmarks.registry import MODES, Problem, Size, Step, fused, plain, relative_error
 from tisdpo import Objective
-from tisdpo.ops import backend, products
+from tisdpo.ops import backend, products, rows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 SMALL = Size(tokens=777, hidden=256, vocabulary=4099, pairs=5)  # nothing is a multiple of anything
@@ -50,7 +50,8 @@ def test_no_less_accurate_than_plain_torch(size, step, dtype, plan):
 @pytest.mark.parametrize("tokens, vocabulary, masked, few_items", CHUNKED)
 def test_several_chunks(monkeypatch, tokens, vocabulary, masked, few_items, step, plan):
     """Heads of 16 bits whose D waits in the gradient (up to 7/8 H rows and more), also beside it (2 H), and whose sum has float32."""
-    monkeypatch.setenv("TISDPO_CHUNK_MIB", "1")  # 128 rows without KL, 32 with it
+    monkeypatch.setenv("TISDPO_CHUNK_MIB", "1")  # D of 128 rows, with KL 32 rows
+    monkeypatch.setattr(rows, "DIRECT_ROWS", 96)
     monkeypatch.setattr(products, "SLICE_BYTES", 64 * 512)
     monkeypatch.setattr(products, "FEW_ITEMS", few_items)
     at_once, own = [], products.WaitingRows.product

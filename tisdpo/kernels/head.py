@@ -13,15 +13,17 @@ One row of V logits, u = 2 N H V FLOP:
     kernel                     bytes a logit         exponentials a logit
     target                     0 (4 H a row)         0
     exponentials               size of D (2), or 0   1
-    finish, fix                8 / 256               0
+    finish                     20 / 256              0
 
 Floor: that of the product. The folds (`tisdpo.kernels.fold`) move 14 bytes a logit for the same. An exponential a logit is 4 % of a product
-with H = 4096 on an H200, where no other program runs beside the one that is at its epilogue. Measured there, 8192 rows of Llama-3-8B's
-head, on a cool and on a hot card: 11.0 and 13.0 ms; the library's product takes 10.5 and 12.2 with 16-bit logits, and 13.7 and 15.7 with
-float32 ones and both folds (benchmarks/NOTES.md, 2026-11-27).
+with H = 4096 on an H200: a multiprocessor has room for one program, whose epilogue multiplies nothing. Measured there, 8192 rows of
+Llama-3-8B's head, on a cool and on a hot card: 11.0 and 13.0 ms; the library's product takes 10.5 and 12.2 with 16-bit logits, and 13.7
+and 15.7 with float32 ones and both folds (benchmarks/NOTES.md, 2026-11-27).
 
 Where a tile has a logit more than LIMIT above that of the target, its exponentials are shifted by its own maximum, which is noted, and the
-row is scaled to one shift afterwards (`fix`): rows with a log-prob below -LIMIT or so, read and written once more.
+row is scaled to one shift afterwards (`fix`): rows with a log-prob below -LIMIT or so, read and written once more. Differences z - s are
+rounded at their own size: lse and D of a target 10,000 below the others are good to 1e-3. For a target with the logit -inf, whose log-prob
+is -inf, s is 0; where all others lie below -80 then, D is 0.
 """
 
 import torch
@@ -158,17 +160,6 @@ def exponentials_kernel(
         )  # fmt: skip
 
 
-@triton.jit
-def _log_total(z, most, others):
-    """Of rows with the target's logit z, from the sum of the others' exponentials, which are shifted `most` beyond it: the target's own
-    exponential, the sum of all, and its logarithm; log(1 + x) to the last digit also of a small x."""
-    own = tl.where(z == -float("inf"), 0.0, tl.exp(-most))
-    total = others + own
-    step = total - 1.0  # what 1 + x has kept of x: the quotient brings back the rest
-    near = tl.where(step == 0.0, others, tl.log(total) * (others / step))
-    return own, total, tl.where((most == 0.0) & (own > 0.0), near, tl.log(total))
-
-
 @triton.jit(do_not_specialize=["rows", "tiles"])
 def finish_kernel(
     d_ptr, target_ptr, target_logit_ptr, sums_ptr, over_ptr, out_ptr, rows, tiles, inner, outer,
@@ -193,19 +184,26 @@ def finish_kernel(
     kept = tl.load(target_ptr + row, mask=inside, other=-1) >= 0
     z = tl.load(target_logit_ptr + row, mask=inside, other=0.0)
     shift = _finite(z)
-    _own, total, log_total = _log_total(z, most, others)
+    own = tl.where(z == -float("inf"), 0.0, tl.exp(-most))  # the target's exponential
+    total = others + own
+    # log(1 + x) to the last digit also of a small x: what 1 + x has lost of x, the quotient brings back
+    step = total - 1.0
+    near = tl.where(step == 0.0, others, tl.log(total) * (others / step))
+    log_total = tl.where((most == 0.0) & (own > 0.0), near, tl.log(total))
+    logp = tl.where(z == -float("inf"), z, -most - log_total)
     slope = inner
     at_target = -others
     if SOFTCAP:
         slope = inner * outer
         bent = shift / outer
         at_target = at_target * (1.0 - bent * bent)
-    factor = -slope / total
-    # D at the target is as large as the rest of the row together, so that one is made exact: what rounding does to it goes to the factor.
+    factor = tl.where(total > 1e-30, -slope / total, 0.0)  # of an impossible target among very small logits nothing may be left
+    # D at the target is as large as the rest of the row together (but for soft-capping), so that one is made exact: what rounding does to
+    # it goes to the factor.
     rounded = at_target.to(d_ptr.dtype.element_ty).to(tl.float32)
     factor = tl.where(rounded == 0.0, factor, factor * (at_target / rounded))
     tl.store(out_ptr + row, tl.where(kept, shift + most + log_total, 0.0), mask=inside)
-    tl.store(out_ptr + rows + row, tl.where(kept, (z - shift) - most - log_total, 0.0), mask=inside)
+    tl.store(out_ptr + rows + row, tl.where(kept, logp, 0.0), mask=inside)
     tl.store(out_ptr + 2 * rows + row, tl.where(kept, factor, 0.0), mask=inside)
     tl.store(out_ptr + 3 * rows + row, most, mask=inside)
     tl.store(out_ptr + 4 * rows + row, rounded, mask=inside)
@@ -246,13 +244,12 @@ def target_logits(
 
 def serves(hidden: Tensor, weight: Tensor) -> bool:
     """Whether `exponentials` takes such hidden states and such a head, in this dtype, at these addresses, on this device."""
-    aligned = all(x.stride(-1) == 1 and x.stride(0) * x.itemsize % 16 == 0 and x.data_ptr() % 16 == 0 for x in (hidden, weight))
-    return (
-        hidden.dtype == weight.dtype == torch.bfloat16
-        and min(hidden.numel(), weight.numel()) > 0
-        and aligned
-        and configs.product_tile(weight.device) is not None
+    if not (hidden.dtype == weight.dtype == torch.bfloat16 and min(hidden.numel(), weight.numel()) > 0):
+        return False
+    aligned = all(
+        x.stride(1) == 1 and x.stride(0) >= x.shape[1] and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0 for x in (hidden, weight)
     )
+    return aligned and configs.product_tile(weight.device) is not None
 
 
 def exponentials(

@@ -1,4 +1,4 @@
-"""Which backend runs the folds, and how much memory a chunk of logits may take."""
+"""Which backend runs the folds, and how much memory a chunk of logits, or of D where there are none, may take."""
 
 import importlib.util
 import logging

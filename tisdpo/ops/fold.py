@@ -1,4 +1,4 @@
-"""The two folds over rows of logits that every plan is made of, and the weighted sums of sequences: what they mean, and who computes them.
+"""The two folds over rows of logits, and the weighted sums of sequences, of which the plans are made: what they mean, who computes them.
 
 `Fold.statistics` reads raw logits z [n, V] (before bias and scaling) and returns what a row contributes to the loss; `Fold.gradient` writes
 dL/dz, over z where that is allowed. With z = softcap(logit_scale * (raw + bias)) / temperature, p = softmax(z), q the reference's:

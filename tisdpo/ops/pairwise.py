@@ -1,4 +1,4 @@
-"""The one-pass plan: loss and gradients of a pairwise loss in a single walk over the logits.
+"""The one-pass plan: loss and gradients of a pairwise loss in a single walk over the logits, or over D without any (`rows.Visits`).
 
 The upstream gradient of every token of a pair is (one scalar per sequence, known once the pair's sums are known) x w_t. So chunks hold
 whole pairs: logits -> statistics -> D = dscore_t/dlogits in place, unscaled -> the pair sums -> the pairwise loss and its gradient with
@@ -8,7 +8,7 @@ for a pair that is longer than a chunk may be. Where the factors c may come late
 
 Cost in head-sized products (u = 2 N H V FLOP): policy logits 1, reference logits 1 (KL or online reference), dHidden 1, dWeight 1
 (none with a frozen head). Memory: the chunk's logits (with KL of both models) + a [V, H] sum in float32, where the head is trained
-and D does not wait (but not for one chunk of a 16-bit head on a GPU).
+and D does not wait (but not for one chunk of a 16-bit head on a GPU). Without logits: the chunk's D, where it does not wait.
 """
 
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from tisdpo.losses import Objective, pairwise_losses, score_gradients, sequence_
 from tisdpo.ops import backend as backends
 from tisdpo.ops import fold, values
 from tisdpo.ops.backend import accumulation_dtype
-from tisdpo.ops.rows import GradientSums, Visits, direct, heads, visit_rows
+from tisdpo.ops.rows import GradientSums, Visits, heads, needs_no_logits, visit_rows
 from tisdpo.ops.sequence_sums import weighted_sums
 from tisdpo.ops.token_stats import gradient_shapes
 
@@ -41,7 +41,8 @@ def linear_pairwise(
     name = backends.resolve(backend, hidden.device.type, hidden.dtype)
     folds = fold.Fold(name, kl, fold.Transform(logit_scale, softcap, temperature), bias, ref_bias)
     policy, reference = heads(hidden, weight, ref_hidden, ref_weight, None)
-    most = policy.chunk_rows(1 if kl is None else 2, True, direct(policy, reference, folds))
+    no_logits = needs_no_logits(policy, reference, folds)
+    most = policy.chunk_rows(1 if kl is None else 2, True, no_logits)
     rows = _Rows.of(target, token_weights, cu_seqlens, len(weight), ignore_index, name, min(most, backends.few_rows(hidden.device.type)))
     index = rows.index
     if index is not None:
@@ -52,13 +53,13 @@ def linear_pairwise(
     policy, reference = heads(hidden, weight, ref_hidden, ref_weight, index)
     folds = folds._replace(ignored=rows.ignored is not None)
     grads = GradientSums(policy, tuple(needs), most, by_columns=name == "triton")
-    walk = _Walk(policy, reference, target, token_weights, ref_logps, rows, objective, folds, grads)
+    walk = _Walk(policy, reference, target, token_weights, ref_logps, rows, objective, folds, no_logits, grads)
     chunks = [walk.chunk(first, rows.bounds[first : last + 1], normalizer) for first, last in walk.chunks(rows.bounds)]
     if chunks:
         total, sums = torch.stack([part for part, _ in chunks]).sum(), torch.cat([part for _, part in chunks], 1)
     else:
         total, sums = hidden.new_zeros((), dtype=walk.dtype), hidden.new_zeros(4, 0, dtype=walk.dtype)
-    del walk  # and with it the logits: what follows needs memory of its own
+    del walk  # and with it logits or D: what follows needs memory of its own
     return total, sums, *grads.result()
 
 
@@ -182,16 +183,17 @@ def buffer_rows(bounds: list[int], rows: int, longest: int) -> int:
 class _Walk:
     """What stays the same from chunk to chunk."""
 
-    def __init__(self, policy, reference, target, token_weights, ref_logps, rows, objective, folds, grads):
+    def __init__(self, policy, reference, target, token_weights, ref_logps, rows, objective, folds, no_logits, grads):
         # Without KL only the log-probs of the reference are needed: its logits are there and gone before those of the policy, in one buffer
-        alone = objective.kl is None and not direct(policy, reference, folds)
+        alone = objective.kl is None and not no_logits
         self.policy, self.reference, self.before = policy, *((None, reference) if alone else (reference, None))
         self.target, self.token_weights, self.ref_logps = target, token_weights, ref_logps
         self.cu_seqlens, self.lengths = rows.cu_seqlens, rows.lengths
         self.objective, self.folds, self.grads, self.with_gradient = objective, folds, grads, any(grads.needs)
         self.dtype = accumulation_dtype(policy.hidden.dtype)
-        self.rows = visit_rows(policy, self.reference, folds, grads if self.with_gradient else None)
-        self.longest = backends.longest_held(self.rows, policy.hidden.shape[1], 1 if objective.kl is None else 2)
+        self.no_logits, models = no_logits, 1 if objective.kl is None else 2
+        self.rows = visit_rows(policy, models, no_logits, grads if self.with_gradient else None)
+        self.longest = backends.longest_held(self.rows, policy.hidden.shape[1], models)
 
     def chunks(self, bounds: list[int]) -> list[tuple[int, int]]:
         """(first, last) boundary of every chunk, after the memory for logits is there: one that grew would leave holes behind.
@@ -209,7 +211,8 @@ class _Walk:
             rows = max((b - a for parts in ranges for a, b in parts), default=0)
         else:
             rows = buffer_rows(bounds, self.rows, self.longest)
-        self.visits = Visits(self.policy, self.reference, self.folds, rows, self.grads if self.with_gradient else None, later)
+        grads = self.grads if self.with_gradient else None
+        self.visits = Visits(self.policy, self.reference, self.folds, self.no_logits, grads, rows, later)
         return chunks
 
     def chunk(self, first: int, bounds: list[int], normalizer: Tensor) -> tuple[Tensor, Tensor]:
@@ -238,16 +241,15 @@ class _Walk:
         loss, sums, coefficient = self._pairs(found, start, stop, cu - start, lengths, normalizer)
         if not self.with_gradient:
             return loss, sums
-        if found.factor is not None:
-            coefficient = coefficient * found.factor
         if self.grads.later:
-            self.grads.scale(start, stop, coefficient)
+            self.grads.scale(start, stop, _times(coefficient, found.factor))
             return loss, sums
         for (a, b), s in zip(ranges, stats):
-            place = slice(a - start, b - start)
+            place, d = slice(a - start, b - start), held
             sign = None if kl_sign is None else kl_sign[place]
-            d = self.visits.visit(a, b, self.target[a:b], sign, wanted=True, stats=s)[1] if held is None else held
-            self.grads.add(a, b, d, coefficient[place])
+            if held is None:
+                s, d = self.visits.visit(a, b, self.target[a:b], sign, wanted=True, stats=s)
+            self.grads.add(a, b, d, _times(coefficient[place], s.factor))
         return loss, sums
 
     def _reference_logp(self, a: int, b: int) -> Tensor:
@@ -278,6 +280,10 @@ class _Walk:
             slopes = score_gradients(scores, lengths, self.objective) / normalizer
             coefficient, _ = fold.implementation(self.folds.backend).spread(slopes, None, used, cu)
         return loss, torch.stack([D, K, logps, lengths]), coefficient
+
+
+def _times(x: Tensor, factor: Tensor | None) -> Tensor:
+    return x if factor is None else x * factor
 
 
 def _setup(ctx, inputs, output):

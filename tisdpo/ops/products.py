@@ -1,10 +1,10 @@
 """The matrix products of the head. Logits and dWeight accumulate in float32 whatever the dtype of the inputs.
 
-By the vendor library, but for those that a CPU makes with the C++ extension (`tisdpo_cpp.mm`): of 16-bit items, of which torch has none
-there that keep their float32 sums, and of float32 on CPUs where that is faster (`tisdpo doctor` says what is taken). A GPU's product hands
-out its float32 accumulators (`out_dtype`). Elsewhere a 16-bit weight is widened to float32 a slice of the vocabulary at a time, so that
-no float32 copy of the head exists. Products of float32 operands are written as `out=` or in-place calls: autocast, which may be on while
-an operator runs, would round the operands of the others to 16 bits.
+By the vendor library, but for the one that leaves no logits (`tisdpo.kernels.head`) and those that a CPU makes with the C++ extension
+(`tisdpo_cpp.mm`): of 16-bit items, of which torch has none there that keep their float32 sums, and of float32 on CPUs where that is faster
+(`tisdpo doctor` says what is taken). A GPU's product hands out its float32 accumulators (`out_dtype`). Elsewhere a 16-bit weight is widened
+to float32 a slice of the vocabulary at a time, so that no float32 copy of the head exists. Products of float32 operands are written as
+`out=` or in-place calls: autocast, which may be on while an operator runs, would round the operands of the others to 16 bits.
 """
 
 from functools import cache

@@ -15,7 +15,8 @@ from tisdpo.ops import backend, fold, products
 from tisdpo.ops.backend import accumulation_dtype
 
 HIDDEN_ROWS = 2048  # of float32 D @ W at a time where D lies ready: as fast as more, see benchmarks/NOTES.md
-DIRECT_ROWS = 1 << 14  # of a visit without memory for logits or D; it needs 8 bytes a row and tile of 256 columns
+DIRECT_ROWS = 1 << 14  # of a visit that needs no memory for logits or D
+TILE_COLUMNS = 256  # or more of the kernel's tiles
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,11 @@ class HeadRows:
         """hidden @ weight.T of rows a..b, written to `out` [b - a, V]."""
         return products.logits(self.take(a, b), self.weight, out)
 
-    def chunk_rows(self, models: int, later: bool, direct: bool = False) -> int:
-        """Rows of a chunk when the logits of `models` models live at a time, or, if `direct`, nothing but D of the policy; `later`: nothing
-        in them waits for its pair."""
+    def chunk_rows(self, models: int, later: bool, no_logits: bool) -> int:
+        """Rows of a chunk: as many as the budget allows logits of, of `models` models at a time; `later`: nothing in them waits for its
+        pair. no_logits: as many as it allows D of the policy, whatever the others say."""
         size, device = len(self.weight), self.hidden.device
-        if direct:
+        if no_logits:
             return backend.chunk_rows(size, 1, products.gradient_dtype(device, self.weight.dtype).itemsize, device.type, True)
         return backend.chunk_rows(size, models, accumulation_dtype(self.hidden.dtype).itemsize, device.type, later)
 
@@ -76,29 +77,32 @@ class Tiles:
 class Visits:
     """Statistics and D = dscore/dlogits of one range of rows after the other, in memory that is used again and again."""
 
-    def __init__(self, policy: HeadRows, reference, folds: fold.Fold, rows: int, grads: "GradientSums | None", later: bool):
-        """rows: the most of a range; grads: for whom D is, None for statistics alone; later: nothing waits for its pair."""
-        self.policy, self.reference, self.folds, self.grads = policy, reference, folds, grads
+    def __init__(
+        self, policy: HeadRows, reference: HeadRows | None, folds: fold.Fold, no_logits: bool, grads: "GradientSums | None",
+        rows: int, later: bool,
+    ):  # fmt: skip
+        """no_logits: see `needs_no_logits`; grads: for whom D is, None for statistics alone; rows: the most of a range; later: nothing
+        waits for its pair."""
+        self.policy, self.reference, self.folds, self.no_logits, self.grads = policy, reference, folds, no_logits, grads
         self.dtype = products.gradient_dtype(policy.weight.device, policy.weight.dtype)
-        self.direct, self.d = direct(policy, reference, folds), None
-        if not self.direct:
+        if not no_logits:
             self.tiles = Tiles(policy, reference, rows, later)
         elif grads is not None and not grads.by_columns:
-            device = policy.weight.device
-            self.d = _chunk(rows, len(policy.weight), self.dtype, device, backend.chunk_bytes(device.type, 1, True), True)
+            budget = backend.chunk_bytes(policy.weight.device.type, 1, True)
+            self.d = _chunk(rows, len(policy.weight), self.dtype, policy.weight.device, budget, later)
 
     def visit(
-        self, a: int, b: int, target: Tensor, g_kl: Tensor | None = None, *, wanted: bool = False, stats: fold.Statistics | None = None,
-        g_logp: Tensor | None = None,
+        self, a: int, b: int, target: Tensor, g_kl: Tensor | None = None, *, g_logp: Tensor | None = None, wanted: bool = False,
+        stats: fold.Statistics | None = None,
     ) -> tuple[fold.Statistics, Tensor | None]:  # fmt: skip
         """Statistics of rows a..b, target [b - a], and where `wanted` D [b - a, V] for upstream g_logp (None: ones) and, with KL, g_kl.
 
-        D is still to be multiplied by the `factor` of the statistics, if there is one; it lives until the next visit, and is None where it
-        was written to the places of `grads`. stats: those of an earlier visit, which need not be found again."""
+        D is still to be multiplied by the `factor` of these statistics, if there is one; it lives until the next visit, and is None where
+        it was written to the places of `grads`. stats: those of an earlier visit; what D does not need is not found again."""
         places = self.grads.places(a, b) if wanted else None
-        if self.direct:
+        if self.no_logits:
             d = self.d[: b - a] if wanted and places is None else None
-            return self._direct(a, b, target, places if d is None else [(0, len(self.policy.weight), d)], g_logp), d
+            return self._without_logits(a, b, target, places if d is None else [(0, len(self.policy.weight), d)], g_logp, stats), d
         z, ref_z = self.tiles.logits(a, b)
         stats = self.folds.statistics(z, target, ref_z) if stats is None else stats
         if not wanted:
@@ -109,20 +113,20 @@ class Visits:
             self.folds.gradient(z, target, ref_z, stats, g_logp, g_kl, dtype=self.dtype, out=d, columns=(first, last))
         return stats, None
 
-    def _direct(self, a, b, target, places, g_logp) -> fold.Statistics:
+    def _without_logits(self, a, b, target, places, g_logp, stats) -> fold.Statistics:
         from tisdpo.kernels.head import exponentials
 
         policy, reference, transform = self.policy, self.reference, self.folds.transform
         lse, logp, factor = exponentials(policy.take(a, b), policy.weight, target, self.folds.bias, places, *transform)
         factor = factor if g_logp is None else factor * g_logp
-        ref_lse = ref_logp = None
-        if reference is not None:
+        ref_lse, ref_logp = (None, None) if stats is None else (stats.ref_lse, stats.ref_logp)
+        if reference is not None and stats is None:
             ref_lse, ref_logp, _ = exponentials(reference.take(a, b), reference.weight, target, self.folds.ref_bias, None, *transform)
         return fold.Statistics(lse, logp, ref_lse, ref_logp, None, factor)
 
 
-def direct(policy: HeadRows, reference: HeadRows | None, folds: fold.Fold) -> bool:
-    """Whether D comes from the product itself, without logits, see `Visits`."""
+def needs_no_logits(policy: HeadRows, reference: HeadRows | None, folds: fold.Fold) -> bool:
+    """Whether D comes from the product itself, see the head of this module. reference: that of which only log-probs are needed."""
     if folds.backend != "triton" or folds.kl is not None:
         return False
     from tisdpo.kernels.head import serves
@@ -130,11 +134,13 @@ def direct(policy: HeadRows, reference: HeadRows | None, folds: fold.Fold) -> bo
     return all(serves(rows.hidden, rows.weight) for rows in (policy, reference) if rows is not None)
 
 
-def visit_rows(policy: HeadRows, reference: HeadRows | None, folds: fold.Fold, grads: "GradientSums | None") -> int:
-    """The most rows of a visit. grads: for whom D is, None for statistics alone."""
-    without_logits, later = direct(policy, reference, folds), grads is None or grads.later
-    rows = policy.chunk_rows(1 if reference is None else 2, later, without_logits)
-    return max(rows, DIRECT_ROWS) if without_logits and (grads is None or grads.by_columns) else rows
+def visit_rows(policy: HeadRows, models: int, no_logits: bool, grads: "GradientSums | None") -> int:
+    """The most rows of a visit. models: whose logits live at a time; grads: for whom D is, None for statistics alone."""
+    rows = policy.chunk_rows(models, grads is None or grads.later, no_logits)
+    if no_logits and (grads is None or grads.by_columns):  # what is needed then: two float32 partial results a row and tile
+        sums = 8 * math.ceil(len(policy.weight) / TILE_COLUMNS)
+        return max(rows, min(DIRECT_ROWS, backend.chunk_bytes(policy.weight.device.type, 1, True) // sums))
+    return rows
 
 
 def _chunk(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device, budget: int, later: bool) -> Tensor:
@@ -144,8 +150,8 @@ def _chunk(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device,
     except torch.OutOfMemoryError as error:
         pairs = "" if later else "; unset, a single pair may take as much as a head"
         raise torch.OutOfMemoryError(
-            f"no memory for a chunk of {rows * vocabulary * dtype.itemsize >> 20} MiB of logits; lower the budget by TISDPO_CHUNK_MIB "
-            f"(now {budget >> 20}{pairs}). {error}"
+            f"no memory for a chunk of {rows * vocabulary * dtype.itemsize >> 20} MiB of logits or of their gradient; lower the budget by "
+            f"TISDPO_CHUNK_MIB (now {budget >> 20}{pairs}). {error}"
         ) from None
 
 

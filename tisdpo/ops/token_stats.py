@@ -1,6 +1,6 @@
 """Per-token log-probs and KL as registered operators: from logits, and from hidden states in two passes.
 
-Two passes: the forward keeps [N] statistics only, the backward computes the tiles of logits again. Cost in head-sized products
+Two passes: the forward keeps [N] statistics only, the backward makes every logit again (`rows.Visits`). Cost in head-sized products
 (u = 2 N H V FLOP): 4 u, with reference and KL 6 u, for any loss on top.
 
 The outputs of every operator: (logps, lse, ref_logps, ref_lse, kl), each [N] in the accumulation dtype; those that were not asked
@@ -13,7 +13,7 @@ from torch import Tensor
 from tisdpo.ops import backend as backends
 from tisdpo.ops import fold, values
 from tisdpo.ops.backend import accumulation_dtype
-from tisdpo.ops.rows import GradientSums, Visits, direct, heads, visit_rows
+from tisdpo.ops.rows import GradientSums, Visits, heads, needs_no_logits, visit_rows
 from tisdpo.ops.torch_fold import kept_rows
 
 Statistics5 = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -188,7 +188,7 @@ def linear_token_stats_backward(
             sums.scale(a, b, coefficient)
         else:
             sums.add(a, b, d, coefficient)
-    del visits, d  # and with them the logits: what follows needs memory of its own
+    del visits, d  # and with them logits or D: what follows needs memory of its own
     return sums.result()
 
 
@@ -214,11 +214,12 @@ def _visits(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, index, kl, t
     policy, reference = heads(hidden, weight, ref_hidden, ref_weight, index)
     name = backends.resolve(backend, hidden.device.type, hidden.dtype)
     folds = fold.Fold(name, kl, fold.Transform(*transform), bias, ref_bias)
-    most = policy.chunk_rows(1 if reference is None else 2, True, direct(policy, reference, folds))
+    no_logits, models = needs_no_logits(policy, reference, folds), 1 if reference is None else 2
+    most = policy.chunk_rows(models, True, no_logits)
     grads = None if needs is None else GradientSums(policy, tuple(needs), most, by_columns=name == "triton")
-    ranges = policy.ranges(0, len(hidden) if index is None else len(index), visit_rows(policy, reference, folds, grads))
-    later = grads is None or grads.later
-    return Visits(policy, reference, folds, max((b - a for a, b in ranges), default=0), grads, later), ranges
+    ranges = policy.ranges(0, len(hidden) if index is None else len(index), visit_rows(policy, models, no_logits, grads))
+    rows, later = max((b - a for a, b in ranges), default=0), grads is None or grads.later
+    return Visits(policy, reference, folds, no_logits, grads, rows, later), ranges
 
 
 def _place(index: Tensor | None, a: int, b: int):
