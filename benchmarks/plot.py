@@ -30,6 +30,8 @@ REASONS = [
      "TISDPO_CHUNK_MIB"),
     (WHOLE, lambda size: size["tokens"] * size["vocabulary"] <= 1 << 23,
      "few logits: they fit into the cache, nothing is saved by chunks, and the fixed cost of the operators counts"),
+    (("both products in one program", "logits and folds"), lambda size: True,
+     "another form of one pass on a GPU, tried and given up: faster here by 2 % at most, slower elsewhere (NOTES.md, 2026-11-27)"),
 ]  # fmt: skip
 ON_GPU = (
     "it rounds its logits to 16 bits, which halves the traffic of the softmax, and holds all of them at once, so that each product is one "
