@@ -280,7 +280,7 @@ def gpu_figures(report: dict, later: dict | None) -> list[str]:
     if any(found):
         products = ", ".join("-" if r is None else ms(r["products_seconds"]) for r in found)
         note = f"Revision {later['revision']} was timed in a later run, in which the products alone took {products} ms; x is the median of "
-        lines += ["", note + "the quotients."]
+        lines += ["", note + "the quotients. Its remarks: benchmarks/RESULTS.md."]
     for r in filter(None, (report, later)):
         tests = r.get("tests", {"passed": False, "summary": "they were not run"})
         if not tests["passed"]:
