@@ -35,7 +35,7 @@ ORDER = [(head, 8192) for head in HEADS] + [("Llama-3-8B", n) for n in (2048, 25
 ORDER += [(head, n) for n in (2048, 16384) for head in HEADS if head != "Llama-3-8B"]
 COMPILED_ANEW = ("torch.compile", "torch.compile, float32 logits", "Liger scaled CE")  # for every shape, a minute or so: at the first only
 
-GPU_TESTS = ("tests/test_gpu.py", "tests/test_kernels.py", "tests/test_padding_free.py")
+GPU_TESTS = ("tests/test_gpu.py", "tests/test_kernels.py", "tests/test_without_logits.py", "tests/test_padding_free.py")
 
 SANITIZED = """
 import os, torch, tisdpo
@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
         print(*report["tests"]["failures"], report["tests"]["summary"], sep="\n", flush=True)
         keep()
     if "bandwidth" in parts and device == "cuda":
-        clock.say("bandwidth of the folds")
+        clock.say("ceilings, products, folds")
         try:
             report["roofline"] = roofline.measure(Size(2048, 4096, 128256), device, torch.bfloat16, args.rounds)
             print(roofline.table(report["roofline"]))

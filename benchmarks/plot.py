@@ -163,8 +163,14 @@ def roofline_table(result: dict) -> list[str]:
     top = result["ceilings"]
     lines = [
         f"Ceilings: products {speed(top['flops'])}, a copy {top['bytes_per_second'] / 1e9:.1f} GB/s (read and written).",
-        "", "| fold alone | ms | GB/s | of the copy |", "| --- | --- | --- | --- |",
-    ]  # fmt: skip
+        "",
+    ]
+    if products := result.get("products"):
+        lines += ["| product alone | ms | | of the ceiling |", "| --- | --- | --- | --- |"]
+        for name, row in products.items():
+            lines.append(f"| {name} | {ms(row['seconds'])} | {speed(row['flops'])} | {row['flops'] / top['flops']:.0%} |")
+        lines.append("")
+    lines += ["| fold alone | ms | GB/s | of the copy |", "| --- | --- | --- | --- |"]
     for name, row in result["folds"].items():
         share = row["bytes_per_second"] / top["bytes_per_second"]
         lines.append(f"| {name} | {ms(row['seconds'])} | {row['bytes_per_second'] / 1e9:.1f} | {share:.0%} |")
@@ -236,7 +242,7 @@ def page(cpu: list[dict], end_to_end: dict | None, gpu: dict | None, later: dict
             lines += [f"- compute-sanitizer (memcheck) over small cases: {'clean' if gpu['sanitizer']['clean'] else 'NOT clean'}."]
         lines += [""]
         if "ceilings" in gpu.get("roofline", {}):
-            lines += ["### Ceilings, and the folds on 2048 rows of 128256", "", *roofline_table(gpu["roofline"])]
+            lines += ["### Ceilings, and the products and folds of 2048 rows of 128256", "", *roofline_table(gpu["roofline"])]
         lines += gpu_steps(gpu)
         if gpu.get("left_out"):
             lines += ["No time was left for: " + "; ".join(text.removesuffix(": no time left") for text in gpu["left_out"]) + ".", ""]

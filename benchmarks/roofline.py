@@ -2,7 +2,7 @@
 
     python -m benchmarks.roofline                         # this machine's device, float32 on a CPU, bfloat16 on a GPU
 
-A step's head-sized products are bound by arithmetic, its folds by memory: the ceilings are the speed of the products alone and of a copy
+A step's head-sized products are bound by arithmetic, its folds by memory: the ceilings are the speed of torch's product and of a copy
 that is larger than every cache, both measured here. Operations and bytes are counted from the algorithm, see `fold_bytes` and `step_work`.
 """
 
@@ -99,15 +99,55 @@ def folds(size: Size, device: str, dtype: torch.dtype, rounds: int, backend: str
     return found
 
 
+def products(size: Size, device: str, dtype: torch.dtype, rounds: int) -> dict[str, dict[str, float]]:
+    """Seconds and operations a second of the head's products alone, as the drivers make them for one chunk; where there is one, also of the
+    product that leaves D and sums instead of logits (`tisdpo.kernels.head`), to be compared with logits and both folds."""
+    from tisdpo.ops import products as drivers
+    from tisdpo.ops.fold import Fold, Transform
+    from tisdpo.ops.rows import HeadRows, needs_no_logits
+
+    N, H, V = size.tokens, size.hidden, size.vocabulary
+    g = torch.Generator(device).manual_seed(0)
+    hidden = torch.randn(N, H, device=device, generator=g).to(dtype)
+    weight = torch.randn(V, H, device=device, generator=g).mul_(H**-0.5).to(dtype)
+    z = torch.empty(N, V, device=device)
+    d = torch.randn(N, V, device=device, generator=g).to(drivers.gradient_dtype(hidden.device, dtype))
+    jobs = {
+        "logits in float32": lambda: drivers.logits(hidden, weight, z),
+        "dHidden": lambda: drivers.grad_hidden(d, weight, torch.float32),
+    }
+    if drivers.rounds_itself(weight):
+        jobs["dWeight"] = lambda: drivers.grad_weight(d, hidden)
+    else:
+        total = torch.empty(V, H, device=device)
+        jobs["dWeight in float32"] = lambda: drivers.add_grad_weight_(total, d, hidden, first=True)
+    if needs_no_logits(HeadRows(hidden, weight, None), None, Fold(backend.resolve("auto", device), None, Transform())):
+        from tisdpo.kernels.head import exponentials
+
+        target = torch.randint(V, (N,), device=device, generator=g)
+        jobs["D and sums, no logits"] = lambda: exponentials(hidden, weight, target, None, [(0, V, d)], *Transform())
+    seconds, flush = {name: [] for name in jobs}, l2_flush(device)
+    for round_number in range(rounds + 1):  # the first warms up
+        for name, job in jobs.items():
+            passed = timed(job, device, flush)
+            if round_number:
+                seconds[name].append(passed)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return {name: {"seconds": median, "flops": 2 * N * H * V / median} for name, median in medians.items()}
+
+
 def measure(size: Size, device: str, dtype: torch.dtype, rounds: int) -> dict:
-    """Ceilings and folds of one size."""
-    return {"ceilings": ceilings(size, device, dtype, rounds), "folds": folds(size, device, dtype, rounds)}
+    """Ceilings, products and folds of one size."""
+    return {part.__name__: part(size, device, dtype, rounds) for part in (ceilings, products, folds)}
 
 
 def table(result: dict) -> str:
     """`measure` for a terminal."""
     top = result["ceilings"]
-    lines = [f"products {top['flops'] / 1e12:.3g} TFLOP/s, copy {top['bytes_per_second'] / 1e9:.3g} GB/s"]
+    lines = [f"a product by torch {top['flops'] / 1e12:.3g} TFLOP/s, a copy {top['bytes_per_second'] / 1e9:.3g} GB/s"]
+    for name, row in result["products"].items():
+        share = row["flops"] / top["flops"]
+        lines.append(f"  {name:<28}{1e3 * row['seconds']:9.3f} ms {row['flops'] / 1e12:8.3g} TFLOP/s {share:4.0%} of torch's")
     for name, row in result["folds"].items():
         share = row["bytes_per_second"] / top["bytes_per_second"]
         lines.append(f"  {name:<28}{1e3 * row['seconds']:9.3f} ms {row['bytes_per_second'] / 1e9:8.3g} GB/s  {share:5.0%} of the copy")

@@ -57,6 +57,21 @@ def test_a_whole_copy_of_the_head_is_trained_and_the_reference_keeps_its_own(tmp
 
 
 @METHODS
+def test_adapters_that_were_trained_before_are_no_part_of_the_reference(tmp_path, options):
+    model = lora(tiny.model())
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    t = trainer(tmp_path, dataset(), model=model, **options)
+    batch = batch_of(t)
+    expected = full_logits_loss(t.model, tiny.model(), batch, beta=0.1, **options)
+    assert abs(expected.item() - math.log(2)) > 1e-3
+    torch.testing.assert_close(t.compute_loss(t.model, batch).double(), expected, rtol=1e-4, atol=1e-5)
+    assert losses_of(t)[0] != pytest.approx(math.log(2), abs=1e-3)  # the first loss need not be ln 2, and is not refused
+    t.evaluate(dataset())  # the base is there at any time
+
+
+@METHODS
 def test_the_gradient_of_a_frozen_head_is_never_computed(tmp_path, options, monkeypatch):
     seen = []
     own = products.add_grad_weight_

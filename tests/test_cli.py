@@ -76,6 +76,15 @@ def test_a_command_goes_up_to_its_stage_and_prints_the_result(calls, config, cap
     assert capsys.readouterr().out == f"runs/x/{until}\n"
 
 
+@pytest.mark.parametrize("command", ["run", "weights", "train", "eval"])
+def test_a_run_is_one_process_on_one_gpu(calls, config, capsys, monkeypatch, command):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    assert "uses one GPU, and 4 are visible; choose one, as in CUDA_VISIBLE_DEVICES=0" in fails(capsys, command, config)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "is one process, and was started 2 times; start it once" in fails(capsys, command, config)
+    assert not calls
+
+
 def test_train_takes_an_existing_scored_set(calls, config, capsys):
     assert cli.main(["train", config, "--scored", "some/set", "train.steps=3"]) == 0
     ((stage, seen),) = calls

@@ -4,23 +4,17 @@ Without a GPU they run in Triton's interpreter, with one on it.
 """
 
 import math
-from itertools import pairwise
 
-import cases
 import pytest
 import torch
 from cases import KLS, SHAPES, TRANSFORMS, truth
-from test_products import in_float64
+from device_cases import DEVICE, ON_GPU, make_case, normal
 
 import tisdpo
 from tisdpo import Objective, Weighting, reference
-from tisdpo.kernels import boundaries, configs, fold, head, scale, sequence_sums
+from tisdpo.kernels import boundaries, configs, fold, scale, sequence_sums
 from tisdpo.ops import backend as backends
-from tisdpo.ops import products
-from tisdpo.ops import rows as row_visits
 
-ON_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if ON_GPU else "cpu"
 pytestmark = [pytest.mark.gpu] if ON_GPU else []
 
 ONE = configs.Tile(block=64, warps=4, programs=1)  # one program a row, several blocks
@@ -33,19 +27,6 @@ def default_device():
     """Every tensor of these tests lies where the kernels run."""
     with torch.device(DEVICE):
         yield
-
-
-def make_case(*args, **options):
-    with torch.device("cpu"):
-        case = cases.make_case(*args, **options)
-    for name, x in vars(case).items():
-        setattr(case, name, x.to(DEVICE))
-    return case
-
-
-def normal(*shape, seed=0, scale=3.0, dtype=torch.float32):
-    g = torch.Generator("cpu").manual_seed(seed)
-    return (scale * torch.randn(*shape, generator=g, dtype=torch.float64, device="cpu")).to(DEVICE, dtype)
 
 
 def statistics(z, target, q, bias=None, ref_bias=None, kl=None, transform=TRANSFORMS["plain"], tile=ONE):
@@ -318,175 +299,6 @@ def test_boundaries_among_the_tokens_that_carry_loss(lengths, ignored, integer):
         wrong = cu.clone()
         wrong[place] += change
         assert boundaries.boundaries(target, weights, wrong, 7, -100)[0] == 0
-
-
-PRODUCT_TILES = {"table": None, "small": configs.ProductTile(16, 16, 16, 2, 4, 2)}
-
-
-def exponentials_case(rows, size, vocabulary, transform, bias=True, scale=1.0):
-    """Inputs of `head.exponentials`, and the truth: logits after the transform [n, V], dlogp/draw logits, logp."""
-    hidden, weight = normal(rows, size, scale=scale).bfloat16(), normal(vocabulary, size, seed=1, scale=1.0).bfloat16()
-    bias = normal(vocabulary, seed=2, scale=1.0) if bias else None
-    target = torch.arange(rows) * 7 % vocabulary
-    if rows > 2:
-        target[1], target[2] = vocabulary - 1, -1
-    raw = (hidden.double() @ weight.double().T).requires_grad_()
-    return hidden, weight, bias, target, *head_truth(raw, bias, target, transform)
-
-
-def head_truth(raw, bias, target, transform):
-    z = reference.transform_logits(raw if bias is None else raw + bias, *transform)
-    kept = target >= 0
-    logp = torch.where(kept, z.log_softmax(-1).gather(-1, target.clamp(min=0)[:, None])[:, 0], 0)
-    return z.detach(), torch.autograd.grad(logp.sum(), raw)[0], logp.detach()
-
-
-def derivative(hidden, weight, target, bias, transform, tile=None, cuts=(), dtype=torch.float32):
-    """lse, logp and dlogp/draw logits in float64, of D that is written in pieces."""
-    d, edges = normal(len(hidden), len(weight), seed=9).to(dtype), [0, *cuts, len(weight)]
-    places = [(a, b, d[:, a:b]) for a, b in pairwise(edges)]
-    lse, logp, factor = head.exponentials(hidden, weight, target, bias, places, *transform, tile=tile)
-    return lse, logp, d.double() * factor.double()[:, None]
-
-
-@pytest.mark.parametrize("tile", PRODUCT_TILES)
-@pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize(
-    "rows, size, vocabulary, cuts", [(1, 8, 1, ()), (5, 16, 37, (13, 16)), (20, 40, 300, (255, 257)), (33, 24, 64, ())]
-)
-def test_a_product_of_exponentials_equals_the_formulas(rows, size, vocabulary, cuts, transform, tile):
-    case = exponentials_case(rows, size, vocabulary, TRANSFORMS[transform])
-    hidden, weight, bias, target, z, expected, logp = case
-    found = derivative(hidden, weight, target, bias, TRANSFORMS[transform], PRODUCT_TILES[tile], cuts)
-    kept = target >= 0
-    torch.testing.assert_close(found[0][kept].double(), z.logsumexp(-1)[kept], rtol=1e-6, atol=1e-5)
-    torch.testing.assert_close(found[1].double(), logp, rtol=1e-6, atol=1e-5)
-    torch.testing.assert_close(found[2], expected, rtol=1e-4, atol=4e-6)
-    alone = head.exponentials(hidden, weight, target, bias, None, *TRANSFORMS[transform], tile=PRODUCT_TILES[tile])
-    torch.testing.assert_close(alone[:2], found[:2], rtol=1e-6, atol=4e-6)  # other tiles, other sums
-    if rows > 2:
-        assert found[0][2] == found[1][2] == 0 and (found[2][2] == 0).all()
-
-
-@pytest.mark.parametrize("tile", PRODUCT_TILES)
-def test_targets_far_below_the_maximum(tile):
-    """Log-probs down to -376: tiles with shifts of their own, which are then scaled to one."""
-    hidden, weight, bias, target, *_ = exponentials_case(24, 32, 300, TRANSFORMS["plain"])
-    hidden *= torch.linspace(0.1, 20, 24).bfloat16()[:, None]
-    raw = (hidden.double() @ weight.double().T).requires_grad_()
-    _, expected, logp = head_truth(raw, bias, target, TRANSFORMS["plain"])
-    assert logp.min() < -300 and ((logp > -30) & (target >= 0)).any()
-    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 2**-6)):
-        found, d = derivative(hidden, weight, target, bias, TRANSFORMS["plain"], PRODUCT_TILES[tile], (100, 164), dtype)[1:]
-        torch.testing.assert_close(found.double(), logp, rtol=1e-6, atol=1e-5)
-        torch.testing.assert_close(d, expected, rtol=tolerance, atol=1e-5)
-
-
-@pytest.mark.parametrize("transform", TRANSFORMS)
-def test_the_largest_item_of_a_rounded_gradient_is_exact(transform):
-    """D at the target is as large as the others together: rounded to bfloat16 the row's factor makes up for it."""
-    hidden, weight, bias, target, _, expected, _ = exponentials_case(20, 40, 300, TRANSFORMS[transform])
-    d = derivative(hidden, weight, target, bias, TRANSFORMS[transform], dtype=torch.bfloat16)[2]
-    kept = (target >= 0).nonzero()[:, 0]
-    torch.testing.assert_close(d[kept, target[kept]], expected[kept, target[kept]], rtol=2e-5, atol=1e-6)
-    torch.testing.assert_close(d, expected, rtol=2**-6, atol=1e-6)
-
-
-def test_certain_and_impossible_targets():
-    """log p near 0 to its last digit, where 1 - p would be 0; an impossible target has log-prob -inf and the gradient of plain torch."""
-    hidden, weight, target = torch.ones(4, 8).bfloat16(), torch.zeros(50, 8).bfloat16(), torch.tensor([3, 3, 7, 3])
-    bias = torch.zeros(50)
-    bias[3], bias[7] = 25.0, -math.inf
-    lse, logp, d = derivative(hidden, weight, target, bias, TRANSFORMS["plain"])
-    torch.testing.assert_close(logp[0].double(), -torch.tensor(48 * math.exp(-25.0), dtype=torch.float64).log1p(), rtol=1e-5, atol=0)
-    torch.testing.assert_close(d[0, 3], -logp[0].double(), rtol=1e-5, atol=0)
-    assert logp[2] == -math.inf and lse.isfinite().all() and d.isfinite().all() and d[0, 7] == 0
-    p = bias.double().softmax(-1)
-    torch.testing.assert_close(d[2], torch.nn.functional.one_hot(target[2], 50) - p, rtol=1e-5, atol=1e-12)
-    bias[:7] = bias[8:] = -200.0  # nothing is left of the others
-    lse, logp, d = derivative(hidden, weight, target, bias, TRANSFORMS["plain"])
-    assert logp[2] == -math.inf and d.isfinite().all() and (d[2] == 0).all()
-
-
-def test_the_head_without_logits_takes_aligned_bfloat16(monkeypatch):
-    x, w = torch.zeros(4, 24).bfloat16(), torch.zeros(9, 24).bfloat16()
-    assert head.serves(x, w) == (configs.architecture(x.device) in configs.PRODUCT)
-    monkeypatch.setattr(configs, "PRODUCT", {configs.architecture(x.device): configs.ProductTile(16, 16, 16, 2, 4, 2)})
-    assert head.serves(x, w) and head.serves(x[:, :16], w[:, :16])
-    unaligned = ((x[:, :20], w[:, :20].clone()), (x[:, 1:], w[:, 1:]), (torch.zeros(24, 4).bfloat16().T, w))
-    for a, b in ((x.half(), w.half()), (x.float(), w.float()), (x[:0], w), (x, w[:0]), *unaligned):
-        assert not head.serves(a, b)
-    monkeypatch.setattr(configs, "PRODUCT", {})
-    assert not head.serves(x, w)
-
-
-@pytest.fixture
-def like_a_gpu(monkeypatch):
-    """What products of bfloat16 do on a GPU, in small pieces: chunks and visits of 16 rows."""
-    monkeypatch.setattr(products, "keeps_sums", lambda device, a, b: a == b == torch.bfloat16)
-    monkeypatch.setattr(products, "rounds_itself", lambda x: x.dtype == torch.bfloat16)
-    monkeypatch.setattr(products, "_mm", in_float64)
-    monkeypatch.setattr(products, "SLICE_BYTES", 70 * 24)
-    monkeypatch.setattr(backends, "chunk_rows", lambda *a: 16)
-    monkeypatch.setattr(row_visits, "DIRECT_ROWS", 16)
-    monkeypatch.setattr(row_visits, "HIDDEN_ROWS", 8)
-
-
-def results(case, backend, dtype, kl, plan="one_pass", needs=(True, True, True), ref_dtype=None, **options):
-    """Loss and the gradients that are needed."""
-    policy = [x.detach().to(dtype).requires_grad_(need) for x, need in zip((case.hidden, case.weight, case.bias), needs)]
-    reference = {key: getattr(case, key).to(ref_dtype or dtype) for key in ("ref_hidden", "ref_weight", "ref_bias")}
-    output = tisdpo.linear_tis_dpo_loss(
-        *policy[:2], case.target, case.cu_seqlens, bias=policy[2], token_weights=case.token_weights.float(), backend=backend, plan=plan,
-        objective=tisdpo.Objective(kl=kl, beta=0.01), **reference, **options,
-    )  # fmt: skip
-    trained = [x for x in policy if x.requires_grad]
-    return [output.loss.detach(), *(torch.autograd.grad(output.loss * 0.5, trained) if trained else ())]
-
-
-def agree(case, kl, atol=0.02, ref_dtype=None, **options):
-    found = results(case, "triton", torch.bfloat16, kl, ref_dtype=ref_dtype, **options)
-    for x, y in zip(found, results(case, "torch", torch.float64, kl, **options), strict=True):
-        torch.testing.assert_close(x.double(), y.double(), rtol=0.02, atol=atol * y.abs().max().item())
-
-
-@pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
-@pytest.mark.parametrize("rows", [16, 20, 40, 48, 49])  # one chunk, D in the result, also beside it, dWeight summed
-@pytest.mark.parametrize("kl", [None, "reverse"])
-def test_a_gradient_that_is_written_where_it_waits(like_a_gpu, rows, kl, plan):
-    """What a GPU does with 16-bit heads: columns of D in the memory of dWeight and beside it."""
-    agree(make_case((rows // 2, rows - rows // 2 - 8, 5, 6), H=24, V=997, dtype=torch.bfloat16, ignored=(3, 4, 9)), kl, plan=plan)
-
-
-@pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
-@pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True), (False, False, False)])
-@pytest.mark.parametrize("rows", [16, 40, 60])
-def test_a_head_without_logits_for_every_gradient(like_a_gpu, rows, needs, plan):
-    agree(
-        make_case((rows // 2, rows - rows // 2 - 8, 5, 6), H=24, V=97, dtype=torch.bfloat16, ignored=(3, 4, 9)),
-        None,
-        needs=needs,
-        plan=plan,
-    )
-
-
-def test_a_long_pair_without_logits_is_visited_twice_and_its_reference_once(like_a_gpu, monkeypatch):
-    calls, own = [], head.exponentials
-    monkeypatch.setattr(head, "exponentials", lambda *args, **options: (calls.append(args[4] is not None), own(*args, **options))[1])
-    monkeypatch.setattr(backends, "longest_held", lambda *args: 16)
-    case = make_case((30, 30, 2, 2), H=24, V=97, dtype=torch.bfloat16)
-    agree(case, None)
-    # the long pair: four ranges, policy and reference, then D; the short one: reference, and D with its statistics
-    assert (calls.count(False), calls.count(True)) == (4 + 4 + 1, 4 + 1)
-
-
-@pytest.mark.parametrize("ref_dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("rows", [16, 60])
-def test_a_reference_of_another_dtype_has_logits(like_a_gpu, rows, ref_dtype):
-    case = make_case((rows // 2, rows - rows // 2 - 8, 5, 6), H=24, V=97, dtype=torch.bfloat16)
-    agree(case, None, ref_dtype=ref_dtype)
-    case.ref_hidden, case.ref_weight = case.ref_hidden[:, :20], case.ref_weight[:, :20]  # rows that are not aligned
-    agree(case, None)
 
 
 def test_bad_values_are_an_error_and_not_an_assertion_on_the_device(monkeypatch):

@@ -1,5 +1,6 @@
 """The code in README.md runs as it stands."""
 
+import math
 import re
 import runpy
 import shutil
@@ -13,6 +14,18 @@ from tisdpo.scored import make_provenance, save_scored
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+USAGE = re.findall(r"```python\n(.*?)```", (README.parent / "docs/usage.md").read_text(), flags=re.DOTALL)
+
+
+@pytest.fixture
+def demo(tmp_path, monkeypatch):
+    """What the examples find of `make demo`: a model, and a scored set of its tokenizer."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    save_model(tiny.model(), tiny.tokenizer(), tmp_path / "runs/demo/seed-0/base/model")
+    provenance = make_provenance(tiny.tokenizer(), max_length=128, positive="a", negative="b", how={"construction": "S"})
+    save_scored(tiny.contrast(tiny.rows(8)), tmp_path / "runs/demo/seed-0/scored/S", provenance)
+    return tmp_path
 
 
 def test_the_loss_functions_example():
@@ -21,28 +34,23 @@ def test_the_loss_functions_example():
     assert scope["hidden"].grad.abs().sum() > 0 and scope["weight"].grad.abs().sum() > 0
 
 
-def test_the_trainer_example(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    save_model(tiny.model(), tiny.tokenizer(), tmp_path / "my-model")
-    rows = tiny.contrast(tiny.rows(8))
-    provenance = make_provenance(tiny.tokenizer(), max_length=128, positive="a", negative="b", how={"construction": "S"})
-    save_scored(rows, tmp_path / "runs/demo/seed-0/scored/S", provenance)
+def test_the_trainer_example(demo):
     exec(BLOCKS[1], {})
-    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    shutil.rmtree(demo / "out", ignore_errors=True)
 
 
-def test_the_trl_example_and_the_example_script(tmp_path, monkeypatch):
+def test_the_loop_of_the_usage_page(demo):
+    scope = {}
+    exec(USAGE[0].replace("lr=1e-6", "lr=1e-2"), scope)
+    assert 0 < scope["output"].loss.item() < math.log(2)  # of the second of two steps
+
+
+def test_the_trl_example_and_the_example_script(demo):
     pytest.importorskip("trl", reason="needs the extra trl")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    save_model(tiny.model(), tiny.tokenizer(), tmp_path / "my-model")
-    provenance = make_provenance(tiny.tokenizer(), max_length=128, positive="a", negative="b", how={"construction": "S"})
-    save_scored(tiny.contrast(tiny.rows(8)), tmp_path / "runs/demo/seed-0/scored/S", provenance)
     exec(BLOCKS[2], {})
     script = runpy.run_path(str(README.parent / "examples/trl_tisdpo.py"))
-    script["main"]("my-model", "runs/demo/seed-0/scored/S", "out-of-the-script")
-    assert (tmp_path / "out-of-the-script/model.safetensors").exists()
+    script["main"]("runs/demo/seed-0/base/model", "runs/demo/seed-0/scored/S", "out-of-the-script")
+    assert (demo / "out-of-the-script/model.safetensors").exists()
 
 
 def test_every_command_of_the_readme_is_one_that_exists():

@@ -10,10 +10,11 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from tisdpo import cli, parts, score
+from tisdpo import TISDPOConfig, TISDPOTrainer, cli, parts, score
 from tisdpo.cached import ReferenceCache
 from tisdpo.contrastive import Scorer, score_contrast, system_prompts
 from tisdpo.data import load_pairs, tokenize_pairs
+from tisdpo.errors import InputError
 from tisdpo.fingerprints import model_fingerprint
 from tisdpo.hf import load_model, save_model, train_bpe
 from tisdpo.prompts import PROMPTS
@@ -95,6 +96,18 @@ def test_options_have_effects(pairs, models, tmp_path):
     first = tokenize_pairs(load_pairs(pairs).select([2]), tiny.tokenizer(), max_length=30)[0][0]
     assert rows[0]["chosen_ids"] == first["chosen_ids"]
     assert max(len(r["prompt_ids"]) + len(r["chosen_ids"]) for r in rows) <= 30
+
+
+def test_16_bit_models_and_a_policy_that_uses_their_reference(pairs, models, tmp_path):
+    """The dtype is part of what a reference is."""
+    out = tmp_path / "set"
+    assert cli.main(words(pairs, out, models, "--reference", str(models / "base"), "--dtype", "bfloat16")) == 0
+    policy = load_model(str(models / "base"), dtype=torch.bfloat16)
+    assert load_provenance(out)["reference_model"] == model_fingerprint(policy) != model_fingerprint(tiny.model(0))
+    args = TISDPOConfig(str(tmp_path / "out"), use_cpu=True, max_steps=1, per_device_train_batch_size=2, disable_tqdm=True)
+    TISDPOTrainer(policy, args, train_dataset=load_scored(out), processing_class=tiny.tokenizer()).train()
+    with pytest.raises(InputError, match="reference_model is"):
+        TISDPOTrainer(load_model(str(models / "base")), args, train_dataset=load_scored(out), processing_class=tiny.tokenizer())
 
 
 def test_a_task_puts_its_prompts_in_front(pairs, models, tmp_path):

@@ -165,6 +165,23 @@ def test_kl_and_weight_metrics(tmp_path):
     assert t.state.log_history[0]["kl/chosen"] == pytest.approx(0, abs=1e-6)
 
 
+def test_resume_on_other_rows_or_weights_is_refused(tmp_path):
+    options = dict(max_steps=4, save_strategy="steps", save_steps=2)
+    rows = tiny.contrast(tiny.rows())
+    trainer(tmp_path, rows, **options).train()
+    trainer(tmp_path, rows, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for other, changed, what in (
+        (rows, dict(weighting={"upper": 0.5}), "weights"),
+        (rows.select(range(20)), {}, "token ids and weights and reference"),
+        (rows.select(range(len(rows) - 1, -1, -1)), {}, "token ids and weights and reference"),
+    ):
+        for checkpoint in (str(tmp_path / "checkpoint-2"), True):
+            with pytest.raises(InputError, match=f"was trained on other rows: their {what} differ; go on with the same rows"):
+                trainer(tmp_path, other, **options, **changed).train(resume_from_checkpoint=checkpoint)
+    (tmp_path / "checkpoint-2" / "tisdpo_rows.json").unlink()  # of an older version, or killed before it
+    trainer(tmp_path, rows, weighting={"upper": 0.5}, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
 def test_resume_gives_the_same_losses(tmp_path):
     straight = trainer(tmp_path / "a", method="dpo", max_steps=6)
     straight.train()
@@ -227,6 +244,8 @@ def test_what_cannot_work_is_refused(tmp_path, options, dataset, message):
 
 
 def test_processing_class_is_required(tmp_path):
+    with pytest.raises(InputError, match=r"must be a datasets.Dataset, got list; tisdpo.data.load_pairs makes one"):
+        TISDPOTrainer(tiny.model(), TISDPOConfig(str(tmp_path), use_cpu=True), [{"prompt": "a"}], processing_class=tiny.tokenizer())
     with pytest.raises(InputError, match="processing_class is missing"):
         TISDPOTrainer(tiny.model(), TISDPOConfig(output_dir=str(tmp_path)), train_dataset=tiny.rows())
 

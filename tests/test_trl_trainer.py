@@ -13,7 +13,10 @@ import test_trl_oracle as oracle  # noqa: E402
 import tisdpo  # noqa: E402
 from tisdpo import Objective  # noqa: E402
 from tisdpo.errors import InputError  # noqa: E402
+from tisdpo.hf import attach_head  # noqa: E402
 from tisdpo.integrations.trl import TISDPOConfig, TISDPOTrainer  # noqa: E402
+from tisdpo.scored import load_scored, make_provenance, save_scored  # noqa: E402
+from tisdpo.trainer import add_reference_logps  # noqa: E402
 
 BETA = oracle.BETA
 PLAIN = dict(report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=False, disable_tqdm=True)
@@ -94,7 +97,7 @@ def test_weights_and_kl_are_this_librarys(kl, tmp_path):
     ).loss  # fmt: skip
     torch.testing.assert_close(found, expected)
     logged = trained(run)[0]
-    assert ("kl/chosen" in logged) == (kl is not None)
+    assert ("kl/chosen" in logged) == (kl is not None) and {"weights/chosen", "weights/rejected"} <= set(logged)
     plain = trained(trainer(tmp_path, oracle.pairs(), method="dpo", max_steps=1, per_device_train_batch_size=3))[0]
     assert abs(logged["loss"] - plain["loss"]) > 1e-3
 
@@ -149,6 +152,43 @@ def test_reference_log_probs_per_token_from_a_cache(tmp_path):
     assert [a["loss"] for a in again] == pytest.approx([b["loss"] for b in online], rel=1e-5)
 
 
+def scored(tmp_path, reference=None, made_with=None):
+    """A scored set of ready ids, with log-probs of the reference if there is one."""
+    rows = tisdpo.data.tokenize_pairs(oracle.pairs(), tokenizer(), max_length=64)[0]
+    for side in ("chosen", "rejected"):
+        rows = rows.add_column(f"{side}_contrast", [[0.1 * i for i in range(len(ids))] for ids in rows[f"{side}_ids"]])
+    if reference is not None:
+        rows = add_reference_logps(rows, attach_head(reference), tokenizer().pad_token_id)
+    how = dict(max_length=64, positive="a", negative="b", how={"construction": "S"}, reference=reference)
+    provenance = make_provenance(tokenizer(), **how) | ({} if made_with is None else {"tokenizer": made_with})
+    save_scored(rows, tmp_path / "set", provenance)
+    return load_scored(tmp_path / "set")
+
+
+def test_a_scored_set_of_another_tokenizer_or_reference_is_refused(tmp_path):
+    with pytest.raises(InputError, match="tokenizer is 'another' there"):
+        trainer(tmp_path, scored(tmp_path / "a", made_with="another"))
+    ours = scored(tmp_path / "b", reference=oracle.tiny_model(2))
+    logged = trained(trainer(tmp_path, ours, max_steps=1))[0]
+    plain = trained(trainer(tmp_path, scored(tmp_path / "c"), max_steps=1))[0]
+    assert logged["loss"] == pytest.approx(plain["loss"], rel=1e-5)
+    other = scored(tmp_path / "d", reference=oracle.tiny_model(3))
+    with pytest.raises(InputError, match=r"reference_model is .* train from the model that was the reference there"):
+        trainer(tmp_path, other)
+    trainer(tmp_path, other, kl="reverse")  # which does not use them
+    with pytest.raises(InputError, match="sync_ref_model has no effect"):
+        trainer(tmp_path, ours, sync_ref_model=True)
+
+
+def test_a_head_that_is_not_what_it_says_is_refused(tmp_path, monkeypatch):
+    model = oracle.tiny_model(1)
+    own = model.lm_head.forward
+    monkeypatch.setattr(model.lm_head, "forward", lambda x: 3.0 * own(x))
+    args = TISDPOConfig(**arguments(tmp_path))
+    with pytest.raises(InputError, match="makes its logits in a way that is not known here"):
+        TISDPOTrainer(model, oracle.tiny_model(2), args, train_dataset=weighted(), processing_class=tokenizer())
+
+
 @pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
 def test_truncation_cuts_weights_with_their_tokens(mode, tmp_path):
     run = trainer(tmp_path, weighted(), max_length=9, truncation_mode=mode)
@@ -179,6 +219,9 @@ def test_truncation_cuts_weights_with_their_tokens(mode, tmp_path):
         (dict(kl="sideways"), lambda: weighted(), ValueError, "kl must be None, 'reverse' or 'forward', got 'sideways'"),
         (dict(alpha=0.5), lambda: weighted(), ValueError, "alpha=0.5 has no effect with kl=None"),
         (dict(kl="reverse", precompute_ref_log_probs=True), lambda: weighted(), ValueError, "needs the reference's distribution"),
+        (dict(loss_type="hinge", label_smoothing=0.1), lambda: weighted(), ValueError, "label_smoothing"),
+        (dict(precompute_ref_batch_size=4), lambda: weighted(), ValueError, "precompute_ref_batch_size has no effect"),
+        (dict(weighting={"uper": 2.0}), lambda: weighted(), ValueError, "weighting has no field 'uper'; did you mean upper"),
     ],
 )
 def test_nothing_is_ignored_silently(options, rows, error, words, tmp_path):
@@ -212,4 +255,11 @@ def test_an_unsupported_trl_says_so_at_import(monkeypatch):
     supported = f"trl>={module.OLDEST},<{module.NEWEST}"
     assert supported in Path(__file__).parents[1].joinpath("pyproject.toml").read_text()
     with pytest.raises(ImportError, match=f"works with {supported}, but trl 0.19.1 is installed"):
+        importlib.reload(module)
+
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    with pytest.raises(ImportError, match="but no trl is installed; run: pip install"):
         importlib.reload(module)

@@ -234,3 +234,11 @@ def test_missing_companions_are_named():
         contrast_weights(R, IS_CHOSEN, Weighting("rank"))
     with pytest.raises(ValueError, match="eos_weight is set: pass is_eos"):
         weights(Weighting(eos_weight=0.0))
+
+
+def test_fields_by_name():
+    assert Weighting.of({"upper": 2.0}) == Weighting(upper=2.0) and Weighting.of(None) == Weighting()
+    with pytest.raises(ValueError, match="weighting has no field 'uper'; did you mean upper"):
+        Weighting.of({"uper": 2.0})
+    with pytest.raises(ValueError, match="weighting has no field 'x'; there are transform, k, "):
+        Weighting.of({"x": 2.0})

@@ -116,12 +116,14 @@ def same_device(**tensors: Tensor | None) -> None:
 
 
 def same_dtype(**tensors: Tensor | None) -> None:
-    _all_equal("dtype", {name: x.dtype for name, x in tensors.items() if x is not None}, TypeError)
+    remedy = "; convert the hidden states to the dtype of their head"
+    _all_equal("dtype", {name: x.dtype for name, x in tensors.items() if x is not None}, TypeError, remedy)
 
 
-def _all_equal(what: str, found: dict, error: type[Exception]) -> None:
+def _all_equal(what: str, found: dict, error: type[Exception], remedy: str = "") -> None:
     if len(set(found.values())) > 1:
-        raise error(f"{', '.join(found)} must share one {what}, got " + ", ".join(f"{name} {value}" for name, value in found.items()))
+        came = ", ".join(f"{name} {value}" for name, value in found.items())
+        raise error(f"{', '.join(found)} must share one {what}, got {came}{remedy}")
 
 
 def transform(logit_scale: float, softcap: float | None, temperature: float) -> Transform:

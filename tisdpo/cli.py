@@ -61,7 +61,8 @@ EXAMPLES = {
         torchrun --nproc-per-node 4 -m tisdpo score pairs.jsonl scored/S ...          four processes share the work
         tisdpo score pairs.jsonl scored/S ... --shard 0/4                             as one of four jobs of a cluster; then once without
 
-    scored/S then holds the token weights, for `tisdpo train CONFIG --scored scored/S`, or in Python
+    scored/S then holds the token weights, for `tisdpo train CONFIG --scored scored/S`, whose training pairs must be among these and be cut
+    at the same length (--max-length here, data.max_length there), or in Python
     TISDPOTrainer(model, args, train_dataset=tisdpo.scored.load_scored("scored/S"), ...), which finds the cached reference there.
     The hidden states cost 2 H bytes for every completion token in bfloat16, 4 H in float32 (H the width of the model).
     """,
@@ -192,6 +193,10 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--reference", metavar="MODEL", help="store the log-probs of this reference, too, for training without it")
     score.add_argument("--reference-hidden", action="store_true", help="store its hidden states and its head, for training with a KL term")
     score.add_argument("--hidden-dtype", choices=("bfloat16", "float16", "float32"), help="of these hidden states (default: bfloat16)")
+    score.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), default="float32",
+        help="of the models' weights (default: float32); a policy that uses the stored reference must be loaded in the same",
+    )  # fmt: skip
     score.add_argument("--tokenizer", metavar="PATH", help="tokenizer (default: that of pi+, and all models must have the same)")
     score.add_argument("--max-length", type=_count, default=1024, metavar="N", help="tokens of prompt and completion (default: 1024)")
     score.add_argument("--batch-tokens", type=_count, default=8192, metavar="N", help="tokens scored at a time (default: 8192)")
@@ -334,6 +339,7 @@ def _pipeline(arguments, until: str, scored: str | None = None) -> None:
         raise InputError("contrast.constructions is empty, so there are no weights to estimate; name at least one of P, S, D, R")
     _quiet(arguments.debug)
     _check_backend()
+    _check_alone(arguments.name)
     from tisdpo import pipeline
 
     print(pipeline.run(config, until=until) if scored is None else pipeline.train_on(config, scored))
@@ -346,9 +352,24 @@ def _study(arguments) -> None:
     study = load_study(arguments.study, arguments.settings, full=arguments.full, smoke=arguments.smoke)
     _quiet(arguments.debug)
     _check_backend()
+    _check_alone(arguments.name)
     from tisdpo.study.engine import run_study
 
     print(run_study(study))
+
+
+def _check_alone(name: str) -> None:
+    """A run is one process on at most one GPU."""
+    import torch
+
+    elsewhere = "several GPUs train by tisdpo.TISDPOTrainer and `accelerate launch`"
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError(f"`tisdpo {name}` is one process, and was started {os.environ['WORLD_SIZE']} times; start it once ({elsewhere})")
+    if torch.cuda.device_count() > 1:
+        raise InputError(
+            f"`tisdpo {name}` uses one GPU, and {torch.cuda.device_count()} are visible; choose one, as in "
+            f"CUDA_VISIBLE_DEVICES=0 tisdpo {name} ... ({elsewhere})"
+        )
 
 
 def _check_backend() -> None:
@@ -375,7 +396,7 @@ def _score(arguments) -> None:
     done = score.score(
         arguments.pairs, arguments.out, positive=arguments.positive, negative=arguments.negative,
         prompts=score.task_prompts(arguments.task, arguments.positive_prompt, arguments.negative_prompt),
-        reference=arguments.reference,
+        reference=arguments.reference, dtype=DTYPES[arguments.dtype],
         hidden_dtype=DTYPES[arguments.hidden_dtype or "bfloat16"] if arguments.reference_hidden else None,
         tokenizer=arguments.tokenizer, max_length=arguments.max_length, batch_tokens=arguments.batch_tokens,
         split=arguments.split, limit=arguments.limit, shard=arguments.shard, trust_remote_code=arguments.trust_remote_code,

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from itertools import islice
 
+import numpy as np
 import pyarrow as pa
 import torch
 from datasets import Dataset
@@ -36,8 +37,10 @@ __all__ = [
     "PairCollator",
     "chat_template_fingerprint",
     "holdout",
+    "ids_fingerprint",
     "load_pairs",
     "model_fingerprint",
+    "token_sums",
     "tokenize_pairs",
     "tokenizer_fingerprint",
 ]
@@ -266,6 +269,31 @@ def holdout(rows: Dataset, size: int | float, *, seed: int = 0) -> tuple[Dataset
     if not held:
         raise InputError(f"every prompt has more than {number} pairs, so none can be held out whole; raise the size")
     return rows.select([i for i in range(len(rows)) if i not in held]), rows.select(sorted(held))
+
+
+def ids_fingerprint(rows: Dataset) -> str:
+    """16 hexadecimal digits of all ids of tokenised rows, in their order."""
+    parts = []
+    for column in ID_COLUMNS:
+        lengths, values = sha256(), sha256()
+        for batch in rows.select_columns([column]).with_format("numpy").iter(1000):
+            lists = [np.asarray(ids, dtype=np.int64) for ids in batch[column]]
+            lengths.update(np.array([len(ids) for ids in lists], dtype=np.int64).tobytes())
+            values.update(np.concatenate(lists).tobytes())
+        parts += [lengths.hexdigest(), values.hexdigest()]
+    return sha256(" ".join(parts).encode()).hexdigest()[:16]
+
+
+def token_sums(rows: Dataset, name: str) -> list[float] | None:
+    """Two sums over *_<name>, plain and weighted by the place of the sequence, which tell other values or another order; None without."""
+    if f"{SIDES[0]}_{name}" not in rows.column_names:
+        return None
+    plain = placed = 0.0
+    for side in SIDES:
+        batches = rows.select_columns([f"{side}_{name}"]).with_format("numpy").iter(1000)
+        sums = np.array([np.sum(values, dtype=np.float64) for batch in batches for values in batch[f"{side}_{name}"]])
+        plain, placed = plain + sums.sum(), placed + (sums * np.arange(1, len(sums) + 1)).sum()
+    return [float(plain), float(placed)]
 
 
 @dataclass

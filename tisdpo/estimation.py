@@ -18,7 +18,7 @@ from tisdpo.files import remove, write_json
 from tisdpo.fingerprints import tokenizer_fingerprint
 from tisdpo.hf import load_model, load_tokenizer, tiny_llama
 from tisdpo.prompts import PROMPTS
-from tisdpo.scored import load_scored, make_provenance, save_scored
+from tisdpo.scored import load_scored, make_provenance, save_scored, scores_of
 from tisdpo.sources import Source, load_source
 from tisdpo.stages import kept_model, train_stage
 from tisdpo.trainer import add_reference_logps
@@ -199,7 +199,7 @@ class Estimation:
     def scored(self, construction: str):
         """Training rows with the contrast of a construction: raw, or averaged, cross-fitted, smoothed and scaled as `contrast` says."""
         if construction == "scored":
-            return load_scored(self.external, dataset=self.source.train, expect={"tokenizer": tokenizer_fingerprint(self.tokenizer)})
+            return scores_of(self.external, self.source.train, expect={"tokenizer": tokenizer_fingerprint(self.tokenizer)})
         contrast = self.config.contrast
         pairs, checkpoints = (1, 1) if construction == "P" else (contrast.pairs, contrast.checkpoints)  # nothing is trained for P
         several = list(itertools.product(range(pairs), range(checkpoints)))

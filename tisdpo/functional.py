@@ -250,7 +250,11 @@ def linear_tis_dpo_loss(
     hidden [N, H], weight [V, H], bias [V], target [N] (int64; ignore_index positions count for nothing, None: there are none),
     cu_seqlens [S+1], on the CPU or beside hidden, with sequences interleaved chosen_0, rejected_0, chosen_1, ...; token_weights [N] >= 0
     (None: 1). The reference is either `ref_logps` [N], or `ref_hidden` [N, H'] with ref_weight [V, H'] and ref_bias [V] (default: the
-    policy's head, which must then be frozen); the KL term needs the latter.
+    policy's head, which must then be frozen); the KL term needs the latter. `normalizer` and `reduction` as in `tis_dpo_loss`: with
+    accumulation or several processes the number of pairs of the whole global batch (under DDP and FSDP, which average gradients, the loss
+    is then to be multiplied by the number of processes).
+
+    hidden[i] is the hidden state of the position before target[i], after the model's last norm: docs/usage.md has a whole loop.
 
     Cost in products of 2 N H V FLOP, forward and backward together: trainable head 3, with KL or online reference 4; frozen head 2
     and 3. plan="two_pass" (recompute in the backward, 4 and 6) is for comparison, and what "auto" takes for float16, whose small
@@ -272,7 +276,8 @@ def linear_tis_dpo_loss(
     checks.floating("hidden", hidden)
     if hidden.dim() != 2:
         raise ValueError(
-            f"hidden must be [N, H] over flat sequences, got shape {tuple(hidden.shape)}; see tisdpo.data.flatten_batch for padded batches"
+            f"hidden must be [N, H] over flat sequences, got shape {tuple(hidden.shape)}; of padded batches tisdpo.batches.flatten_batch "
+            "takes them"
         )
     transform = checks.transform(logit_scale, softcap, temperature)
     every = ignore_index is None

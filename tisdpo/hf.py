@@ -288,7 +288,10 @@ def load_model(path: str, *, trust_remote_code: bool = False, **kwargs):
 
     register_varlen()  # attn_implementation="tisdpo_varlen" is among the kwargs that may come
     if Path(path).is_dir() and not (Path(path) / "config.json").exists():
-        raise InputError(f"{path!r} holds no model: config.json is missing; give a directory written by save_pretrained or a hub id")
+        remedy = "give a directory written by save_pretrained or a hub id"
+        if (Path(path) / "adapter_config.json").exists():
+            remedy = "these are adapters of PEFT: merge them first (PeftModel.merge_and_unload, save_pretrained) and give that directory"
+        raise InputError(f"{path!r} holds no model: config.json is missing; {remedy}")
     pickles = sorted(file.name for file in Path(path).glob("*.bin")) if Path(path).is_dir() else []
     if pickles and not any(Path(path).glob("*.safetensors")):
         raise InputError(

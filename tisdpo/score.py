@@ -36,6 +36,7 @@ def score(
     negative: str,
     prompts: tuple[str, str] | None = None,
     reference: str | None = None,
+    dtype: torch.dtype = torch.float32,
     hidden_dtype: torch.dtype | None = None,
     tokenizer: str | None = None,
     max_length: int | None = 1024,
@@ -50,6 +51,8 @@ def score(
     pairs                what `load_pairs` reads
     positive, negative   directories or hub ids of pi+ and pi-
     prompts              system prompts of pi+ and pi- (construction P); None: they see the rows' prompts
+    dtype                of the models' weights; log-probs are float32 either way. A policy that is to use the stored reference must have
+                         the same: another dtype is another model
     reference            its log-probs are stored too; with hidden_dtype also its hidden states and its head (`tisdpo.cached`)
     tokenizer            default: that of `positive`, and the other models must have the same
     shard                (i, n): score every n-th part from the i-th on and stop; the same call without it joins all. None: of RANK and
@@ -72,7 +75,8 @@ def score(
     if tokenizer is None:
         _check_tokenizers(spoken, positive, names, trust_remote_code)
     _check_writable(parts)
-    models = {name: load_model(name, trust_remote_code=trust_remote_code).to(_device()).requires_grad_(False) for name in names}
+    models = {name: load_model(name, dtype=dtype, trust_remote_code=trust_remote_code) for name in names}
+    models = {name: model.to(_device()).requires_grad_(False) for name, model in models.items()}
     vocab_size = min(len(head_of(model).weight) for model in models.values())
     rows, counts = tokenize_pairs(raw, spoken, max_length=max_length, vocab_size=vocab_size)
     if counts.dropped or counts.truncated:

@@ -6,13 +6,12 @@ serves every `tisdpo.Weighting`.
 """
 
 from collections.abc import Callable
-from hashlib import sha256
 from pathlib import Path
 
-import numpy as np
 from datasets import Dataset, Features, List, Value, load_from_disk
 
-from tisdpo.data import SIDES, TOKEN_COLUMNS, Counts, check_token_values, load_pairs, tokenize_pairs
+from tisdpo.cached import sequence_key
+from tisdpo.data import SIDES, TOKEN_COLUMNS, Counts, check_token_values, ids_fingerprint, load_pairs, tokenize_pairs
 from tisdpo.errors import InputError
 from tisdpo.files import beside, write_json
 from tisdpo.fingerprints import tokenizer_fingerprint
@@ -29,6 +28,7 @@ __all__ = [
     "make_provenance",
     "save_scored",
     "scored_sets",
+    "scores_of",
 ]
 
 
@@ -106,17 +106,30 @@ def load_scored(path: str | Path, *, dataset: Dataset | None = None, expect: dic
     return rows
 
 
-def ids_fingerprint(rows: Dataset) -> str:
-    """16 hexadecimal digits of all ids of tokenised rows, in their order."""
-    parts = []
-    for column in ID_COLUMNS:
-        lengths, values = sha256(), sha256()
-        for batch in rows.select_columns([column]).with_format("numpy").iter(1000):
-            lists = [np.asarray(ids, dtype=np.int64) for ids in batch[column]]
-            lengths.update(np.array([len(ids) for ids in lists], dtype=np.int64).tobytes())
-            values.update(np.concatenate(lists).tobytes())
-        parts += [lengths.hexdigest(), values.hexdigest()]
-    return sha256(" ".join(parts).encode()).hexdigest()[:16]
+def scores_of(path: str | Path, dataset: Dataset, *, expect: dict | None = None) -> Dataset:
+    """The rows of a scored set for these tokenised rows, in their order; the set may hold other pairs as well.
+
+    expect   as for `load_scored`
+
+    Raises InputError as `load_scored` does, and where a row is not in the set.
+
+    >>> rows = scores_of("scored/S", source.train, expect={"tokenizer": tokenizer_fingerprint(tokenizer)})
+    """
+    rows = load_scored(path, expect=expect)
+    places = {key: number for number, key in enumerate(_keys(rows))}
+    found = [places.get(key) for key in _keys(dataset)]
+    if None in found:
+        raise InputError(
+            f"{path} has no scores for {found.count(None)} of these {len(found)} rows, row {found.index(None)} for one; score these "
+            f"pairs, with the tokenizer and the max_length that they are trained with (it was scored with "
+            f"max_length={load_provenance(path)['max_length']})"
+        )
+    return rows.select(found)
+
+
+def _keys(rows: Dataset):
+    for row in rows.select_columns(list(ID_COLUMNS)):
+        yield tuple(sequence_key(row["prompt_ids"], row[f"{side}_ids"]) for side in SIDES)
 
 
 def _first_difference(stored: Dataset, given: Dataset) -> str:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from accelerate.utils import is_peft_model
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
@@ -25,7 +26,7 @@ from transformers import Trainer, TrainingArguments
 from tisdpo.attention import choose, register_varlen
 from tisdpo.batches import check_tokens_per_batch, first_sequences, flatten_batch, sequences, token_loader
 from tisdpo.cached import FOLDER, ReferenceCache
-from tisdpo.data import PairCollator, tokenize_pairs
+from tisdpo.data import PairCollator, ids_fingerprint, token_sums, tokenize_pairs
 from tisdpo.errors import InputError
 from tisdpo.fingerprints import model_fingerprint
 from tisdpo.functional import linear_tis_dpo_loss, linear_token_logps
@@ -33,6 +34,7 @@ from tisdpo.hf import Head, attach_head, disable_dropout, head_of, model_inputs,
 from tisdpo.losses import Objective, pairwise_losses
 from tisdpo.processes import GlobalBatches, check_parallelism, check_whole_weights
 from tisdpo.provenance import check_rows, home_of
+from tisdpo.resume import RowsInCheckpoints, check_rows_of_checkpoint
 from tisdpo.scoring import completion_logps
 from tisdpo.weighting import Weighting, contrast_weights
 
@@ -94,6 +96,7 @@ class TISDPOConfig(TrainingArguments):
             raise InputError("remove_unused_columns must stay False: it would drop the token weights before the collator sees them")
         if self.method != "tis-dpo" and self.weighting is not None:
             raise InputError(f"weighting has no effect with method={self.method!r}; use method='tis-dpo'")
+        Weighting.of(self.weighting)  # raises for what is none
         self.objective()
         if self.precompute_ref and self.kl is not None:
             raise InputError(
@@ -150,11 +153,13 @@ class TISDPOTrainer(GlobalBatches, Trainer):
         self.objective = args.objective()
         self.preference, self._max_length = args.method != "sft", args.max_length
         self.pad_token_id = processing_class.pad_token_id if processing_class.pad_token_id is not None else processing_class.eos_token_id
-        # with dropout in the policy the first loss is not ln 2
-        self._starts_at_reference = ref_model is None and args.sanity_check and self.preference and args.disable_dropout
+        # with dropout in the policy, or adapters that were trained before, the first loss is not ln 2
+        self._starts_at_reference = (
+            ref_model is None and args.sanity_check and self.preference and args.disable_dropout and _is_its_base(model)
+        )
         precompute = args.precompute_ref if args.precompute_ref is not None else args.kl is None
         self.cache = self._open_cache(train_dataset, eval_dataset) if self.preference and args.kl is not None else None
-        self._reference_name = _fingerprint_if_here(ref_model if ref_model is not None else model)
+        self._reference_name = fingerprint_if_here(ref_model if ref_model is not None else model)
         scorer = None
         if self.preference:
             scorer = (ref_model or model) if precompute else None
@@ -168,14 +173,21 @@ class TISDPOTrainer(GlobalBatches, Trainer):
         def rows(dataset):
             if dataset is None:
                 return None
+            if not hasattr(dataset, "column_names"):
+                raise InputError(
+                    f"a dataset must be a datasets.Dataset, got {type(dataset).__name__}; tisdpo.data.load_pairs makes one of a list of "
+                    "pairs, a file or a hub id"
+                )
             if self.preference:
                 self._check_home(dataset, processing_class)
-            dataset = prepare_rows(dataset, processing_class, args, scorer, self.pad_token_id, len(head_of(model).weight))
+            with adapters_off(model) if scorer is model else nullcontext():
+                dataset = prepare_rows(dataset, processing_class, args, scorer, self.pad_token_id, len(head_of(model).weight))
             if self.cache is not None:
                 self.cache.check(dataset)
             return dataset
 
-        self._prepare_rows, self._scores_itself, self._eval_prefix = rows, scorer is not None and ref_model is None, None
+        self._prepare_rows, self._eval_prefix = rows, None
+        self._scores_itself = scorer is model and not is_peft_model(model)  # later the policy is another model
         eval_dataset = {k: rows(v) for k, v in eval_dataset.items()} if isinstance(eval_dataset, dict) else rows(eval_dataset)
         collator = PairCollator(
             self.pad_token_id,
@@ -202,6 +214,11 @@ class TISDPOTrainer(GlobalBatches, Trainer):
             )
         check_parallelism(model, self.accelerator)
         self.label_names = []
+        self._trained_on = None
+        if self.preference and isinstance(self.train_dataset, Dataset):
+            values = {name: token_sums(self.train_dataset, column) for name, column in (("weights", "weights"), ("reference", "ref_logps"))}
+            self._trained_on = {"token ids": ids_fingerprint(self.train_dataset), **values}
+            self.add_callback(RowsInCheckpoints(self._trained_on))
         if self.ref_model is not None:
             self.ref_model.to(self.args.device)
         with self.compute_loss_context_manager():  # `choose` asks for devices and number formats: those of the training
@@ -228,6 +245,12 @@ class TISDPOTrainer(GlobalBatches, Trainer):
         check_rows(dataset, home, tokenizer, max_length=self._max_length, reference=self._reference_name if used else None)
         if self.cache is not None and (home / FOLDER).is_dir():
             self.cache.add(home)
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        """`Trainer.train`; a checkpoint that was trained on other rows, weights or reference log-probs is refused (InputError)."""
+        if self._trained_on is not None:
+            check_rows_of_checkpoint(resume_from_checkpoint, self.args.output_dir, self._trained_on)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     # Batches
 
@@ -288,7 +311,7 @@ class TISDPOTrainer(GlobalBatches, Trainer):
         output, *aux = model(**model_inputs(inputs), head=preference)
         if self._starts_at_reference and model.training:
             self._check_first_loss(output)
-        return self._add_aux_loss(output.loss, self._preference_metrics(output, flat), *aux, self._items(inputs) / items)
+        return self._add_aux_loss(output.loss, preference_metrics(output, flat), *aux, self._items(inputs) / items)
 
     @staticmethod
     def _add_aux_loss(loss: Tensor, metrics: dict, aux_loss: Tensor | None, coef: float, share) -> tuple[Tensor, dict]:
@@ -303,8 +326,7 @@ class TISDPOTrainer(GlobalBatches, Trainer):
             return {"ref_logps": flat.ref_logps}
         if self.cache is not None:
             return {"ref_hidden": inputs["ref_hidden"].to(self.ref_head["ref_weight"]), **self.ref_head}
-        adapters_off = nullcontext() if self.ref_model is not None else self.accelerator.unwrap_model(self.model).disable_adapter()
-        with torch.no_grad(), adapters_off:
+        with torch.no_grad(), nullcontext() if self.ref_model is not None else adapters_off(self.accelerator.unwrap_model(self.model)):
             return reference_inputs(self.ref_model if self.ref_model is not None else self.model, inputs, flat)
 
     def _check_first_loss(self, output) -> None:
@@ -325,23 +347,6 @@ class TISDPOTrainer(GlobalBatches, Trainer):
             )
 
     # Metrics
-
-    def _preference_metrics(self, output, flat) -> dict[str, Tensor]:
-        metrics = {
-            "rewards/chosen": output.chosen_rewards,
-            "rewards/rejected": output.rejected_rewards,
-            "rewards/accuracies": (output.chosen_rewards > output.rejected_rewards).float(),
-            "rewards/margins": output.logits,
-            "logps/chosen": output.chosen_logps,
-            "logps/rejected": output.rejected_logps,
-        }
-        if output.chosen_kl is not None:
-            metrics |= {"kl/chosen": output.chosen_kl, "kl/rejected": output.rejected_kl}
-        if flat.token_weights is not None:
-            lengths = flat.cu_seqlens.diff()
-            chosen = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device) % 2 == 0, lengths)
-            metrics |= {"weights/chosen": flat.token_weights[chosen], "weights/rejected": flat.token_weights[~chosen]}
-        return metrics
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Add the means, over all batches since the last log and all ranks, of what the losses reported."""
@@ -372,7 +377,39 @@ class TISDPOTrainer(GlobalBatches, Trainer):
             return self.compute_loss(model, inputs).detach(), None, None
 
 
-def _fingerprint_if_here(model) -> str | None:
+def preference_metrics(output, flat) -> dict[str, Tensor]:
+    """What is logged of a `PreferenceOutput` and its `FlatBatch`: one value a pair, of weights one a token."""
+    metrics = {
+        "rewards/chosen": output.chosen_rewards,
+        "rewards/rejected": output.rejected_rewards,
+        "rewards/accuracies": (output.chosen_rewards > output.rejected_rewards).float(),
+        "rewards/margins": output.logits,
+        "logps/chosen": output.chosen_logps,
+        "logps/rejected": output.rejected_logps,
+    }
+    if output.chosen_kl is not None:
+        metrics |= {"kl/chosen": output.chosen_kl, "kl/rejected": output.rejected_kl}
+    if flat.token_weights is not None:
+        lengths = flat.cu_seqlens.diff()
+        chosen = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device) % 2 == 0, lengths)
+        metrics |= {"weights/chosen": flat.token_weights[chosen], "weights/rejected": flat.token_weights[~chosen]}
+    return metrics
+
+
+def adapters_off(model):
+    """A context in which a PEFT model is its base, and any other model what it is."""
+    return model.disable_adapter() if is_peft_model(model) else nullcontext()
+
+
+def _is_its_base(model) -> bool:
+    """Whether the policy computes what its reference does: not a PEFT model, or one whose LoRA adapters are new (what is added is 0)."""
+    if not is_peft_model(model):
+        return True
+    added = [p for name, p in model.named_parameters() if ".lora_B." in name or ".lora_embedding_A." in name]
+    return bool(added) and not any(p.any() for p in added)
+
+
+def fingerprint_if_here(model) -> str | None:
     """Fingerprint of a model, or None where its weights are not here yet (meta device, sharded at construction)."""
     return None if any(p.is_meta or not p.numel() for p in model.parameters()) else model_fingerprint(model)
 
@@ -385,7 +422,7 @@ def prepare_rows(dataset, tokenizer, args: TISDPOConfig, reference, pad_token_id
     refuse_images(dataset.column_names)
     if args.method != "sft" or "chosen_ids" not in dataset.column_names:  # documents have one side, nothing to compare
         dataset, counts = tokenize_pairs(dataset, tokenizer, max_length=args.max_length, vocab_size=vocab_size)  # checks ready ids, too
-        if counts.dropped:
+        if counts.dropped or counts.truncated:
             log.warning(counts.describe())
     else:
         dataset = cut_completions(dataset, args.sft_side, args.max_length, vocab_size)
@@ -398,7 +435,7 @@ def prepare_rows(dataset, tokenizer, args: TISDPOConfig, reference, pad_token_id
                 "use method='dpo' for none"
             )
         if "chosen_weights" not in columns:
-            dataset = apply_weighting(dataset, Weighting(**(args.weighting or {})), tokenizer.eos_token_id)
+            dataset = apply_weighting(dataset, Weighting.of(args.weighting), tokenizer.eos_token_id)
         elif args.weighting is not None:
             raise InputError("the rows carry ready weights, so weighting has no effect; remove the *_weights columns or the weighting")
     elif args.method == "dpo" and weighted:

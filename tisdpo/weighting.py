@@ -3,6 +3,7 @@
 Sizes: N completion tokens of all sequences, S = 2P sequences interleaved chosen_0, rejected_0, chosen_1, ...
 """
 
+import difflib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -66,6 +67,17 @@ class Weighting:
             raise ValueError(f"gamma must be in (0, 1], got {self.gamma}")
         if self.eos_weight is not None and not self.eos_weight >= 0:
             raise ValueError(f"eos_weight must not be negative, got {self.eos_weight}")
+
+    @classmethod
+    def of(cls, fields: dict | None) -> "Weighting":
+        """From some fields by their names, the others as usual. ValueError for a name that is none."""
+        known = cls.__dataclass_fields__
+        for name in fields or {}:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+                hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+                raise ValueError(f"weighting has no field {name!r}; {hint}")
+        return cls(**(fields or {}))
 
     @classmethod
     def preset(cls, name: str, **changes) -> "Weighting":

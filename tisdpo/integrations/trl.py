@@ -8,12 +8,12 @@ Rows are TRL's preference pairs with `chosen_contrast`, `rejected_contrast` (raw
 scored set of this library. With method="dpo" and kl=None the losses are TRL's own.
 
 Left out, compared with `trl.DPOTrainer`: metrics that need logits (entropy, logits/*, mean_token_accuracy) and `compute_metrics`; losses
-other than sigmoid, hinge, ipo and robust; f-divergences, LD-DPO, WPO; vision-language models; the MoE auxiliary loss. All but the metrics
-are refused by name.
+other than sigmoid, hinge, ipo and robust; f-divergences, LD-DPO, WPO; vision-language models. All but the metrics are refused by name. The
+auxiliary loss of a mixture of experts is added as TRL does it.
 """
 
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from packaging.version import Version
@@ -22,17 +22,22 @@ from torch import Tensor
 from tisdpo.batches import flatten_batch
 from tisdpo.errors import InputError
 from tisdpo.functional import linear_tis_dpo_loss
-from tisdpo.hf import Head, attach_head, model_inputs, reference_inputs
+from tisdpo.hf import Head, attach_head, model_inputs, reference_inputs, verify_head
 from tisdpo.losses import LOSSES, Objective
 from tisdpo.processes import REPEATED, GlobalBatches, check_parallelism
-from tisdpo.trainer import add_reference_logps, apply_weighting
+from tisdpo.provenance import check_rows, home_of, load_provenance
+from tisdpo.trainer import add_reference_logps, apply_weighting, fingerprint_if_here, preference_metrics
 from tisdpo.weighting import Weighting
 
 OLDEST, NEWEST = "1.13", "1.17"  # supported: from the first up to, not including, the second
-if not Version(OLDEST) <= Version(version("trl")) < Version(NEWEST):
+try:
+    INSTALLED = version("trl")
+except PackageNotFoundError:
+    INSTALLED = None
+if INSTALLED is None or not Version(OLDEST) <= Version(INSTALLED) < Version(NEWEST):
     raise ImportError(
-        f"tisdpo.integrations.trl works with trl>={OLDEST},<{NEWEST}, but trl {version('trl')} is installed; "
-        f'run: pip install "trl>={OLDEST},<{NEWEST}", or use tisdpo.TISDPOTrainer, which needs no TRL'
+        f"tisdpo.integrations.trl works with trl>={OLDEST},<{NEWEST}, but {'no trl' if INSTALLED is None else 'trl ' + INSTALLED} is "
+        f'installed; run: pip install "trl>={OLDEST},<{NEWEST}", or use tisdpo.TISDPOTrainer, which needs no TRL'
     )
 
 from accelerate.utils import is_peft_model  # noqa: E402
@@ -79,13 +84,15 @@ class TISDPOConfig(DPOConfig):
                 raise ValueError(f"{name}={value!r} has no effect with token weights and is not supported; leave it at {usual!r}")
         if self.weighting is not None and self.method == "dpo":
             raise ValueError("weighting has no effect with method='dpo'; use method='tis-dpo' or leave it out")
+        if getattr(self, "precompute_ref_batch_size", None) is not None:
+            raise ValueError("precompute_ref_batch_size has no effect: reference log-probs are made in batches by tokens; leave it out")
+        Weighting.of(self.weighting)  # raises for what is none
         self.objective  # noqa: B018  (raises for values out of range)
 
     @property
     def objective(self) -> Objective:
         """The pairwise loss that these options describe."""
-        smoothing = self.label_smoothing if self._loss in ("sigmoid", "robust") else 0.0
-        return Objective(self._loss, self.beta, self.kl, self.alpha, self.detach_chosen_kl, smoothing)
+        return Objective(self._loss, self.beta, self.kl, self.alpha, self.detach_chosen_kl, self.label_smoothing)
 
 
 @dataclass
@@ -111,9 +118,13 @@ class WeightedCollator(DataCollatorForPreference):
 class TISDPOTrainer(GlobalBatches, DPOTrainer):
     """`trl.DPOTrainer` with a weight for every token, the sequence KL, and the head inside the loss (no [tokens, vocabulary] logits).
 
-    Takes what DPOTrainer takes. The reference is `ref_model`, the base of a PEFT model with its adapters off, a copy that TRL loads, or,
-    with precompute_ref_log_probs=True and kl=None, log-probs per token (columns `chosen_ref_logps`, `rejected_ref_logps`, computed where
-    the rows lack them).
+    Takes what DPOTrainer takes. The reference is, in this order: with kl=None log-probs per token, where the rows carry them (columns
+    `chosen_ref_logps`, `rejected_ref_logps`) or precompute_ref_log_probs=True, which computes them; `ref_model`; of adapters that are new
+    (`peft_config`) the base, adapters off; of a PEFT model that comes with adapters the copy of these that TRL makes; of any other model
+    one that TRL loads again.
+
+    Rows of a scored set (`tisdpo.scored.load_scored`) are refused with another tokenizer or chat template than it was scored with, and
+    their log-probs with another reference (InputError).
     """
 
     def __init__(self, model, ref_model=None, args=None, *more, **kwargs):
@@ -133,13 +144,34 @@ class TISDPOTrainer(GlobalBatches, DPOTrainer):
             self.data_collator = WeightedCollator(**vars(self.data_collator))
         check_parallelism(self.model, self.accelerator)
         self._attach()
+        self._check_homes()
 
     def _attach(self) -> None:
-        attach_head(_base(self.model))
+        verify_head(attach_head(_base(self.model)))
         if self.ref_model is not None:
             attach_head(_base(self.accelerator.unwrap_model(self.ref_model)))
 
     # Rows
+
+    def _check_homes(self) -> None:
+        """Refuse rows of scored sets that were made for something else. How long they may be is the collator's affair."""
+        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        datasets = [self.train_dataset, *(self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset])]
+        for dataset in datasets:
+            carries = "chosen_ref_logps" in (getattr(dataset, "column_names", None) or ())
+            if carries and self.objective.kl is None and self.args.sync_ref_model:
+                raise InputError("the rows carry reference log-probs, so sync_ref_model has no effect; remove the columns or leave it out")
+            home = home_of(dataset)
+            if home is not None:
+                stored = load_provenance(home)
+                used = carries and self.objective.kl is None and "reference_model" in stored  # else they were computed here
+                check_rows(dataset, home, tokenizer, max_length=stored["max_length"], reference=self._reference_name() if used else None)
+
+    def _reference_name(self) -> str | None:
+        reference = self.accelerator.unwrap_model(self.ref_model if self.ref_model is not None else self.model)
+        if self.ref_model is None and is_peft_model(reference) and "ref" in reference.peft_config:
+            return "a copy of the policy's adapters"
+        return fingerprint_if_here(reference)
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         columns = set(dataset.column_names or next(iter(dataset)))
@@ -164,7 +196,7 @@ class TISDPOTrainer(GlobalBatches, DPOTrainer):
         _check_lengths(dataset, kind)
         if kind == "contrast":
             tokenizer = getattr(processing_class, "tokenizer", processing_class)
-            dataset = apply_weighting(dataset, Weighting(**(args.weighting or {})), tokenizer.eos_token_id)
+            dataset = apply_weighting(dataset, Weighting.of(args.weighting), tokenizer.eos_token_id)
         return dataset
 
     def _set_signature_columns_if_needed(self):
@@ -229,17 +261,7 @@ class TISDPOTrainer(GlobalBatches, DPOTrainer):
             tokens = self.accelerator.reduce(own, "sum").item()
             self._total_train_tokens += tokens // self._tp_size
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
-        metrics = {
-            "rewards/chosen": output.chosen_rewards,
-            "rewards/rejected": output.rejected_rewards,
-            "rewards/accuracies": (output.chosen_rewards > output.rejected_rewards).float(),
-            "rewards/margins": output.logits,
-            "logps/chosen": output.chosen_logps,
-            "logps/rejected": output.rejected_logps,
-        }
-        if output.chosen_kl is not None:
-            metrics |= {"kl/chosen": output.chosen_kl, "kl/rejected": output.rejected_kl}
-        self._add_metrics(mode, metrics, inputs)
+        self._add_metrics(mode, preference_metrics(output, flat), inputs)
         loss = output.loss
         if aux_loss is not None and self.aux_loss_enabled:
             self._add_metrics(mode, {"aux_loss": aux_loss}, inputs)

@@ -249,7 +249,8 @@ def serves(hidden: Tensor, weight: Tensor) -> bool:
     aligned = all(
         x.stride(1) == 1 and x.stride(0) >= x.shape[1] and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0 for x in (hidden, weight)
     )
-    return aligned and configs.product_tile(weight.device) is not None
+    # rows that are gathered from these lie packed
+    return aligned and hidden.shape[1] % 8 == 0 and configs.product_tile(weight.device) is not None
 
 
 def exponentials(
