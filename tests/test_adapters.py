@@ -72,6 +72,15 @@ def test_adapters_that_were_trained_before_are_no_part_of_the_reference(tmp_path
 
 
 @METHODS
+def test_adapters_that_change_their_base_need_a_reference(tmp_path, options):
+    model = lora(tiny.model(), init_lora_weights="pissa")
+    with pytest.raises(InputError, match="init_lora_weights='pissa' changes the weights of the base"):
+        trainer(tmp_path, dataset(), model=model, **options)
+    t = trainer(tmp_path, dataset(), model=model, ref_model=tiny.model(), **options)
+    assert losses_of(t)[0] == pytest.approx(math.log(2), abs=1e-3)
+
+
+@METHODS
 def test_the_gradient_of_a_frozen_head_is_never_computed(tmp_path, options, monkeypatch):
     seen = []
     own = products.add_grad_weight_

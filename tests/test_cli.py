@@ -78,7 +78,9 @@ def test_a_command_goes_up_to_its_stage_and_prints_the_result(calls, config, cap
 
 @pytest.mark.parametrize("command", ["run", "weights", "train", "eval"])
 def test_a_run_is_one_process_on_one_gpu(calls, config, capsys, monkeypatch, command):
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 4)
+    monkeypatch.setattr(cli, "_check_backend", lambda: None)
     assert "uses one GPU, and 4 are visible; choose one, as in CUDA_VISIBLE_DEVICES=0" in fails(capsys, command, config)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "is one process, and was started 2 times; start it once" in fails(capsys, command, config)

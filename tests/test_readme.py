@@ -40,9 +40,12 @@ def test_the_trainer_example(demo):
 
 
 def test_the_loop_of_the_usage_page(demo):
-    scope = {}
-    exec(USAGE[0].replace("lr=1e-6", "lr=1e-2"), scope)
-    assert 0 < scope["output"].loss.item() < math.log(2)  # of the second of two steps
+    assert USAGE[0].count("lr=1e-6") == 1
+    loss = {}
+    for rate in ("0.0", "1e-2"):  # of the second of two steps
+        exec(USAGE[0].replace("lr=1e-6", f"lr={rate}"), scope := {})
+        loss[rate] = scope["output"].loss.item()
+    assert loss["0.0"] == pytest.approx(math.log(2), abs=1e-5) and 0 < loss["1e-2"] < 0.69
 
 
 def test_the_trl_example_and_the_example_script(demo):

@@ -18,7 +18,7 @@ from tisdpo.errors import InputError
 from tisdpo.fingerprints import model_fingerprint
 from tisdpo.hf import load_model, save_model, train_bpe
 from tisdpo.prompts import PROMPTS
-from tisdpo.scored import load_provenance, load_scored
+from tisdpo.scored import load_provenance, load_scored, make_provenance, save_scored, scores_of
 
 BATCH = ("--batch-tokens", "300")
 
@@ -305,3 +305,16 @@ def test_code_of_a_model_runs_only_when_asked(pairs, models, tmp_path, capsys, m
     assert not ran.exists()
     assert cli.main([*argv, "--tokenizer", str(models / "good"), "--trust-remote-code"]) == 0 and ran.exists()
     assert os.path.exists(tmp_path / "set" / "provenance.json")
+
+
+def test_scores_of_some_of_the_pairs_in_another_order(tmp_path):
+    save_scored(
+        tiny.contrast(tiny.rows()), tmp_path / "set", make_provenance(tiny.tokenizer(), max_length=128, positive="a", negative="b", how={})
+    )
+    rows, order = load_scored(tmp_path / "set"), [5, 2, 9, 0]
+    found = scores_of(tmp_path / "set", tiny.rows().select(order), expect={"max_length": 128})
+    for column in ("prompt_ids", "chosen_ids", "rejected_ids", "chosen_contrast", "rejected_contrast"):
+        assert list(found[column]) == [rows[i][column] for i in order]
+    other = tiny.rows(30).select([0, 28, 29])
+    with pytest.raises(InputError, match=r"has no scores for 2 of these 3 rows, row 1 for one; .* scored with max_length=128"):
+        scores_of(tmp_path / "set", other)

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 import tisdpo
 from tisdpo.data import PairCollator, chat_template_fingerprint, load_pairs, model_fingerprint, tokenize_pairs, tokenizer_fingerprint
 from tisdpo.errors import InputError
+from tisdpo.provenance import FORMAT
 from tisdpo.scored import ids_fingerprint, import_official_weights, load_provenance, load_scored, make_provenance, save_scored
 from tisdpo.weighting import Weighting, contrast_weights
 
@@ -65,7 +66,7 @@ def test_what_is_stored_comes_back(stored):
     assert list(loaded) == list(rows)  # float32 values, bit for bit
     assert loaded.features["chosen_contrast"].feature.dtype == "float32" and rows.features["chosen_contrast"].feature.dtype == "float64"
     assert load_provenance(path) == {
-        "format": 1, "tisdpo": tisdpo.__version__, "pairs": 2, "ids": ids_fingerprint(rows), **json.loads(json.dumps(provenance())),
+        "format": FORMAT, "tisdpo": tisdpo.__version__, "pairs": 2, "ids": ids_fingerprint(rows), **json.loads(json.dumps(provenance())),
     }  # fmt: skip
     assert [entry.name for entry in path.parent.iterdir()] == ["scored"]  # nothing beside it
 
@@ -122,7 +123,7 @@ def test_what_is_no_scored_set_is_refused(stored, tmp_path):
     with pytest.raises(InputError, match="exists; remove it"):
         save_scored(rows, path, provenance())
     content = json.loads((path / "provenance.json").read_text())
-    for changed, message in [({"format": 2}, "format is 2 there and 1 here"), ({"ids": "0"}, "its ids have changed")]:
+    for changed, message in [({"format": 1}, f"format is 1 there and {FORMAT} here"), ({"ids": "0"}, "its ids have changed")]:
         (path / "provenance.json").write_text(json.dumps({**content, **changed}))
         with pytest.raises(InputError, match=message):
             load_scored(path)

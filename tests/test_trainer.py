@@ -171,7 +171,7 @@ def test_resume_on_other_rows_or_weights_is_refused(tmp_path):
     trainer(tmp_path, rows, **options).train()
     trainer(tmp_path, rows, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     for other, changed, what in (
-        (rows, dict(weighting={"upper": 0.5}), "weights"),
+        (rows, dict(weighting={"upper": 0.5}), "weights and weighting"),
         (rows.select(range(20)), {}, "token ids and weights and reference"),
         (rows.select(range(len(rows) - 1, -1, -1)), {}, "token ids and weights and reference"),
     ):
@@ -246,6 +246,8 @@ def test_what_cannot_work_is_refused(tmp_path, options, dataset, message):
 def test_processing_class_is_required(tmp_path):
     with pytest.raises(InputError, match=r"must be a datasets.Dataset, got list; tisdpo.data.load_pairs makes one"):
         TISDPOTrainer(tiny.model(), TISDPOConfig(str(tmp_path), use_cpu=True), [{"prompt": "a"}], processing_class=tiny.tokenizer())
+    with pytest.raises(InputError, match=r"a dataset has splits \(train\); pass one of them, as in rows\['train'\]"):
+        TISDPOTrainer(tiny.model(), TISDPOConfig(str(tmp_path), use_cpu=True), {"train": tiny.rows()}, processing_class=tiny.tokenizer())
     with pytest.raises(InputError, match="processing_class is missing"):
         TISDPOTrainer(tiny.model(), TISDPOConfig(output_dir=str(tmp_path)), train_dataset=tiny.rows())
 

@@ -180,6 +180,29 @@ def test_a_scored_set_of_another_tokenizer_or_reference_is_refused(tmp_path):
         trainer(tmp_path, ours, sync_ref_model=True)
 
 
+@pytest.mark.parametrize("ready", [False, True])
+def test_new_adapters_and_log_probs_of_their_base(ready, tmp_path):
+    """A model without a padding id, which TRL gives it; adapters by peft_config, or on the model already (TRL copies these)."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    base = oracle.tiny_model(1)
+    assert base.config.pad_token_id is None
+    options = dict(args=TISDPOConfig(**arguments(tmp_path, max_steps=1)), processing_class=tokenizer())
+    options |= {} if ready else {"peft_config": config}
+    for place, reference, fits in (("a", base, True), ("b", oracle.tiny_model(2), False)):
+        rows = scored(tmp_path / place, reference=reference)
+        model = peft.get_peft_model(oracle.tiny_model(1), config) if ready else oracle.tiny_model(1)
+        if fits:
+            assert trained(TISDPOTrainer(model, train_dataset=rows, **options))[0]["loss"] == pytest.approx(0.6931, abs=1e-4)
+            continue
+        with pytest.raises(InputError, match="reference_model is"):
+            TISDPOTrainer(model, train_dataset=rows, **options)
+        rows = rows.remove_columns(["chosen_ref_logps", "rejected_ref_logps"])
+        options["args"] = TISDPOConfig(**arguments(tmp_path, max_steps=1, precompute_ref_log_probs=True))
+        model = peft.get_peft_model(oracle.tiny_model(1), config) if ready else oracle.tiny_model(1)
+        assert trained(TISDPOTrainer(model, train_dataset=rows, **options))[0]["loss"] == pytest.approx(0.6931, abs=1e-4)
+
+
 def test_a_head_that_is_not_what_it_says_is_refused(tmp_path, monkeypatch):
     model = oracle.tiny_model(1)
     own = model.lm_head.forward

@@ -363,11 +363,11 @@ def _check_alone(name: str) -> None:
     import torch
 
     elsewhere = "several GPUs train by tisdpo.TISDPOTrainer and `accelerate launch`"
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         raise InputError(f"`tisdpo {name}` is one process, and was started {os.environ['WORLD_SIZE']} times; start it once ({elsewhere})")
-    if torch.cuda.device_count() > 1:
+    if torch.accelerator.is_available() and torch.accelerator.device_count() > 1:
         raise InputError(
-            f"`tisdpo {name}` uses one GPU, and {torch.cuda.device_count()} are visible; choose one, as in "
+            f"`tisdpo {name}` uses one GPU, and {torch.accelerator.device_count()} are visible; choose one, as in "
             f"CUDA_VISIBLE_DEVICES=0 tisdpo {name} ... ({elsewhere})"
         )
 

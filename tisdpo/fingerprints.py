@@ -11,6 +11,7 @@ SAMPLED = 256  # values of every parameter that go into a fingerprint
 _VOLATILE = {
     "_name_or_path", "_attn_implementation", "_attn_implementation_autoset", "_experts_implementation", "architectures",
     "dtype", "torch_dtype", "name_or_path", "output_attentions", "output_hidden_states", "return_dict", "transformers_version", "use_cache",
+    "bos_token_id", "eos_token_id", "pad_token_id",  # of trainers that take them over from the tokenizer
 }  # fmt: skip
 
 

@@ -169,7 +169,7 @@ class SeedRun(Estimation):
                 train_stage(
                     model, self.tokenizer, rows, self.config.train, path, label=self.label(f"policy {method}"),
                     seed=self.seed, options=options, until=steps * (number + 1) // rounds,
-                    checkpoints=self.config.evaluation.checkpoints, measure=self.measure_checkpoint,
+                    checkpoints=self.config.evaluation.checkpoints, measure=self.measure_checkpoint, new_rows=number > 0,
                 )  # fmt: skip
             if number + 1 < rounds:
                 save_model(model, self.tokenizer, end / "model")

@@ -13,7 +13,7 @@ from datasets import Dataset
 from tisdpo.errors import InputError
 from tisdpo.fingerprints import chat_template_fingerprint, model_fingerprint, tokenizer_fingerprint
 
-FORMAT = 1
+FORMAT = 2  # 2: fingerprints of models without the ids of special tokens
 PROVENANCE = "provenance.json"
 REQUIRED = ("tokenizer", "chat_template", "max_length", "positive_model", "negative_model", "how")
 

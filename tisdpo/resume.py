@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 from transformers import TrainerCallback
@@ -25,11 +26,17 @@ class RowsInCheckpoints(TrainerCallback):
             write_json(folder / FILE, self.rows)
 
 
-def check_rows_of_checkpoint(checkpoint: str | bool | None, output_dir: str, rows: dict) -> None:
+def forget_rows(checkpoint: str | None) -> None:
+    """Let training go on from a checkpoint on other rows."""
+    if checkpoint is not None:
+        (Path(checkpoint) / FILE).unlink(missing_ok=True)
+
+
+def check_rows_of_checkpoint(checkpoint: str | os.PathLike | bool | None, output_dir: str, rows: dict) -> None:
     """InputError where the checkpoint (True: the last one in output_dir) was trained on other rows. Numbers may differ by 1e-4 of their
     size, as they do from machine to machine; a checkpoint that says nothing is taken as it is."""
     folder = get_last_checkpoint(output_dir) if checkpoint is True and Path(output_dir).is_dir() else checkpoint or None
-    file = Path(folder) / FILE if isinstance(folder, str) else None
+    file = Path(folder) / FILE if isinstance(folder, str | os.PathLike) else None
     if file is None or not file.exists():
         return
     before = json.loads(file.read_text())

@@ -13,6 +13,7 @@ from transformers.trainer_callback import PrinterCallback
 from tisdpo.config import StageConfig
 from tisdpo.files import write_json
 from tisdpo.hf import save_model
+from tisdpo.resume import forget_rows
 from tisdpo.trainer import TISDPOConfig, TISDPOTrainer
 
 LOGGED_POINTS = 50  # of a learning curve
@@ -122,12 +123,13 @@ def train_stage(
     measure: Callable | None = None,
     kept: int = 1,
     until: int | None = None,
+    new_rows: bool = False,
 ) -> list[dict]:
     """Train `model` on `rows` with `TISDPOConfig(**options)`; writes directory/model, directory/log.json (and points.json).
 
     With `checkpoints`, the run is measured and saved that many times on its way, and an interrupted one goes on from the last of them.
     `kept` models of its second half are saved, the final one included. `until`, smaller than the number of steps, ends the stage there,
-    unfinished: `model` is what it was then, and the next call goes on.
+    unfinished: `model` is what it was then, and the next call goes on; with `new_rows` on others than before.
     Returns the log history.
     """
     directory.mkdir(parents=True, exist_ok=True)
@@ -164,7 +166,10 @@ def train_stage(
         callbacks.append(StopAt(until))
     trainer = TISDPOTrainer(model, args, train_dataset=rows, processing_class=tokenizer, callbacks=callbacks)
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(saved))
+    checkpoint = last_complete_checkpoint(saved)
+    if new_rows:
+        forget_rows(checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     # without the Trainer's summary, whose train_loss counts from the last resume on
     history = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
     write_json(directory / "log.json", history)

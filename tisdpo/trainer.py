@@ -13,12 +13,12 @@ import copy
 import logging
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
 from accelerate.utils import is_peft_model
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
@@ -148,6 +148,8 @@ class TISDPOTrainer(GlobalBatches, Trainer):
         check_whole_weights(args)
         attach_head(model)
         verify_head(model)
+        if ref_model is None and args.method != "sft":
+            _check_base(model)
         if args.disable_dropout:
             disable_dropout(model)
         self.objective = args.objective()
@@ -155,7 +157,7 @@ class TISDPOTrainer(GlobalBatches, Trainer):
         self.pad_token_id = processing_class.pad_token_id if processing_class.pad_token_id is not None else processing_class.eos_token_id
         # with dropout in the policy, or adapters that were trained before, the first loss is not ln 2
         self._starts_at_reference = (
-            ref_model is None and args.sanity_check and self.preference and args.disable_dropout and _is_its_base(model)
+            ref_model is None and args.sanity_check and self.preference and args.disable_dropout and is_its_base(model)
         )
         precompute = args.precompute_ref if args.precompute_ref is not None else args.kl is None
         self.cache = self._open_cache(train_dataset, eval_dataset) if self.preference and args.kl is not None else None
@@ -173,11 +175,7 @@ class TISDPOTrainer(GlobalBatches, Trainer):
         def rows(dataset):
             if dataset is None:
                 return None
-            if not hasattr(dataset, "column_names"):
-                raise InputError(
-                    f"a dataset must be a datasets.Dataset, got {type(dataset).__name__}; tisdpo.data.load_pairs makes one of a list of "
-                    "pairs, a file or a hub id"
-                )
+            _check_kind(dataset)
             if self.preference:
                 self._check_home(dataset, processing_class)
             with adapters_off(model) if scorer is model else nullcontext():
@@ -216,8 +214,13 @@ class TISDPOTrainer(GlobalBatches, Trainer):
         self.label_names = []
         self._trained_on = None
         if self.preference and isinstance(self.train_dataset, Dataset):
-            values = {name: token_sums(self.train_dataset, column) for name, column in (("weights", "weights"), ("reference", "ref_logps"))}
-            self._trained_on = {"token ids": ids_fingerprint(self.train_dataset), **values}
+            weighted = args.method == "tis-dpo"
+            self._trained_on = {
+                "token ids": ids_fingerprint(self.train_dataset),
+                "weights": token_sums(self.train_dataset, "weights"),
+                "weighting": asdict(Weighting.of(args.weighting)) if weighted else None,
+                "reference": token_sums(self.train_dataset, "ref_logps"),
+            }
             self.add_callback(RowsInCheckpoints(self._trained_on))
         if self.ref_model is not None:
             self.ref_model.to(self.args.device)
@@ -358,6 +361,7 @@ class TISDPOTrainer(GlobalBatches, Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """`Trainer.evaluate`; rows given here are prepared like those of the constructor."""
         if eval_dataset is not None and not isinstance(eval_dataset, (str, dict)):
+            _check_kind(eval_dataset)
             if self._scores_itself and "chosen_ref_logps" not in eval_dataset.column_names and self.state.global_step > 0:
                 raise InputError(
                     "these rows have no reference log-probs, and the reference was the policy before training; give them to the "
@@ -401,7 +405,18 @@ def adapters_off(model):
     return model.disable_adapter() if is_peft_model(model) else nullcontext()
 
 
-def _is_its_base(model) -> bool:
+def _check_base(model) -> None:
+    """InputError for adapters that change the base they are put on: it is no reference then."""
+    for config in model.peft_config.values() if is_peft_model(model) else ():
+        how = getattr(config, "init_lora_weights", True)
+        if isinstance(how, str) and how.lower().startswith(("pissa", "olora", "corda", "loftq")):
+            raise InputError(
+                f"init_lora_weights={how!r} changes the weights of the base, so with its adapters off it is no longer the reference; pass "
+                "the model as it was before as ref_model"
+            )
+
+
+def is_its_base(model) -> bool:
     """Whether the policy computes what its reference does: not a PEFT model, or one whose LoRA adapters are new (what is added is 0)."""
     if not is_peft_model(model):
         return True
@@ -410,17 +425,31 @@ def _is_its_base(model) -> bool:
 
 
 def fingerprint_if_here(model) -> str | None:
-    """Fingerprint of a model, or None where its weights are not here yet (meta device, sharded at construction)."""
-    return None if any(p.is_meta or not p.numel() for p in model.parameters()) else model_fingerprint(model)
+    """Fingerprint of a model, or None where its weights are not all here (meta device, sharded)."""
+    elsewhere = any(p.is_meta or not p.numel() or hasattr(p, "placements") for p in model.parameters())
+    return None if elsewhere else model_fingerprint(model)
 
 
 # Rows
 
 
+def _check_kind(dataset) -> None:
+    if isinstance(dataset, dict):
+        raise InputError(
+            f"a dataset has splits ({', '.join(map(str, dataset))}); pass one of them, as in rows[{next(iter(dataset), '')!r}]"
+        )
+    if not isinstance(dataset, Dataset | IterableDataset):
+        raise InputError(
+            f"a dataset must be a datasets.Dataset, got {type(dataset).__name__}; tisdpo.data.load_pairs makes one of a list of pairs, a "
+            "file or a hub id"
+        )
+
+
 def prepare_rows(dataset, tokenizer, args: TISDPOConfig, reference, pad_token_id: int, vocab_size: int):
     """Rows ready for the collator: tokenised, with weights where the method uses them, with reference log-probs if `reference` is given."""
-    refuse_images(dataset.column_names)
-    if args.method != "sft" or "chosen_ids" not in dataset.column_names:  # documents have one side, nothing to compare
+    names = dataset.column_names or ()  # of a stream they may not be known
+    refuse_images(names)
+    if args.method != "sft" or "chosen_ids" not in names:  # documents have one side, nothing to compare
         dataset, counts = tokenize_pairs(dataset, tokenizer, max_length=args.max_length, vocab_size=vocab_size)  # checks ready ids, too
         if counts.dropped or counts.truncated:
             log.warning(counts.describe())

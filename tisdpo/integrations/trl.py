@@ -26,7 +26,7 @@ from tisdpo.hf import Head, attach_head, model_inputs, reference_inputs, verify_
 from tisdpo.losses import LOSSES, Objective
 from tisdpo.processes import REPEATED, GlobalBatches, check_parallelism
 from tisdpo.provenance import check_rows, home_of, load_provenance
-from tisdpo.trainer import add_reference_logps, apply_weighting, fingerprint_if_here, preference_metrics
+from tisdpo.trainer import add_reference_logps, apply_weighting, fingerprint_if_here, is_its_base, preference_metrics
 from tisdpo.weighting import Weighting
 
 OLDEST, NEWEST = "1.13", "1.17"  # supported: from the first up to, not including, the second
@@ -123,8 +123,8 @@ class TISDPOTrainer(GlobalBatches, DPOTrainer):
     (`peft_config`) the base, adapters off; of a PEFT model that comes with adapters the copy of these that TRL makes; of any other model
     one that TRL loads again.
 
-    Rows of a scored set (`tisdpo.scored.load_scored`) are refused with another tokenizer or chat template than it was scored with, and
-    their log-probs with another reference (InputError).
+    Rows of a scored set (`tisdpo.scored.load_scored`) that are given here are refused with another tokenizer or chat template than it was
+    scored with, and their log-probs with another reference (InputError).
     """
 
     def __init__(self, model, ref_model=None, args=None, *more, **kwargs):
@@ -137,6 +137,9 @@ class TISDPOTrainer(GlobalBatches, DPOTrainer):
             )
         self.objective = args.objective
         self._start_metrics()
+        # before TRL shards it, and which log-probs were made here and not read
+        self._given_reference = fingerprint_if_here(ref_model) if isinstance(ref_model, torch.nn.Module) else None
+        self._computed_here: list = []
         super().__init__(model, ref_model, args, *more, **kwargs)
         if self._is_vision_dataset:
             raise ValueError("vision-language pairs are not supported: their collation happens elsewhere in TRL; use trl.DPOTrainer")
@@ -164,12 +167,16 @@ class TISDPOTrainer(GlobalBatches, DPOTrainer):
             home = home_of(dataset)
             if home is not None:
                 stored = load_provenance(home)
-                used = carries and self.objective.kl is None and "reference_model" in stored  # else they were computed here
+                # whose are not those of the set, they were made here or come with the rows
+                of_set = "reference_model" in stored and not any(dataset is other for other in self._computed_here)
+                used = carries and self.objective.kl is None and of_set
                 check_rows(dataset, home, tokenizer, max_length=stored["max_length"], reference=self._reference_name() if used else None)
 
     def _reference_name(self) -> str | None:
+        if self._given_reference is not None:
+            return self._given_reference
         reference = self.accelerator.unwrap_model(self.ref_model if self.ref_model is not None else self.model)
-        if self.ref_model is None and is_peft_model(reference) and "ref" in reference.peft_config:
+        if self.ref_model is None and is_peft_model(reference) and "ref" in reference.peft_config and not is_its_base(reference):
             return "a copy of the policy's adapters"
         return fingerprint_if_here(reference)
 
@@ -211,7 +218,9 @@ class TISDPOTrainer(GlobalBatches, DPOTrainer):
         reference = self.ref_model if self.ref_model is not None else self.model
         attach_head(_base(reference))
         with self._reference_adapter():
-            return add_reference_logps(dataset, reference, self.data_collator.pad_token_id)
+            dataset = add_reference_logps(dataset, reference, self.data_collator.pad_token_id)
+        self._computed_here.append(dataset)
+        return dataset
 
     # The loss
 
