@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import baselines, end_to_end, measure, plot, run, studies
+from benchmarks import baselines, end_to_end, measure, plot, roofline, run, studies
 from benchmarks.registry import ALL_MODES, OURS, PROVIDERS, SMOKE, TASKS, Problem, Size, Step, fused, plain, relative_error
 from tisdpo import reference
 
@@ -258,3 +258,15 @@ def test_a_part_that_the_newest_file_lacks_is_that_of_the_file_before(curves, tm
     assert report["file"] == "cpu-float32-a-2026-11-26.json" and report["revision"] == "a later one"
     assert report["scaling"] == old["scaling"] and list(report["parts_of"]) == ["scaling"]
     assert "cpu-float32-a-2026-11-25.json" in plot.page([report], None, None, None).split("### Scaling")[1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is for machines without a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_alone(monkeypatch, dtype):
+    """With Triton, whose interpreter counts as a chip that has one, also the product without logits."""
+    monkeypatch.setenv("TISDPO_BACKEND", "triton")
+    found = roofline.products(Size(16, 32, 96, 2), "cpu", dtype, 1)
+    assert ("D and sums, no logits" in found) == (dtype == torch.bfloat16)
+    assert {"logits in float32", "dHidden", "dWeight in float32"} <= set(found)
+    for row in found.values():
+        assert row["seconds"] > 0 and row["seconds"] * row["flops"] == pytest.approx(2 * 16 * 32 * 96)

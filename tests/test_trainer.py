@@ -3,6 +3,7 @@
 import copy
 import math
 
+import datasets
 import pytest
 import tiny
 import torch
@@ -241,6 +242,16 @@ def test_dropout_is_off_unless_wanted(tmp_path):
 def test_what_cannot_work_is_refused(tmp_path, options, dataset, message):
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, dataset() if dataset else None, **options)
+
+
+def test_a_stream_whose_columns_are_not_known(tmp_path):
+    stream = datasets.IterableDataset.from_generator(lambda: iter(tiny.pairs(12)))
+    assert stream.column_names is None
+    t = trainer(tmp_path, stream, method="dpo", eval_dataset=stream)
+    assert len(t.train_dataset) == len(t.eval_dataset) == 12
+    t.train()
+    with pytest.raises(InputError, match="these rows have no reference log-probs, and the reference was the policy before training"):
+        t.evaluate(stream)
 
 
 def test_processing_class_is_required(tmp_path):

@@ -362,7 +362,8 @@ class TISDPOTrainer(GlobalBatches, Trainer):
         """`Trainer.evaluate`; rows given here are prepared like those of the constructor."""
         if eval_dataset is not None and not isinstance(eval_dataset, (str, dict)):
             _check_kind(eval_dataset)
-            if self._scores_itself and "chosen_ref_logps" not in eval_dataset.column_names and self.state.global_step > 0:
+            known = "chosen_ref_logps" in (eval_dataset.column_names or ())
+            if self._scores_itself and not known and self.state.global_step > 0:
                 raise InputError(
                     "these rows have no reference log-probs, and the reference was the policy before training; give them to the "
                     "constructor as eval_dataset, or give it a ref_model"
