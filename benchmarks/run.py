@@ -2,7 +2,7 @@
 
     python -m benchmarks.run                                  # all parts on this machine's device; JSON into benchmarks/results/
     python -m benchmarks.run steps --dtype bfloat16 --hidden 896 --vocabulary 151936
-    python -m benchmarks.run steps --modes 0 2 --providers tisdpo TRL --rounds 3    # only those whose name contains one of the words
+    python -m benchmarks.run steps --modes 0 2 --providers tisdpo TRL --rounds 3    # only those with such a name, or such a word in it
     python -m benchmarks.run --list                           # who takes part here, and why somebody doesn't
     python -m benchmarks.run --smoke                          # tiny sizes, to see that it works
 
@@ -121,7 +121,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, bfloat16 on a GPU")
     modes = "; ".join(f"{i}: {m.name}" for i, m in enumerate(ALL_MODES))
     parser.add_argument("--modes", type=int, nargs="+", choices=range(len(ALL_MODES)), help=f"of `steps` (default all): {modes}")
-    parser.add_argument("--providers", nargs="+", default=[""], help="words of the names to take part in `steps` (default: all)")
+    parser.add_argument("--providers", nargs="+", default=[""], help="names, or words of names, to take part in `steps` (default: all)")
     parser.add_argument("--rounds", type=int, help="repetitions (default 7)")
     parser.add_argument("--threads", type=int, help="threads of torch on a CPU (default: its own choice)")
     parser.add_argument("--no-tests", action="store_true", help="don't run the tests of the measured functions first")
@@ -142,7 +142,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    providers = [p for p in PROVIDERS if any(word.lower() in p.name.lower() for word in args.providers)]
+    names = [p.name.lower() for p in PROVIDERS]
+    words = [word.lower() for word in args.providers]
+    providers = [p for p in PROVIDERS if any(word == p.name.lower() if word in names else word in p.name.lower() for word in words)]
     if not providers:
         words, names = " or ".join(args.providers), ", ".join(p.name for p in PROVIDERS)
         print(f"no provider's name contains {words}; there are: {names}", file=sys.stderr)

@@ -116,7 +116,7 @@ def test_a_kernel_that_does_not_run_here_means_padded_batches(monkeypatch):
 
 
 def test_varlen_takes_the_place_of_sdpa_and_gives_it_back(monkeypatch, varlen_calls):
-    monkeypatch.setattr(attention, "_varlen_runs", lambda model: True)
+    monkeypatch.setattr(attention, "_varlen_runs", lambda model, device: True)
     first, second = llama(), llama(seed=1)
     assert choose([first, second], None)
     assert first.config._attn_implementation == second.config._attn_implementation == VARLEN

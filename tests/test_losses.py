@@ -37,6 +37,7 @@ def log_sigmoid(x):
 BY_HAND = {
     "sigmoid": (Objective(beta=0.5), -log_sigmoid(2)),
     "smoothed": (Objective(beta=0.5, label_smoothing=0.1), -0.9 * log_sigmoid(2) - 0.1 * log_sigmoid(-2)),
+    "sigmoid_norm": (Objective("sigmoid_norm", beta=0.5), -log_sigmoid(0.5 * (6 / 3 - 2 / 4))),
     "hinge_met": (Objective("hinge", beta=0.5), 0.0),
     "hinge": (Objective("hinge", beta=0.125), 0.5),
     "ipo": (Objective("ipo", beta=0.5), (6 / 3 - 2 / 4 - 1) ** 2),
@@ -95,7 +96,8 @@ def test_detached_chosen_kl_keeps_its_value_and_loses_its_gradient():
 
 @pytest.mark.parametrize("objective", [
     Objective(), Objective(kl="reverse", alpha=0.3), Objective.preset("tdpo2"), Objective("hinge", kl="forward"), Objective("ipo"),
-    Objective("robust", label_smoothing=0.2), Objective(label_smoothing=0.3, beta=2.0),
+    Objective("robust", label_smoothing=0.2), Objective(label_smoothing=0.3, beta=2.0), Objective("sigmoid_norm", kl="reverse"),
+    Objective(nll_coef=0.7), Objective("ipo", kl="forward", nll_coef=1.0),
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("weighted", [True, False])
 def test_loss_from_logps_equals_the_formulas(objective, weighted):
@@ -105,6 +107,8 @@ def test_loss_from_logps_equals_the_formulas(objective, weighted):
     K = reference.segment_sums(w * kl, CU)
     scores = reference.scores(D, K, objective.kl, objective.alpha, objective.detach_chosen_kl)
     truth = reference.pairwise_losses(scores, CU.diff().double(), objective.loss, objective.beta, objective.label_smoothing)
+    nll = torch.stack([-logps[0:3].mean(), -logps[5:6].mean()])
+    truth = truth + objective.nll_coef * nll
     output = loss(objective, weighted=weighted)
     torch.testing.assert_close(output.losses, truth)
     torch.testing.assert_close(output.loss.detach(), truth.mean())
@@ -113,6 +117,9 @@ def test_loss_from_logps_equals_the_formulas(objective, weighted):
     torch.testing.assert_close(output.logits, objective.beta * (scores[0::2] - scores[1::2]))
     torch.testing.assert_close(output.chosen_logps, reference.segment_sums(logps, CU)[0::2])
     assert (output.chosen_kl is None) == (objective.kl is None)
+    assert (output.chosen_nll is None) == (objective.nll_coef == 0)
+    if objective.nll_coef:
+        torch.testing.assert_close(output.chosen_nll, nll)
     if objective.kl:
         torch.testing.assert_close((output.chosen_kl, output.rejected_kl), (K[0::2], K[1::2]))
 
@@ -201,21 +208,27 @@ def test_reduction_and_normalizer():
     assert resolve_normalizer(None, "mean", 0) == 1.0  # no pairs: a zero, not 0 / 0
 
 
-def test_ignored_positions_are_no_tokens_for_ipo():
+@pytest.mark.parametrize("objective", [Objective("ipo"), Objective("sigmoid_norm"), Objective(nll_coef=1.0)], ids=str)
+def test_ignored_positions_are_no_tokens(objective):
     logps, ref_logps, *_ = tensors()
     ignored = torch.zeros(N, dtype=torch.bool)
     ignored[[1, 8]] = True
     quiet = [x.masked_fill(ignored, 0) for x in (logps, ref_logps)]
     keep = torch.cat([torch.arange(0, 1), torch.arange(2, 8), torch.arange(9, 10)])
-    short = tisdpo.tis_dpo_loss(logps[keep], ref_logps[keep], torch.tensor([0, 2, 4, 5, 8]), objective=Objective("ipo"))
-    assert torch.equal(tisdpo.tis_dpo_loss(*quiet, CU, objective=Objective("ipo"), ignored=ignored).losses, short.losses)
-    assert not torch.equal(tisdpo.tis_dpo_loss(*quiet, CU, objective=Objective("ipo")).losses, short.losses)
+    short = tisdpo.tis_dpo_loss(logps[keep], ref_logps[keep], torch.tensor([0, 2, 4, 5, 8]), objective=objective)
+    torch.testing.assert_close(tisdpo.tis_dpo_loss(*quiet, CU, objective=objective, ignored=ignored).losses, short.losses)
+    assert not torch.allclose(tisdpo.tis_dpo_loss(*quiet, CU, objective=objective).losses, short.losses)
+    weights = (~ignored).double()  # values there count for nothing either, where weights are 0
+    loud = tisdpo.tis_dpo_loss(logps, ref_logps, CU, token_weights=weights, objective=objective, ignored=ignored)
+    torch.testing.assert_close(loud.losses, short.losses)
+    torch.testing.assert_close(loud.chosen_logps, short.chosen_logps)
 
 
 def test_empty_completions_and_no_pairs_are_differentiable_zeros():
     logps = torch.tensor([-1.0, -2.0], requires_grad=True)
     for name in LOSSES:
-        output = tisdpo.tis_dpo_loss(logps, torch.tensor([-1.5, -1.5]), torch.tensor([0, 0, 2, 2, 2]), objective=Objective(name))
+        objective = Objective(name, nll_coef=0.5)  # of the one chosen that has tokens, and 0 of the one that has none
+        output = tisdpo.tis_dpo_loss(logps, torch.tensor([-1.5, -1.5]), torch.tensor([0, 0, 2, 2, 2]), objective=objective)
         assert output.loss.isfinite() and torch.autograd.grad(output.loss, logps)[0].isfinite().all()
     nothing = torch.zeros(0, requires_grad=True)
     output = tisdpo.tis_dpo_loss(nothing, torch.zeros(0), torch.tensor([0]))
@@ -229,6 +242,7 @@ CHANGES = {
     "beta": Objective(beta=0.2),
     "kl": Objective(kl="forward"),
     "label_smoothing": Objective(label_smoothing=0.1),
+    "nll_coef": Objective(nll_coef=0.1),
 }
 
 
@@ -264,7 +278,7 @@ def test_presets():
 @pytest.mark.parametrize(
     "fields, message",
     [
-        (dict(loss="kto"), "loss must be one of sigmoid, hinge, ipo, robust, got 'kto'"),
+        (dict(loss="kto"), "loss must be one of sigmoid, sigmoid_norm, hinge, ipo, robust, got 'kto'"),
         (dict(kl="both"), "kl must be None, 'reverse' or 'forward', got 'both'"),
         (dict(beta=0.0), "beta must be positive, got 0.0"),
         (dict(beta=math.nan), "beta must be positive, got nan"),
@@ -272,6 +286,9 @@ def test_presets():
         (dict(label_smoothing=0.5), r"label_smoothing must be in \[0, 0.5\), got 0.5"),
         (dict(label_smoothing=-0.1), r"label_smoothing must be in \[0, 0.5\), got -0.1"),
         (dict(loss="hinge", label_smoothing=0.1), "label_smoothing has no effect with loss='hinge'"),
+        (dict(loss="sigmoid_norm", label_smoothing=0.1), "label_smoothing has no effect with loss='sigmoid_norm'"),
+        (dict(nll_coef=-0.1), "nll_coef must be a number of 0 or more, got -0.1"),
+        (dict(nll_coef=math.nan), "nll_coef must be a number of 0 or more, got nan"),
         (dict(detach_chosen_kl=True), "detach_chosen_kl has no effect with kl=None"),
     ],
     ids=str,

@@ -9,7 +9,7 @@ from cases import SHAPES, make_case
 
 import tisdpo
 from tisdpo import Objective, reference
-from tisdpo.ops import backend, pairwise, rows
+from tisdpo.ops import backend, loss_rows, rows
 
 TRANSFORMS = {
     "plain": {},
@@ -26,6 +26,9 @@ OBJECTIVES = {
     "hinge": Objective(loss="hinge", beta=0.3),
     "ipo": Objective(loss="ipo", kl="reverse"),
     "robust": Objective(loss="robust", label_smoothing=0.1, kl="forward"),
+    "norm": Objective(loss="sigmoid_norm", kl="reverse", beta=2.0),
+    "nll": Objective(nll_coef=0.7),
+    "nll_tdpo2": Objective.preset("tdpo2", nll_coef=0.7),
 }
 
 
@@ -41,6 +44,7 @@ def loss_and_gradients(case, objective, transform, *, bias=True, weighted=True, 
             reference.linear_logits(case.ref_hidden, case.ref_weight, rb, **transform),
             case.target, case.cu_seqlens, weights, kl=objective.kl, alpha=objective.alpha, detach_chosen_kl=objective.detach_chosen_kl,
             loss=objective.loss, beta=objective.beta, label_smoothing=objective.label_smoothing,
+            nll_coef=objective.nll_coef,
         )  # fmt: skip
         loss = losses.mean() if reduction == "mean" else losses.sum()
         output = None
@@ -76,24 +80,33 @@ def test_every_option_equals_autograd_of_the_reference(objective, transform, pla
         assert_same(loss_and_gradients(*args, **options, plan=plan), loss_and_gradients(*args, **options))
 
 
+def test_an_nll_beside_a_kl_with_a_gradient_takes_two_passes():
+    for kl in ("reverse", "forward"):
+        args = (make_case(ignored=(1,)), Objective(kl=kl, nll_coef=0.7), {})
+        for plan in ("auto", "two_pass"):
+            assert_same(loss_and_gradients(*args, plan=plan), loss_and_gradients(*args))
+        with pytest.raises(ValueError, match=f"kl='{kl}' and nll_coef=0.7 .* use plan='auto', or detach_chosen_kl=True"):
+            loss_and_gradients(*args, plan="one_pass")
+
+
 @pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_awkward_shapes(shape, plan):
     lengths, ignored = SHAPES[shape]
-    for kl in (None, "reverse", "forward"):
-        args = (make_case(lengths, ignored=ignored), Objective(kl=kl), {})
+    for objective in (Objective(), Objective(kl="reverse"), Objective(kl="forward"), Objective("sigmoid_norm", nll_coef=0.3)):
+        args = (make_case(lengths, ignored=ignored), objective, {})
         assert_same(loss_and_gradients(*args, plan=plan), loss_and_gradients(*args))
 
 
 @pytest.mark.parametrize("rows", [1, 2, 6, 9, 100])
-@pytest.mark.parametrize("kl", [None, "reverse", "forward"])
+@pytest.mark.parametrize("kl, nll_coef", [(None, 0.0), (None, 0.5), ("reverse", 0.0), ("forward", 0.5)])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_chunks_and_recomputed_long_pairs_change_nothing(rows, kl, frozen, monkeypatch):
+def test_chunks_and_recomputed_long_pairs_change_nothing(rows, kl, nll_coef, frozen, monkeypatch):
     """6 rows hold some pairs and not others; with 1 and 2 every pair is longer than the chunk and computed twice, or visited in parts."""
     monkeypatch.setattr(backend, "chunk_rows", lambda *a: rows)
     monkeypatch.setattr(backend, "longest_held", lambda rows, *a: rows)
     monkeypatch.setattr(backend, "block_rows", lambda *a: 2)
-    objective = Objective(kl=kl, detach_chosen_kl=kl is not None)
+    objective = Objective(kl=kl, detach_chosen_kl=kl is not None, nll_coef=nll_coef)
     args = (make_case((3, 5, 1, 2, 2, 4, 1, 1), ignored=(1, 9)), objective, {"softcap": 3.0})
     truth = loss_and_gradients(*args, frozen=frozen)
     for plan in ("one_pass", "two_pass"):
@@ -265,7 +278,7 @@ def test_without_compaction(shape, options, monkeypatch):
     online = dict(ref_hidden=case.ref_hidden, ref_weight=case.ref_weight)
     reference = online if "kl" in options else dict(ref_logps=torch.randn(len(case.target), dtype=torch.float64))
     for capturing in (False, True):
-        monkeypatch.setattr(pairwise, "capturing", lambda capturing=capturing: capturing)
+        monkeypatch.setattr(loss_rows, "capturing", lambda capturing=capturing: capturing)
         inputs = [x.clone().requires_grad_() for x in (case.hidden, case.weight, case.bias)]
         out = tisdpo.linear_tis_dpo_loss(
             inputs[0], inputs[1], case.target, case.cu_seqlens, bias=inputs[2], token_weights=case.token_weights,

@@ -75,7 +75,7 @@ def test_opcheck_sequence_sums(weights, kl, backend):
     [
         (Objective(kl="reverse"), True, True, True, (True, True, True)),
         (Objective(kl="forward", detach_chosen_kl=True), False, False, True, (True, True, False)),
-        (Objective(), True, True, False, (True, False, False)),
+        (Objective(nll_coef=0.5), True, True, False, (True, False, False)),
         (Objective(loss="ipo"), False, False, True, (False, False, False)),
     ],
 )
@@ -87,7 +87,7 @@ def test_opcheck_linear_pairwise(objective, bias, weighted, online, needs, backe
     args = (
         *policy, case.target, case.cu_seqlens, case.token_weights if weighted else None, None if online else torch.randn(7), *ref,
         torch.tensor(2.0),
-        o.loss, o.beta, o.kl, o.alpha, o.detach_chosen_kl, o.label_smoothing, *PLAIN, -100, list(needs), backend,
+        o.loss, o.beta, o.kl, o.alpha, o.detach_chosen_kl, o.label_smoothing, o.nll_coef, *PLAIN, -100, list(needs), backend,
     )  # fmt: skip
     torch.library.opcheck(pairwise.linear_pairwise, args, test_utils=CHECKS)
 

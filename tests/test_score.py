@@ -19,6 +19,7 @@ from tisdpo.fingerprints import model_fingerprint
 from tisdpo.hf import load_model, save_model, train_bpe
 from tisdpo.prompts import PROMPTS
 from tisdpo.scored import load_provenance, load_scored, make_provenance, save_scored, scores_of
+from tisdpo.trainer import add_reference_logps
 
 BATCH = ("--batch-tokens", "300")
 
@@ -85,6 +86,29 @@ def test_one_command_writes_contrast_reference_and_hidden_states(pairs, models, 
     found = load_provenance(out)
     assert found["positive_model"] == model_fingerprint(tiny.model(1)) and found["negative_model"] == model_fingerprint(tiny.model(2))
     assert found["reference_hidden"] == "bfloat16" and found["how"] == {"positive": str(models / "good"), "negative": str(models / "bad")}
+
+
+def test_a_reference_alone_serves_dpo(pairs, models, tmp_path, capsys):
+    """Its log-probs for the loss without a KL term, its hidden states for one; what needs a contrast says that there is none."""
+    out, base = tmp_path / "set", str(models / "base")
+    argv = ["score", str(pairs), str(out), "--reference", base, "--reference-hidden", "--hidden-dtype", "float32", "--max-length", "128"]
+    assert cli.main(argv) == 0
+    rows = load_scored(out)
+    assert "chosen_contrast" not in rows.column_names and load_provenance(out)["positive_model"] is None
+    expected = add_reference_logps(rows.remove_columns(["chosen_ref_logps", "rejected_ref_logps"]), tiny.model(0), 0)
+    for side in ("chosen", "rejected"):
+        for a, b in zip(rows[f"{side}_ref_logps"], expected[f"{side}_ref_logps"]):
+            assert a == pytest.approx(b, abs=1e-5)
+    for kl in (None, "reverse"):
+        options = dict(use_cpu=True, max_steps=1, per_device_train_batch_size=2, disable_tqdm=True, method="dpo", max_length=128, kl=kl)
+        args = TISDPOConfig(str(tmp_path / "out"), **options)
+        run = TISDPOTrainer(load_model(base), args, load_scored(out), processing_class=tiny.tokenizer())
+        assert run.ref_model is None and (run.cache is None) == (kl is None)
+        run.train()
+        with pytest.raises(InputError, match="reference_model is"):
+            TISDPOTrainer(tiny.model(1), args, load_scored(out), processing_class=tiny.tokenizer())
+    for argv in (["show", str(out)], ["annotate", str(out), "--pairs", "1", "--tokenizer", base]):
+        assert "holds the log-probs of a reference alone, and no contrast" in said(capsys, argv)
 
 
 def test_options_have_effects(pairs, models, tmp_path):
@@ -188,6 +212,9 @@ def test_mistakes_are_one_sentence(pairs, models, tmp_path, capsys):
     out, base = tmp_path / "set", str(models / "base")
     same = ["score", str(pairs), str(out), "--positive", base, "--negative", base]
     assert said(capsys, same).startswith("positive and negative are the same model")
+    assert said(capsys, same[:5]).startswith("the contrast needs two models: give --positive and --negative together")
+    assert "so the command needs a reference" in said(capsys, same[:3])
+    assert "so the command needs the models that see these prompts" in said(capsys, [*same[:3], "--reference", base, "--task", "helpful"])
     assert said(capsys, [*same, "--positive-prompt", "x"]).startswith("a system prompt needs its opposite")
     assert "are the same; their contrast" in said(capsys, [*same, "--positive-prompt", "x", "--negative-prompt", "x"])
     assert said(capsys, words(pairs, out, models, "--reference-hidden")).startswith("--reference-hidden needs the model")

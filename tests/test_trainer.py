@@ -10,8 +10,10 @@ import torch
 
 from tisdpo import TISDPOConfig, TISDPOTrainer, reference
 from tisdpo.batches import flatten_batch, unflatten
+from tisdpo.data import Counts
 from tisdpo.errors import InputError
-from tisdpo.hf import model_inputs
+from tisdpo.hf import load_model, model_inputs
+from tisdpo.ops.rows import Tiles
 from tisdpo.trainer import apply_weighting
 from tisdpo.weighting import Weighting
 
@@ -28,7 +30,8 @@ def trainer(tmp_path, dataset=None, model=None, **options):
         use_cpu=True,
         seed=0,
     )
-    extra = {name: options.pop(name) for name in ("ref_model", "eval_dataset") if name in options}
+    others = ("ref_model", "eval_dataset", "compute_metrics", "compute_loss_func")
+    extra = {name: options.pop(name) for name in others if name in options}
     args = TISDPOConfig(**{**defaults, **options})
     return TISDPOTrainer(
         model or tiny.model(),
@@ -59,8 +62,10 @@ def batch_of(t, dataset=None, count=4):
         dict(kl="forward", alpha=0.5, detach_chosen_kl=True),
         dict(loss_type="ipo"),
         dict(label_smoothing=0.1),
+        dict(loss_type="sigmoid_norm", nll_coef=0.5),
+        dict(kl="reverse", nll_coef=0.5),
     ],
-    ids=["dpo", "weights", "reverse", "tdpo2", "ipo", "smoothed"],
+    ids=["dpo", "weights", "reverse", "tdpo2", "ipo", "smoothed", "nll", "reverse_nll"],
 )
 def test_loss_equals_the_oracle_on_full_logits(tmp_path, options):
     dataset = tiny.rows() if options.get("method") == "dpo" else tiny.contrast(tiny.rows())
@@ -73,6 +78,7 @@ def test_loss_equals_the_oracle_on_full_logits(tmp_path, options):
         "alpha": "alpha",
         "detach_chosen_kl": "detach_chosen_kl",
         "label_smoothing": "label_smoothing",
+        "nll_coef": "nll_coef",
     }
     expected = full_logits_loss(t.model, ref, batch, **{names[k]: v for k, v in options.items() if k in names})
     torch.testing.assert_close(t.compute_loss(t.model, batch).double(), expected, rtol=1e-5, atol=1e-6)
@@ -92,6 +98,13 @@ def test_first_loss_is_ln_2_and_training_lowers_it(tmp_path):
         "logps/chosen",
         "logps/rejected",
     } <= t.state.log_history[0].keys()
+
+
+def test_an_nll_is_logged_and_left_out_of_the_check_of_the_first_loss(tmp_path):
+    t = trainer(tmp_path, method="dpo", nll_coef=0.5, max_steps=1)
+    t.train()
+    first = t.state.log_history[0]
+    assert first["nll_loss"] > 1 and first["loss"] == pytest.approx(math.log(2) + 0.5 * first["nll_loss"], abs=1e-4)
 
 
 def test_a_reference_of_another_model_stops_at_the_first_step(tmp_path):
@@ -173,14 +186,24 @@ def test_resume_on_other_rows_or_weights_is_refused(tmp_path):
     trainer(tmp_path, rows, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     for other, changed, what in (
         (rows, dict(weighting={"upper": 0.5}), "weights and weighting"),
-        (rows.select(range(20)), {}, "token ids and weights and reference"),
-        (rows.select(range(len(rows) - 1, -1, -1)), {}, "token ids and weights and reference"),
+        (rows.select(range(20)), {}, "token ids and weights"),
+        (rows.select(range(len(rows) - 1, -1, -1)), {}, "token ids and weights"),
     ):
         for checkpoint in (str(tmp_path / "checkpoint-2"), True):
             with pytest.raises(InputError, match=f"was trained on other rows: their {what} differ; go on with the same rows"):
                 trainer(tmp_path, other, **options, **changed).train(resume_from_checkpoint=checkpoint)
     (tmp_path / "checkpoint-2" / "tisdpo_rows.json").unlink()  # of an older version, or killed before it
     trainer(tmp_path, rows, weighting={"upper": 0.5}, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_resume_from_another_reference_is_refused(tmp_path):
+    options = dict(kl="reverse", max_steps=4, save_strategy="steps", save_steps=2)
+    rows = tiny.contrast(tiny.rows())
+    trainer(tmp_path, rows, **options).train()
+    checkpoint = tmp_path / "checkpoint-2"
+    trainer(tmp_path, rows, **options).train(resume_from_checkpoint=str(checkpoint))
+    with pytest.raises(InputError, match=r"their reference model differ; .*the model that training began with, not the checkpoint's"):
+        trainer(tmp_path, rows, model=load_model(str(checkpoint)), **options).train(resume_from_checkpoint=str(checkpoint))
 
 
 def test_resume_gives_the_same_losses(tmp_path):
@@ -210,10 +233,51 @@ def test_text_pairs_are_tokenised(tmp_path):
     assert t.train_dataset["chosen_ids"] == tiny.rows()["chosen_ids"]
 
 
-def test_bfloat16_autocast_trains(tmp_path):
-    t = trainer(tmp_path, method="dpo", bf16=True, max_steps=2)
+@pytest.mark.parametrize("kl", [None, "reverse"])
+def test_policy_and_reference_have_one_number_format(tmp_path, kl):
+    """float32 weights, trained in bfloat16: the first loss is ln 2, and the KL 0, only if the reference is cast as well."""
+    t = trainer(tmp_path, tiny.contrast(tiny.rows()), bf16=True, kl=kl, max_steps=2)
     t.train()
-    assert all(math.isfinite(h["loss"]) for h in t.state.log_history if "loss" in h)
+    first, second = t.state.log_history[:2]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-3 if kl is None else 1e-6)
+    assert first.get("kl/chosen", 0.0) == 0.0 and second["loss"] < first["loss"]
+
+
+def test_number_format_of_the_training_decides_about_padding(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("tisdpo.trainer.choose", lambda *args: asked.append(torch.is_autocast_enabled("cpu")) or False)
+    for bf16 in (True, False):
+        trainer(tmp_path, method="dpo", bf16=bf16)
+    assert asked == [True, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_frozen_head_stays_shared_with_its_reference_under_autocast(tmp_path, monkeypatch, dtype):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(tiny.model().to(dtype), config)
+    t = trainer(tmp_path, tiny.contrast(tiny.rows()), model=model, kl="reverse", bf16=True, max_steps=1)
+    shared = []
+    made = Tiles.__init__
+    monkeypatch.setattr(Tiles, "__init__", lambda self, *args: made(self, *args) or shared.append(self.shared))
+    t.train()
+    assert shared and all(shared)
+    assert t.state.log_history[0]["kl/chosen"] == 0.0
+
+
+def test_prepared_rows_may_be_evaluated_again(tmp_path):
+    t = trainer(tmp_path, tiny.contrast(tiny.rows()), weighting={"upper": 0.5}, eval_dataset=tiny.contrast(tiny.rows(24)), max_steps=1)
+    assert t.evaluate(t.eval_dataset)["eval_loss"] == t.evaluate()["eval_loss"]
+    own = t.train_dataset.remove_columns(["chosen_contrast", "rejected_contrast"])
+    with pytest.raises(InputError, match="the rows carry ready weights, so weighting has no effect"):
+        t.evaluate(own)
+
+
+def test_tokens_across_the_end_of_the_prompt_are_counted_in_the_log(tmp_path, caplog, monkeypatch):
+    counts = Counts(read=3, kept=3, moved=2)
+    monkeypatch.setattr("tisdpo.trainer.tokenize_pairs", lambda dataset, *args, **options: (tiny.rows(3), counts))
+    trainer(tmp_path, method="dpo")
+    assert "2 with a token across the prompt's end" in caplog.text
 
 
 def test_dropout_is_off_unless_wanted(tmp_path):
@@ -237,6 +301,9 @@ def test_dropout_is_off_unless_wanted(tmp_path):
         (dict(kl="reverse", precompute_ref=True), None, "needs the reference's distribution"),
         (dict(remove_unused_columns=True), None, "drop the token weights"),
         (dict(beta=-1.0), None, "beta must be positive"),
+        (dict(label_smoothing_factor=0.1), None, "label_smoothing_factor=0.1 has no effect; use label_smoothing"),
+        (dict(compute_metrics=len), None, "compute_metrics has no effect: there are no logits"),
+        (dict(compute_loss_func=len), None, "compute_loss_func has no effect"),
     ],
 )
 def test_what_cannot_work_is_refused(tmp_path, options, dataset, message):

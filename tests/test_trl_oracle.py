@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast 
 V, BETA = 61, 0.3
 LOSSES = {
     "sigmoid": (dict(loss_type="sigmoid"), Objective("sigmoid", beta=BETA)),
+    "sigmoid_norm": (dict(loss_type="sigmoid_norm"), Objective("sigmoid_norm", beta=BETA)),
     "hinge": (dict(loss_type="hinge"), Objective("hinge", beta=BETA)),
     "ipo": (dict(loss_type="ipo"), Objective("ipo", beta=BETA)),
     "robust": (dict(loss_type="robust", label_smoothing=0.2), Objective("robust", beta=BETA, label_smoothing=0.2)),
@@ -109,6 +110,22 @@ def test_equals_the_loss_of_trl(name, plan, tmp_path):
     }
     for key, value in expected.items():
         assert metrics[key] == pytest.approx(value.item(), rel=2e-5, abs=2e-6), key
+
+
+def test_the_nll_of_one_pair_is_the_sft_loss_of_trl(tmp_path):
+    """Of one pair, because TRL divides by the tokens of the batch: in a larger one a long completion counts for more."""
+    trainer = trl_trainer(tmp_path, dict(loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.5]))
+    model, reference = trainer.model, trainer.ref_model
+    batch = trainer.data_collator([trainer.train_dataset[0]])
+    theirs = trainer._compute_loss(model, dict(batch), return_outputs=False)
+    hidden, target, cu_seqlens = flat(model, batch)
+    ours = tisdpo.linear_tis_dpo_loss(
+        hidden, model.lm_head.weight, target, cu_seqlens, ref_hidden=flat(reference, batch)[0].detach(),
+        ref_weight=reference.lm_head.weight.detach(), objective=Objective(beta=BETA, nll_coef=0.5),
+    ).loss  # fmt: skip
+    torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-6)
+    for a, b in zip(*(torch.autograd.grad(loss, list(model.parameters())) for loss in (ours, theirs)), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-4, atol=1e-5)
 
 
 def test_policy_and_reference_differ_enough_for_the_losses_to_disagree(tmp_path):

@@ -19,7 +19,7 @@ from tisdpo.scored import load_scored, make_provenance, save_scored  # noqa: E40
 from tisdpo.trainer import add_reference_logps  # noqa: E402
 
 BETA = oracle.BETA
-PLAIN = dict(report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=False, disable_tqdm=True)
+PLAIN = dict(report_to="none", use_cpu=True, gradient_checkpointing=False, disable_tqdm=True)
 
 
 def tokenizer():
@@ -27,8 +27,8 @@ def tokenizer():
 
 
 def arguments(tmp_path, **options):
-    options = {"beta": BETA, "max_steps": 3, "per_device_train_batch_size": 2, "logging_steps": 1, "learning_rate": 1e-2, **options}
-    return dict(output_dir=str(tmp_path), save_strategy="no", lr_scheduler_type="constant", **PLAIN, **options)
+    usual = {"beta": BETA, "max_steps": 3, "per_device_train_batch_size": 2, "logging_steps": 1, "learning_rate": 1e-2, "bf16": False}
+    return dict(output_dir=str(tmp_path), save_strategy="no", lr_scheduler_type="constant", **PLAIN, **{**usual, **options})
 
 
 def weighted(rows=None, value=None, kind="contrast"):
@@ -213,6 +213,61 @@ def test_a_head_that_is_not_what_it_says_is_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
+@pytest.mark.parametrize("max_length", [4, 9])
+def test_log_probs_of_cut_rows_are_those_of_what_is_left(mode, max_length, tmp_path):
+    options = dict(max_steps=2, per_device_train_batch_size=3, max_length=max_length, truncation_mode=mode)
+    online = trained(trainer(tmp_path, weighted(), **options))
+    cached = trained(trainer(tmp_path, weighted(), precompute_ref_log_probs=True, **options))
+    assert [a["loss"] for a in cached] == pytest.approx([b["loss"] for b in online], rel=1e-5)
+
+
+def test_ready_rows_that_lose_their_completion_are_dropped_and_counted(tmp_path, caplog):
+    rows = tisdpo.data.tokenize_pairs(oracle.pairs(), tokenizer(), max_length=64)[0]
+    short, long = sorted(len(ids) for ids in rows["prompt_ids"])
+    run = trainer(tmp_path, rows, method="dpo", max_length=long)
+    assert [len(row["prompt_ids"]) for row in run.train_dataset] == [short]
+    assert f"1 of 2 train rows have no completion within max_length={long}" in caplog.text
+    assert len(trainer(tmp_path, rows, method="dpo", max_length=long, truncation_mode="keep_end").train_dataset) == 2
+    assert len(trainer(tmp_path, rows, method="dpo", max_length=long + 1).train_dataset) == 2
+
+
+def test_a_scored_set_that_would_be_cut_is_refused(tmp_path):
+    with pytest.raises(InputError, match="max_length is 64 there and 10 here; use the max_length it was scored with"):
+        trainer(tmp_path, scored(tmp_path), max_length=10)
+    trainer(tmp_path, load_scored(tmp_path / "set"), max_length=32)  # cuts none of them
+
+
+def test_resume_on_other_rows_or_with_another_reference_is_refused(tmp_path):
+    options = dict(max_steps=2, save_strategy="steps", save_steps=1, kl="reverse")
+    rows = weighted()
+
+    def run(rows, reference, **changed):
+        args = TISDPOConfig(**{**arguments(tmp_path), **options, **changed})
+        return TISDPOTrainer(oracle.tiny_model(1), oracle.tiny_model(reference), args, train_dataset=rows, processing_class=tokenizer())
+
+    run(rows, 2).train()
+    checkpoint = str(tmp_path / "checkpoint-1")
+    run(rows, 2).train(resume_from_checkpoint=checkpoint)
+    for other, reference, changed, what in (
+        (rows, 3, {}, "reference model"),
+        (rows, 2, dict(weighting={"upper": 0.1}), "weights and weighting"),
+        (rows.select([1, 0, 2]), 2, {}, "token ids and weights"),
+    ):
+        with pytest.raises(InputError, match=f"was trained on other rows: their {what} differ"):
+            run(other, reference, **changed).train(resume_from_checkpoint=checkpoint)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(kl="reverse"), dict(precompute_ref_log_probs=True)], ids=str)
+def test_policy_and_reference_have_one_number_format(options, tmp_path):
+    """The same model twice, in float32, trained in bfloat16: the first loss is ln 2, and the KL 0, only if the reference is cast too."""
+    args = TISDPOConfig(**arguments(tmp_path, max_steps=1, per_device_train_batch_size=3, bf16=True, **options))
+    run = TISDPOTrainer(oracle.tiny_model(1), oracle.tiny_model(1), args, train_dataset=weighted(), processing_class=tokenizer())
+    logged = trained(run)[0]
+    assert logged["loss"] == pytest.approx(0.693147, abs=1e-3 if "precompute_ref_log_probs" in options else 1e-6)
+    assert logged.get("kl/chosen", 0.0) == 0.0
+
+
+@pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
 def test_truncation_cuts_weights_with_their_tokens(mode, tmp_path):
     run = trainer(tmp_path, weighted(), max_length=9, truncation_mode=mode)
     batch = run.data_collator(list(run.train_dataset))
@@ -234,7 +289,7 @@ def test_truncation_cuts_weights_with_their_tokens(mode, tmp_path):
         (dict(method="dpo", weighting={"upper": 2.0}), lambda: oracle.pairs(), ValueError, "weighting has no effect with method='dpo'"),
         (dict(method="sft"), lambda: oracle.pairs(), ValueError, "method must be 'tis-dpo' or 'dpo', got 'sft'"),
         (dict(loss_type="apo_zero"), lambda: weighted(), ValueError, "loss_type must be one of .*, got apo_zero; for others use trl"),
-        (dict(loss_type=["sigmoid", "sft"]), lambda: weighted(), ValueError, "loss_type must be one of .*, got sigmoid, sft"),
+        (dict(loss_type=["sigmoid", "sft"]), lambda: weighted(), ValueError, "got sigmoid, sft; for 'sft' .* set nll_coef"),
         (dict(f_divergence_type="js_divergence"), lambda: weighted(), ValueError, "f_divergence_type='js_divergence' has no effect"),
         (dict(ld_alpha=0.5), lambda: weighted(), ValueError, "ld_alpha=0.5 has no effect"),
         (dict(padding_free=True), lambda: weighted(), ValueError, "padding_free=True is not supported .* train with tisdpo.TISDPOTrainer"),

@@ -17,7 +17,7 @@ from tisdpo.data import SIDES
 from tisdpo.errors import InputError
 from tisdpo.evaluate import truth_agreement
 from tisdpo.intervals import RESAMPLES, bootstrap, number
-from tisdpo.scored import load_provenance, load_scored, scored_sets
+from tisdpo.scored import load_contrast, load_provenance, scored_sets
 
 FORMAT, VERSION = "tisdpo ratings", 1
 SCALE = (-2, -1, 0, 1, 2)
@@ -176,7 +176,7 @@ def _contrasts(weights: Iterable[str | Path], contents: dict[str, dict]) -> dict
                 f"{given} has other pairs than those rated in {path} (set {content['set']}); give a set scored on the same pairs"
             )
         for one in fitting:
-            rows = load_scored(one)
+            rows = load_contrast(one)
             for row, lengths in counts.items():
                 if row >= len(rows):
                     raise InputError(f"row {row} is rated, but {one} has rows 0 to {len(rows) - 1}; export the ratings again")

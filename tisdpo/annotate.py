@@ -13,7 +13,7 @@ from tisdpo.errors import InputError
 from tisdpo.files import write_json
 from tisdpo.heatmap import readable
 from tisdpo.report import render, write_html
-from tisdpo.scored import load_provenance, load_scored, load_tokenizer_of, scored_sets
+from tisdpo.scored import load_contrast, load_provenance, load_tokenizer_of, scored_sets
 from tisdpo.summary import pieces
 
 
@@ -32,7 +32,7 @@ def write(
     [PosixPath('annotate.html')]
     """
     scored = scored_sets(scored)[0]
-    provenance, rows = load_provenance(scored), load_scored(scored)
+    provenance, rows = load_provenance(scored), load_contrast(scored)
     if pairs > len(rows):
         raise InputError(f"--pairs {pairs}: {scored} has {len(rows)}; ask for at most as many")
     picked = random.Random(seed).sample(range(len(rows)), pairs)

@@ -10,6 +10,7 @@ from tisdpo import checks
 from tisdpo.losses import KL_DIRECTIONS
 from tisdpo.ops import values
 from tisdpo.ops.backend import accumulation_dtype
+from tisdpo.ops.rows import same_memory
 from tisdpo.weighting import Weighting, chosen_tokens, contrast_weights
 
 
@@ -38,8 +39,8 @@ def head(hidden, weight, bias, target, ref_hidden, ref_weight, ref_bias, ignore_
     checks.same_device(
         hidden=hidden, weight=weight, bias=bias, target=target, ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias
     )
-    tensors = (rows(hidden), weight, bias, rows(ref_hidden), ref_weight, ref_bias)
-    hidden, weight, bias, ref_hidden, ref_weight, ref_bias = (autocast(x) for x in tensors)
+    hidden, bias, ref_hidden, ref_bias = (autocast(x) for x in (rows(hidden), bias, rows(ref_hidden), ref_bias))
+    weight, ref_weight = autocast_weights(weight, ref_weight)
     checks.same_dtype(hidden=hidden, weight=weight, bias=bias)
     checks.same_dtype(ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias)
     return (hidden, weight, bias, target.reshape(-1), ref_hidden, ref_weight, ref_bias), ignore_index
@@ -63,6 +64,14 @@ def autocast(x: Tensor | None) -> Tensor | None:
     if x is None or x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
         return x
     return x.to(torch.get_autocast_dtype(x.device.type))
+
+
+def autocast_weights(weight: Tensor, ref_weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Both heads in the dtype of autocast; one that they share stays shared."""
+    cast = autocast(weight)
+    if ref_weight is not None and cast is not weight and not torch.compiler.is_compiling() and same_memory(weight, ref_weight):
+        return cast, cast.detach()
+    return cast, autocast(ref_weight)
 
 
 def reference_logps(ref_logps, ref_hidden, objective, target):

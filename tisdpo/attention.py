@@ -139,18 +139,18 @@ def register_varlen() -> None:
 # Which models
 
 
-def choose(models: Sequence, wanted: bool | None) -> bool:
+def choose(models: Sequence, wanted: bool | None, device: torch.device | None = None) -> bool:
     """Whether all these models (policy, reference; with `tisdpo.hf.attach_head`) get flat batches; one line in the log says why.
 
     None: where flash-attn is the attention, or `sdpa` on a GPU that torch's varlen kernel can replace (it then does, on these instances).
     True: also by transformers' `sdpa` and `eager`, which build a mask of T x T; InputError, by name, where a flat batch would be wrong.
-    False: no. Call it under the autocast of the training.
+    False: no. Call it under the autocast of the training. device: of the training, where the models may not be yet; None: theirs.
     """
     if wanted is False:
         return False
     before = [_implementation(model) for model in models]
     for model in models:
-        reason = _prepare(model, wanted)
+        reason = _prepare(model, wanted, device)
         if reason is not None:
             for other, implementation in zip(models, before):
                 _use(other, implementation)
@@ -162,13 +162,13 @@ def choose(models: Sequence, wanted: bool | None) -> bool:
     return True
 
 
-def _prepare(model, wanted: bool | None) -> str | None:
+def _prepare(model, wanted: bool | None, device: torch.device | None) -> str | None:
     """Give the model an attention for flat batches; if there is none, the reason."""
     reason = across(model)
     if reason is not None:
         return reason
     own = _implementation(model)
-    candidates = [VARLEN] if own == "sdpa" and _varlen_runs(model) else []
+    candidates = [VARLEN] if own == "sdpa" and _varlen_runs(model, device) else []
     if wanted or _needs_gpu(model):
         candidates.append(own)
     reason = f"its attention is {own!r}"
@@ -245,10 +245,11 @@ def _use(model, implementation: str) -> None:
         _base(model).set_attn_implementation(implementation)
 
 
-def _varlen_runs(model) -> bool:
+def _varlen_runs(model, device: torch.device | None) -> bool:
     """Whether torch's varlen kernel can take the place of this model's `sdpa`."""
     weight = next(model.parameters())
-    if not weight.is_cuda or torch.version.hip is not None or torch.cuda.get_device_capability(weight.device) < (8, 0) or kernel() is None:
+    device = weight.device if device is None else device
+    if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0) or kernel() is None:
         return False
     sixteen = weight.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled("cuda")
     return sixteen and getattr(_base(model), "_supports_flash_attn", False)

@@ -58,6 +58,7 @@ EXAMPLES = {
         tisdpo score pairs.jsonl scored/S --positive sft-chosen --negative sft-rejected
         tisdpo score pairs.jsonl scored/P --positive my-model --negative my-model --task harmless --reference my-model
         tisdpo score pairs.jsonl scored/R --positive dpo --negative base --reference base --reference-hidden
+        tisdpo score pairs.jsonl scored/DPO --reference base                          no contrast: for method="dpo" without the reference
         torchrun --nproc-per-node 4 -m tisdpo score pairs.jsonl scored/S ...          four processes share the work
         tisdpo score pairs.jsonl scored/S ... --shard 0/4                             as one of four jobs of a cluster; then once without
 
@@ -185,12 +186,12 @@ def _parser() -> argparse.ArgumentParser:
     score = _command(commands, "score", _score, "token weights and a cache of the reference from models of your own, resumable")
     score.add_argument("pairs", help="file (.json, .jsonl, .parquet, also .gz), directory or hub id of preference pairs")
     score.add_argument("out", help="directory of the scored set, made when all is done")
-    score.add_argument("--positive", metavar="MODEL", required=True, help="pi+, a directory or hub id")
-    score.add_argument("--negative", metavar="MODEL", required=True, help="pi-, a directory or hub id; may be the same under a --task")
+    score.add_argument("--positive", metavar="MODEL", help="pi+, a directory or hub id; without it and pi- no contrast is stored")
+    score.add_argument("--negative", metavar="MODEL", help="pi-, a directory or hub id; may be the same under a --task")
     score.add_argument("--task", choices=("harmless", "helpful", "summary"), help="put the task's system prompts in front (construction P)")
     score.add_argument("--positive-prompt", metavar="TEXT", help="system prompt of pi+, instead of the task's")
     score.add_argument("--negative-prompt", metavar="TEXT", help="system prompt of pi-, instead of the task's")
-    score.add_argument("--reference", metavar="MODEL", help="store the log-probs of this reference, too, for training without it")
+    score.add_argument("--reference", metavar="MODEL", help="store the log-probs of this reference, for training without it")
     score.add_argument("--reference-hidden", action="store_true", help="store its hidden states and its head, for training with a KL term")
     score.add_argument("--hidden-dtype", choices=("bfloat16", "float16", "float32"), help="of these hidden states (default: bfloat16)")
     score.add_argument(
@@ -239,7 +240,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--dtype", default="bfloat16", help="of the weights: bfloat16 (default), float16 or float32")
     plan.add_argument("--optimizer", default="adamw", help="adamw (default), adamw_8bit, adafactor or sgd")
     plan.add_argument("--sharding", default="ddp", help="between GPUs: ddp (default), zero2, zero3 or fsdp2")
-    plan.add_argument("--attention", default="sdpa", help="sdpa (default, padded batches) or flash (without padding)")
+    plan.add_argument("--attention", default="sdpa", help="sdpa (default; padded batches, padding_free=False) or flash (without padding)")
     plan.add_argument("--no-gradient-checkpointing", action="store_true", help="keep the activations of all layers")
     plan.add_argument("--reference", help="precomputed (default), resident (default with --kl) or cached-hidden")
 
@@ -410,13 +411,13 @@ def _score(arguments) -> None:
 def _show(arguments) -> None:
     _quiet(arguments.debug)
     from tisdpo.heatmap import heatmap_terminal
-    from tisdpo.scored import load_provenance, load_scored, load_tokenizer_of
+    from tisdpo.scored import load_contrast, load_provenance, load_tokenizer_of
     from tisdpo.summary import response
 
     weighting = _weighting(arguments.settings)
     provenance = load_provenance(arguments.scored)
+    rows = load_contrast(arguments.scored)
     tokenizer = load_tokenizer_of(arguments.scored, arguments.tokenizer)
-    rows = load_scored(arguments.scored)
     if not 0 <= arguments.index < len(rows):
         raise InputError(f"--index {arguments.index}: {arguments.scored} has rows 0 to {len(rows) - 1}")
     row = rows[arguments.index]

@@ -200,9 +200,10 @@ def tis_dpo_loss(
         loss = -logsigmoid(beta * (score[0::2] - score[1::2])).mean()
 
     logps, ref_logps, kl [N] (nats); sequences interleaved chosen_0, rejected_0, chosen_1, ... in cu_seqlens [S+1]. `kl` is given
-    exactly when `objective.kl` is set. With weights 1 and no KL this is DPO. `normalizer` replaces the number of pairs that the
+    exactly when `objective.kl` is set. With weights 1 and no KL this is DPO. With `objective.nll_coef` the mean NLL of the chosen's tokens,
+    without weights, is added to the loss of every pair. `normalizer` replaces the number of pairs that the
     sum of losses is divided by (pairs in the global batch, for accumulation and data parallelism); reduction "mean" or "sum".
-    `ignored` [N] (bool) marks positions that are not tokens, for losses that count tokens (ipo).
+    `ignored` [N] (bool) marks positions that are not tokens, for losses that count tokens (ipo, nll_coef).
     """
     objective = checks.option("objective", objective, Objective)
     if (kl is None) != (objective.kl is None):
@@ -216,7 +217,9 @@ def tis_dpo_loss(
         checks.mask("ignored", ignored, logps.shape)
     dtype = sums.logratio.dtype
     ones = torch.ones_like(logps, dtype=dtype) if ignored is None else (~ignored).to(dtype)
-    plain, lengths = (segment_sums(x, cu_seqlens) for x in (logps.detach().to(dtype), ones))
+    plain = (logps if objective.nll_coef else logps.detach()).to(dtype)
+    plain = plain if ignored is None else plain.masked_fill(ignored, 0)
+    plain, lengths = segment_sums(plain, cu_seqlens), segment_sums(ones, cu_seqlens)
     return preference_output(None, PairSums(sums.logratio, sums.kl, plain, lengths), objective, reduction, normalizer)
 
 
@@ -258,9 +261,9 @@ def linear_tis_dpo_loss(
 
     Cost in products of 2 N H V FLOP, forward and backward together: trainable head 3, with KL or online reference 4; frozen head 2
     and 3. plan="two_pass" (recompute in the backward, 4 and 6) is for comparison, and what "auto" takes for float16, whose small
-    gradients a GradScaler has to scale before they are rounded. Neither plan has second derivatives. Memory: a byte
-    budget of logits and, with a trainable head of 16 bits, V H items of 16 bits, or max(N - H, 0) V if that is less (N <= 2 H; on a
-    GPU max(N - 7/8 H, 0) V, and none for one chunk of a head of 16 million items or more);
+    gradients a GradScaler has to scale before they are rounded, and for `nll_coef` with a KL term whose chosen part has a gradient. Neither
+    plan has second derivatives. Memory: a byte budget of logits and, with a trainable head of 16 bits, V H items of 16 bits, or
+    max(N - H, 0) V if that is less (N <= 2 H; on a GPU max(N - 7/8 H, 0) V, and none for one chunk of a head of 16 million items or more);
     the gradients are computed in the forward, and skipped where none is needed. With a float32 sum a pair longer than the budget is
     held while its logits take no more than a head does (rows * models <= H), and computed twice beyond that; with TISDPO_CHUNK_MIB set,
     always (docs/design.md).
@@ -295,7 +298,7 @@ def linear_tis_dpo_loss(
     divisor = resolve_normalizer(normalizer, reduction, (len(cu_seqlens) - 1) // 2)
 
     # float16 gradients must be scaled before they are rounded (GradScaler), which gradients formed in the forward cannot be
-    if plan == "two_pass" or (plan == "auto" and hidden.dtype == torch.float16):
+    if plan == "two_pass" or (plan == "auto" and (hidden.dtype == torch.float16 or not objective.in_one_pass)):
         stats = _token_stats(
             token_stats.linear_token_stats(*head, objective.kl, *transform, ignore_index, backend),
             target.shape,
@@ -309,6 +312,11 @@ def linear_tis_dpo_loss(
             reduction=reduction, normalizer=normalizer, ignored=ignored,
         )  # fmt: skip
 
+    if not objective.in_one_pass:
+        raise ValueError(
+            f"with kl={objective.kl!r} and nll_coef={objective.nll_coef} a chosen token's gradient is not one factor times its score's, as "
+            "plan='one_pass' needs; use plan='auto', or detach_chosen_kl=True"
+        )
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     divisor = (
         divisor.to(hidden.device, dtype) if isinstance(divisor, Tensor) else torch.full((), divisor, dtype=dtype, device=hidden.device)
@@ -316,7 +324,7 @@ def linear_tis_dpo_loss(
     o = objective
     loss, sums, *_ = pairwise.linear_pairwise(
         hidden, weight, bias, target, cu_seqlens, token_weights, ref_logps, ref_hidden, ref_weight, ref_bias, divisor,
-        o.loss, o.beta, o.kl, o.alpha, o.detach_chosen_kl, o.label_smoothing, *transform, ignore_index, needs, backend,
+        o.loss, o.beta, o.kl, o.alpha, o.detach_chosen_kl, o.label_smoothing, o.nll_coef, *transform, ignore_index, needs, backend,
     )  # fmt: skip
     return preference_output(loss, PairSums(sums[0], None if o.kl is None else sums[1], sums[2], sums[3]), o, reduction, normalizer)
 

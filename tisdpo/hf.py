@@ -184,10 +184,13 @@ def reference_inputs(model, batch: dict, flat) -> dict:
     def keep(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.detach().clone() if sharded else x.detach()
 
-    def take(hidden: Tensor, head: Head) -> dict:
-        return {"ref_hidden": flat.take(hidden), "ref_weight": keep(head.weight), "ref_bias": keep(head.bias)}
+    found = {}
 
-    return model(**model_inputs(batch), head=take)
+    def take(hidden: Tensor, head: Head) -> None:  # wrappers of mixed precision would make float32 copies of what a forward returns
+        found.update(ref_hidden=flat.take(hidden), ref_weight=keep(head.weight), ref_bias=keep(head.bias))
+
+    model(**model_inputs(batch), head=take)
+    return found
 
 
 def is_sharded(model) -> bool:

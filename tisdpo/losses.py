@@ -3,6 +3,7 @@
 Sizes: P pairs, S = 2P sequences interleaved chosen_0, rejected_0, chosen_1, rejected_1, ...
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -10,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LOSSES = ("sigmoid", "hinge", "ipo", "robust")
+LOSSES = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "robust")
+PER_TOKEN = ("sigmoid_norm", "ipo")  # losses of scores divided by their numbers of tokens
 KL_DIRECTIONS = (None, "reverse", "forward")
 
 
@@ -22,14 +24,17 @@ class Objective:
     (`kl="forward"`, KL(reference || policy), TDPO); z = beta * (score_chosen - score_rejected).
 
     loss              "sigmoid": -(1-e) log sigmoid(z) - e log sigmoid(-z), e = label_smoothing (DPO, conservative DPO)
+                      "sigmoid_norm": -log sigmoid(beta * (score_w / T_w - score_l / T_l)) with T the token counts (length-normalised DPO,
+                      SimPO's and Tulu 3's division with a reference)
                       "hinge": max(0, 1 - z) (SLiC)
-                      "ipo": (score_w / T_w - score_l / T_l - 1 / (2 beta))^2 with T the token counts (IPO as its authors ran it)
+                      "ipo": (score_w / T_w - score_l / T_l - 1 / (2 beta))^2 (IPO as its authors ran it)
                       "robust": (-(1-e) log sigmoid(z) + e log sigmoid(-z)) / (1 - 2e) (robust DPO)
     beta              > 0, strength of the pull towards the reference
     kl                None, "reverse" or "forward"; direction and sign are this one setting
     alpha             >= 0, factor of the sequence KL
     detach_chosen_kl  no gradient through the chosen sequence's KL (TDPO2)
     label_smoothing   e in [0, 0.5), the share of flipped labels; only for "sigmoid" and "robust"
+    nll_coef          >= 0, factor of `chosen_nll`, which is added to the loss of every pair (RPO, arXiv 2404.19733, Eq. 1; there 1)
 
     Raises ValueError for anything outside these ranges, and for options that would have no effect.
     """
@@ -40,6 +45,7 @@ class Objective:
     alpha: float = 1.0
     detach_chosen_kl: bool = False
     label_smoothing: float = 0.0
+    nll_coef: float = 0.0
 
     def __post_init__(self):
         if self.loss not in LOSSES:
@@ -54,6 +60,8 @@ class Objective:
             raise ValueError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
         if self.label_smoothing and self.loss not in ("sigmoid", "robust"):
             raise ValueError(f"label_smoothing has no effect with loss={self.loss!r}; use loss='sigmoid' or 'robust'")
+        if not 0 <= self.nll_coef < math.inf:
+            raise ValueError(f"nll_coef must be a number of 0 or more, got {self.nll_coef}")
         if self.alpha != 1.0 and self.kl is None:
             raise ValueError(f"alpha={self.alpha} has no effect with kl=None; set kl='reverse' or 'forward'")
         if self.detach_chosen_kl and self.kl is None:
@@ -75,6 +83,12 @@ class Objective:
         """Factor of K_s in the score: -alpha, +alpha, or 0 without KL."""
         return {None: 0.0, "reverse": -self.alpha, "forward": self.alpha}[self.kl]
 
+    @property
+    def in_one_pass(self) -> bool:
+        """Whether the gradient of every token is the derivative of its score times one number, which the one-pass plan needs: not of a
+        chosen token whose log-prob has two factors and whose KL has one of them."""
+        return not self.nll_coef or self.kl is None or self.detach_chosen_kl
+
 
 _PRESETS = {
     "paper": Objective(kl="reverse", alpha=1.0),
@@ -88,8 +102,9 @@ _PRESETS = {
 class PreferenceOutput(NamedTuple):
     """What a preference loss returns. `loss` is a scalar and carries the gradient; everything else is detached, one value a pair.
 
-    losses [P]; logits [P] = chosen_rewards - rejected_rewards, the argument z of the loss; rewards [P] = beta * score;
-    logps [P] plain, unweighted sums of the policy's log-probs (nats); kl [P] weighted sequence KL (nats), None without KL.
+    losses [P]; logits [P] = chosen_rewards - rejected_rewards, the z of losses that do not divide by lengths; rewards [P] = beta * score;
+    logps [P] plain, unweighted sums of the policy's log-probs (nats); kl [P] weighted sequence KL (nats), None without KL; chosen_nll [P]
+    (nats a token), None without nll_coef.
     """
 
     loss: Tensor
@@ -101,6 +116,7 @@ class PreferenceOutput(NamedTuple):
     rejected_logps: Tensor
     chosen_kl: Tensor | None
     rejected_kl: Tensor | None
+    chosen_nll: Tensor | None = None
 
 
 def sequence_scores(logratio: Tensor, kl: Tensor | None, objective: Objective) -> Tensor:
@@ -114,15 +130,14 @@ def sequence_scores(logratio: Tensor, kl: Tensor | None, objective: Objective) -
 
 def pairwise_losses(scores: Tensor, lengths: Tensor, objective: Objective) -> Tensor:
     """The loss of every pair: scores [S] and completion lengths [S] (tokens) -> [P]. The formulas are in `Objective`."""
-    z = objective.beta * (scores[0::2] - scores[1::2])
-    e = objective.label_smoothing
-    if objective.loss == "sigmoid":
+    difference = _differences(scores, lengths, objective)
+    z, e = objective.beta * difference, objective.label_smoothing
+    if objective.loss in ("sigmoid", "sigmoid_norm"):
         return -(1 - e) * F.logsigmoid(z) - e * F.logsigmoid(-z)
     if objective.loss == "hinge":
         return torch.relu(1 - z)
     if objective.loss == "ipo":
-        mean = scores / lengths.clamp(min=1)
-        return (mean[0::2] - mean[1::2] - 1 / (2 * objective.beta)) ** 2
+        return (difference - 1 / (2 * objective.beta)) ** 2
     return (-(1 - e) * F.logsigmoid(z) + e * F.logsigmoid(-z)) / (1 - 2 * e)  # robust
 
 
@@ -131,25 +146,46 @@ def score_gradients(scores: Tensor, lengths: Tensor, objective: Objective) -> Te
 
     In closed form, because the one-pass operator needs it where autograd records nothing; tests/test_losses.py holds it to autograd.
     """
-    z = objective.beta * (scores[0::2] - scores[1::2])
-    e = objective.label_smoothing
-    chosen_length, rejected_length = torch.ones_like(z), torch.ones_like(z)
-    if objective.loss == "sigmoid":
+    difference = _differences(scores, lengths, objective)
+    z, e = objective.beta * difference, objective.label_smoothing
+    if objective.loss in ("sigmoid", "sigmoid_norm"):
         slope = objective.beta * (e * torch.sigmoid(z) - (1 - e) * torch.sigmoid(-z))
     elif objective.loss == "hinge":
         slope = -objective.beta * (z < 1).to(z.dtype)
     elif objective.loss == "ipo":
-        chosen_length, rejected_length = lengths.clamp(min=1)[0::2], lengths.clamp(min=1)[1::2]
-        slope = 2 * (scores[0::2] / chosen_length - scores[1::2] / rejected_length - 1 / (2 * objective.beta))
+        slope = 2 * (difference - 1 / (2 * objective.beta))
     else:  # robust
         slope = -objective.beta * (e * torch.sigmoid(z) + (1 - e) * torch.sigmoid(-z)) / (1 - 2 * e)
-    return torch.stack([slope / chosen_length, -slope / rejected_length], 1).flatten()
+    slopes = torch.stack([slope, -slope], 1).flatten()
+    return slopes / lengths.clamp(min=1) if objective.loss in PER_TOKEN else slopes
+
+
+def _differences(scores: Tensor, lengths: Tensor, objective: Objective) -> Tensor:
+    """Score of the chosen less that of the rejected, or of their means over tokens, [S] -> [P]."""
+    if objective.loss in PER_TOKEN:
+        scores = scores / lengths.clamp(min=1)
+    return scores[0::2] - scores[1::2]
+
+
+def chosen_nll(logps: Tensor, lengths: Tensor) -> Tensor:
+    """-log pi(y_w | x) / T_w of every pair, without token weights: plain sums of log-probs [S], lengths [S] -> [P] (nats a token)."""
+    return -logps[0::2] / lengths[0::2].clamp(min=1)
+
+
+def logp_gradients(lengths: Tensor, objective: Objective) -> Tensor:
+    """Derivative of nll_coef times the sum of `chosen_nll` with respect to the log-prob of any token of a sequence, [S] -> [S]."""
+    slope = -objective.nll_coef / lengths.clamp(min=1)
+    return torch.where(chosen_mask(len(lengths), lengths.device), slope, 0)
 
 
 def preference_output(loss: Tensor | None, sums: "PairSums", objective: Objective, reduction: str, normalizer) -> PreferenceOutput:
     """Rewards, losses and statistics of `sums`; `loss` is formed here unless a one-pass operator has formed it already."""
     scores = sequence_scores(sums.logratio, sums.kl, objective)
-    losses = pairwise_losses(scores, sums.lengths.to(scores.dtype), objective)
+    lengths = sums.lengths.to(scores.dtype)
+    losses = pairwise_losses(scores, lengths, objective)
+    nll = chosen_nll(sums.logps, lengths) if objective.nll_coef else None
+    if nll is not None:
+        losses = losses + objective.nll_coef * nll
     if loss is None:
         loss = losses.sum() / resolve_normalizer(normalizer, reduction, len(losses))
     rewards = objective.beta * scores.detach()
@@ -164,6 +200,7 @@ def preference_output(loss: Tensor | None, sums: "PairSums", objective: Objectiv
         logps[0::2],
         logps[1::2],
         *((None, None) if kl is None else (kl[0::2], kl[1::2])),
+        None if nll is None else nll.detach(),
     )
 
 

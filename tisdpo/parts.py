@@ -46,7 +46,8 @@ def _lengths(prompts, completions) -> list[int]:
 class Scoring:
     """The contrast of all completions of tokenised rows, and where a reference is given its log-probs (and hidden states).
 
-    positive, negative   pi+ and pi-; the contrast is log pi+ - log pi- of every completion token, EOS included, float32, nats
+    positive, negative   pi+ and pi-; the contrast is log pi+ - log pi- of every completion token, EOS included, float32, nats; both None:
+                         no contrast, the reference's values alone
     reference            gives *_ref_logps, under the prompts of the rows; the same forward as a scorer that is the same model
     hidden_dtype         the reference's hidden states at the completion tokens are kept in this dtype; None: not at all
     parts                directory for the work in progress, the caller's to remove once the result is stored
@@ -60,8 +61,8 @@ class Scoring:
     def __init__(
         self,
         rows,
-        positive: Scorer,
-        negative: Scorer,
+        positive: Scorer | None,
+        negative: Scorer | None,
         *,
         pad_token_id: int,
         parts: str | Path,
@@ -73,11 +74,13 @@ class Scoring:
             raise InputError("hidden_dtype is given, but there is no reference whose hidden states could be kept; give the reference")
         self.rows, self.reference, self.pad_token_id, self.hidden_dtype = rows, reference, pad_token_id, hidden_dtype
         self.prompts, self.completions = list(rows["prompt_ids"]), [*rows["chosen_ids"], *rows["rejected_ids"]]
-        scorers = [positive, negative, *([] if reference is None else [Scorer(reference)])]
+        pair = [scorer for scorer in (positive, negative) if scorer is not None]
+        scorers = [*pair, *([] if reference is None else [Scorer(reference)])]
         contexts = [(scorer.model.eval(), list(scorer.prompts or self.prompts) * 2) for scorer in scorers]
         # the reference is often one of the two (construction R): one forward serves both
-        self.shared = next((i for i, scorer in enumerate(scorers[:2]) if scorer.model is reference and scorer.prompts is None), None)
-        self.contexts = contexts if self.shared is None else contexts[:2]
+        self.shared = next((i for i, scorer in enumerate(pair) if scorer.model is reference and scorer.prompts is None), None)
+        self.contexts = contexts if self.shared is None else contexts[: len(pair)]
+        self.with_contrast = bool(pair)
         self.lengths = _lengths([p for _, p in contexts], self.completions)
         self.groups = _grouped(plan_batches(self.lengths, batch_tokens), self.lengths)
         self.directory = Path(parts) / self._fingerprint(contexts, batch_tokens)
@@ -108,24 +111,24 @@ class Scoring:
 
     def _score(self, part: int) -> None:
         """Write the file of a part, its hidden states first: where the part is, they are."""
-        number = None if self.reference is None else 2 if self.shared is None else self.shared
+        number = None if self.reference is None else len(self.contexts) - 1 if self.shared is None else self.shared
         contrast, reference, hidden = [], [], []
         found = iterate_logps(
             self.contexts, self.completions, self.groups[part], self.pad_token_id, None if self.hidden_dtype is None else number
         )
         for _, logps, kept in found:
-            contrast += [p - n for p, n in zip(logps[0], logps[1])]
+            contrast += [p - n for p, n in zip(logps[0], logps[1])] if self.with_contrast else []
             reference += logps[number] if number is not None else []
             hidden += [] if kept is None else [kept.to(self.hidden_dtype).cpu()]
         if hidden:
             with beside(self.directory / hidden_name(part)) as temporary:
                 save_file({"hidden": torch.cat(hidden)}, temporary)
-        values = {"contrast": torch.cat(contrast)} | ({"ref_logps": torch.cat(reference)} if reference else {})
+        values = {name: torch.cat(x) for name, x in (("contrast", contrast), ("ref_logps", reference)) if x}
         with beside(self._path(part)) as temporary:
             save_file(values, temporary)
 
     def joined(self):
-        """The rows with chosen_contrast and rejected_contrast, and *_ref_logps where there is a reference; all parts must be there."""
+        """The rows with *_contrast, and *_ref_logps where there is a reference; all parts must be there."""
         columns: dict[str, list[Tensor | None]] = {}
         for part, batches in enumerate(self.groups):
             members = [i for batch in batches for i in batch]

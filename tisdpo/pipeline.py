@@ -117,7 +117,7 @@ class SeedRun(Estimation):
         options = {
             "method": "tis-dpo", "max_length": self.config.data.max_length, "beta": objective.beta, "loss_type": objective.loss,
             "kl": objective.kl, "alpha": objective.alpha, "detach_chosen_kl": objective.detach_chosen_kl,
-            "label_smoothing": objective.label_smoothing,
+            "label_smoothing": objective.label_smoothing, "nll_coef": objective.nll_coef,
         }  # fmt: skip
         if method == "dpo":
             return self.rows, options | {"method": "dpo"}

@@ -30,14 +30,14 @@ def make_provenance(
     tokenizer,
     *,
     max_length: int | None,
-    positive: torch.nn.Module | str,
-    negative: torch.nn.Module | str,
+    positive: torch.nn.Module | str | None,
+    negative: torch.nn.Module | str | None,
     how: dict,
     reference: torch.nn.Module | str | None = None,
 ) -> dict:
     """Where the scores of a set come from, for `save_scored` and for what `load_scored` is to expect.
 
-    positive, negative   the models pi+ and pi-, or their fingerprints
+    positive, negative   the models pi+ and pi-, or their fingerprints; None where the rows have no contrast
     how                  how these were made, plain JSON: the construction, its prompts, steps, ...
     reference            the model of *_ref_logps; needed where the rows carry them
 

@@ -84,6 +84,7 @@ def pairwise_losses(score: Tensor, lengths: Tensor, loss: str = "sigmoid", beta:
     """Loss of every pair [P] from the scores [S] and lengths [S] of its two sequences; z = beta * (score_w - score_l).
 
     sigmoid  -(1 - e) log sigmoid(z) - e log sigmoid(-z)                          (DPO; e = label_smoothing, conservative DPO)
+    sigmoid_norm  -log sigmoid(beta * (score_w / T_w - score_l / T_l))             (length-normalised DPO)
     hinge    max(0, 1 - z)                                                        (SLiC)
     ipo      (score_w / T_w - score_l / T_l - 1 / (2 beta))^2                     (IPO, averaged per token as its authors ran it)
     robust   (-(1 - e) log sigmoid(z) + e log sigmoid(-z)) / (1 - 2 e)            (robust DPO)
@@ -92,6 +93,9 @@ def pairwise_losses(score: Tensor, lengths: Tensor, loss: str = "sigmoid", beta:
     e = label_smoothing
     if loss == "sigmoid":
         return -(1 - e) * F.logsigmoid(z) - e * F.logsigmoid(-z)
+    if loss == "sigmoid_norm":
+        mean = score / lengths.clamp(min=1)
+        return -F.logsigmoid(beta * (mean[0::2] - mean[1::2]))
     if loss == "hinge":
         return torch.relu(1 - z)
     if loss == "ipo":
@@ -100,6 +104,11 @@ def pairwise_losses(score: Tensor, lengths: Tensor, loss: str = "sigmoid", beta:
     if loss == "robust":
         return (-(1 - e) * F.logsigmoid(z) + e * F.logsigmoid(-z)) / (1 - 2 * e)
     raise ValueError(f"unknown loss {loss!r}")
+
+
+def chosen_nll(logps: Tensor, lengths: Tensor) -> Tensor:
+    """-log pi(y_w | x) / T_w of every pair [P], from log-probs [S] and lengths [S] of its sequences (RPO, arXiv 2404.19733, Eq. 1)."""
+    return -logps[0::2] / lengths[0::2].clamp(min=1)
 
 
 def tis_dpo_losses(
@@ -115,15 +124,22 @@ def tis_dpo_losses(
     loss: str = "sigmoid",
     beta: float = 0.1,
     label_smoothing: float = 0.0,
+    nll_coef: float = 0.0,
     ignore_index: int = -100,
 ) -> Tensor:
-    """The objective, start to end: u - eta inside the pairwise loss (TIS-DPO Eqs. 16-17), from logits [N, V] to losses [P]."""
+    """The objective, start to end: u - eta inside the pairwise loss (TIS-DPO Eqs. 16-17), from logits [N, V] to losses [P].
+
+    nll_coef adds the chosen's NLL a token, without weights.
+    """
     keep = (target != ignore_index).to(logits.dtype)
     weights = keep if token_weights is None else keep * token_weights.to(logits.dtype)
-    logratio = token_logps(logits, target, ignore_index) - token_logps(ref_logits, target, ignore_index)
+    logps = token_logps(logits, target, ignore_index)
+    logratio = logps - token_logps(ref_logits, target, ignore_index)
     D = segment_sums(weights * logratio, cu_seqlens)
     K = None if kl is None else segment_sums(weights * token_kl(logits, ref_logits, kl), cu_seqlens)
-    return pairwise_losses(scores(D, K, kl, alpha, detach_chosen_kl), segment_sums(keep, cu_seqlens), loss, beta, label_smoothing)
+    lengths = segment_sums(keep, cu_seqlens)
+    losses = pairwise_losses(scores(D, K, kl, alpha, detach_chosen_kl), lengths, loss, beta, label_smoothing)
+    return losses + nll_coef * chosen_nll(segment_sums(logps, cu_seqlens), lengths)
 
 
 def logits_gradient(

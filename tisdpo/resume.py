@@ -3,13 +3,17 @@
 import json
 import math
 import os
+from dataclasses import asdict
 from pathlib import Path
 
+from datasets import Dataset
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
+from tisdpo.data import ids_fingerprint, token_sums
 from tisdpo.errors import InputError
 from tisdpo.files import write_json
+from tisdpo.weighting import Weighting
 
 FILE = "tisdpo_rows.json"
 
@@ -33,19 +37,46 @@ def forget_rows(checkpoint: str | None) -> None:
 
 
 def check_rows_of_checkpoint(checkpoint: str | os.PathLike | bool | None, output_dir: str, rows: dict) -> None:
-    """InputError where the checkpoint (True: the last one in output_dir) was trained on other rows. Numbers may differ by 1e-4 of their
-    size, as they do from machine to machine; a checkpoint that says nothing is taken as it is."""
+    """InputError where the checkpoint (True: the last one in output_dir) was trained on other rows or another reference. Numbers may differ
+    by 1e-4 of their size, as they do from machine to machine; a checkpoint that says nothing is taken as it is."""
     folder = get_last_checkpoint(output_dir) if checkpoint is True and Path(output_dir).is_dir() else checkpoint or None
     file = Path(folder) / FILE if isinstance(folder, str | os.PathLike) else None
     if file is None or not file.exists():
         return
     before = json.loads(file.read_text())
-    different = [name for name in {**before, **rows} if not _same(before.get(name), rows.get(name))]
+    different = [name for name in rows if name in before and not _same(before[name], rows[name])]
     if different:
         raise InputError(
-            f"{folder} was trained on other rows: their {' and '.join(different)} differ; go on with the same rows and weighting, or begin "
-            "anew in another output_dir"
+            f"{folder} was trained on other rows: their {' and '.join(different)} differ; go on with the same rows, weighting and "
+            "reference (the model that training began with, not the checkpoint's), or begin anew in another output_dir"
         )
+
+
+class RemembersRows:
+    """For a `transformers.Trainer`, to stand before it among the bases: its checkpoints say what they were trained on, and going on from
+    one with something else is refused (InputError)."""
+
+    _trained_on: dict | None = None
+
+    def _remember_rows(self, weighting: Weighting | None, reference: str | None) -> None:
+        """What checkpoints say of `train_dataset`; nothing of a stream. weighting: None where weights are 1; reference: fingerprint of the
+        model, None where the rows bring its log-probs."""
+        rows = self.train_dataset
+        if not isinstance(rows, Dataset):
+            return
+        self._trained_on = {
+            "token ids": ids_fingerprint(rows),
+            "weights": token_sums(rows, "weights"),
+            "weighting": None if weighting is None else asdict(weighting),
+            "reference log-probs": token_sums(rows, "ref_logps") if reference is None else None,
+            "reference model": reference,
+        }
+        self.add_callback(RowsInCheckpoints(self._trained_on))
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        if self._trained_on is not None:
+            check_rows_of_checkpoint(resume_from_checkpoint, self.args.output_dir, self._trained_on)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
 
 def _same(x, y) -> bool:

@@ -1,4 +1,5 @@
-"""One command's work: preference pairs and models in, a scored set with contrast, reference log-probs and hidden states out.
+"""One command's work: preference pairs and models in, a scored set with contrast, reference log-probs and hidden states (or the latter
+two alone) out.
 
 Processes share the work without talking to each other: each scores its share of the parts (`tisdpo.parts`), one of them joins them.
 """
@@ -32,8 +33,8 @@ def score(
     pairs,
     out: str | Path,
     *,
-    positive: str,
-    negative: str,
+    positive: str | None = None,
+    negative: str | None = None,
     prompts: tuple[str, str] | None = None,
     reference: str | None = None,
     dtype: torch.dtype = torch.float32,
@@ -49,12 +50,12 @@ def score(
     """Score preference pairs into the scored set `out`; None where this process did only its share.
 
     pairs                what `load_pairs` reads
-    positive, negative   directories or hub ids of pi+ and pi-
+    positive, negative   directories or hub ids of pi+ and pi-; both None: no contrast, the reference alone (for DPO)
     prompts              system prompts of pi+ and pi- (construction P); None: they see the rows' prompts
     dtype                of the models' weights; log-probs are float32 either way. A policy that is to use the stored reference must have
                          the same: another dtype is another model
     reference            its log-probs are stored too; with hidden_dtype also its hidden states and its head (`tisdpo.cached`)
-    tokenizer            default: that of `positive`, and the other models must have the same
+    tokenizer            default: that of `positive` (or of the reference), and the other models must have the same
     shard                (i, n): score every n-th part from the i-th on and stop; the same call without it joins all. None: of RANK and
                          WORLD_SIZE, where they are set (torchrun, accelerate): rank 0 waits for the parts of the others and joins them
 
@@ -63,7 +64,12 @@ def score(
     """
     out = Path(out)
     parts = out.with_name(out.name + ".parts")
-    if prompts is None and positive == negative:
+    if (positive is None) != (negative is None):
+        raise InputError("the contrast needs two models: give --positive and --negative together, or neither for the reference alone")
+    if positive is None and (reference is None or prompts is not None):
+        needs = "a reference whose log-probs are to be stored (--reference)" if prompts is None else "the models that see these prompts"
+        raise InputError(f"there is no --positive and --negative, so the command needs {needs}")
+    if positive is not None and prompts is None and positive == negative:
         raise InputError(
             f"positive and negative are the same model ({positive}) under the same prompts, so the contrast would be 0 for every token; "
             "give two models, or the two system prompts of a task"
@@ -71,24 +77,29 @@ def score(
     rank = (int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
     raw = load_pairs(pairs, split=split, limit=limit)
     names = list(dict.fromkeys(name for name in (positive, negative, reference) if name is not None))
-    spoken = load_tokenizer(tokenizer or positive, trust_remote_code=trust_remote_code)
+    spoken = load_tokenizer(tokenizer or names[0], trust_remote_code=trust_remote_code)
     if tokenizer is None:
-        _check_tokenizers(spoken, positive, names, trust_remote_code)
+        _check_tokenizers(spoken, names[0], names, trust_remote_code)
     _check_writable(parts)
     models = {name: load_model(name, dtype=dtype, trust_remote_code=trust_remote_code) for name in names}
     models = {name: model.to(_device()).requires_grad_(False) for name, model in models.items()}
     vocab_size = min(len(head_of(model).weight) for model in models.values())
     rows, counts = tokenize_pairs(raw, spoken, max_length=max_length, vocab_size=vocab_size)
-    if counts.dropped or counts.truncated:
+    if counts.dropped or counts.truncated or counts.moved:
         log.warning(counts.describe())
-    scorers = [Scorer(models[positive]), Scorer(models[negative])]
-    how: dict = {"positive": positive, "negative": negative}
+    scorers = [None if name is None else Scorer(models[name]) for name in (positive, negative)]
+    how: dict = {"reference": reference} if positive is None else {"positive": positive, "negative": negative}
     if prompts is not None:
         how |= {"construction": "P", "positive_prompt": prompts[0], "negative_prompt": prompts[1]}
         for scorer, text in zip(scorers, prompts):
             scorer.prompts = system_prompts(raw, rows, spoken, text)
     provenance = make_provenance(
-        spoken, max_length=max_length, positive=models[positive], negative=models[negative], how=how, reference=models.get(reference)
+        spoken,
+        max_length=max_length,
+        positive=models.get(positive),
+        negative=models.get(negative),
+        how=how,
+        reference=models.get(reference),
     )
     if hidden_dtype is not None:
         provenance["reference_hidden"] = str(hidden_dtype).removeprefix("torch.")

@@ -1,4 +1,5 @@
-"""Scored sets: tokenised rows with the raw contrast of every completion token, stored with where it comes from and checked when loaded.
+"""Scored sets: tokenised rows with the raw contrast of every completion token, or a reference's log-probs, stored with where they come from
+and checked when loaded.
 
 A scored set is a directory of `Dataset.save_to_disk` with one file more, provenance.json: which models gave the scores, how these were
 made, which tokenizer and template made the ids. Weights are made from the raw contrast when training starts, so that one scoring
@@ -33,7 +34,7 @@ __all__ = [
 
 
 def save_scored(rows: Dataset, path: str | Path, provenance: dict, *, more: Callable[[Path], None] | None = None) -> None:
-    """Store tokenised rows with chosen_contrast and rejected_contrast (and *_ref_logps, *_truth, if they carry them) in a new directory.
+    """Store tokenised rows with *_contrast or *_ref_logps or both (and *_truth, if they carry it) in a new directory.
 
     more   writes further files into the directory before it appears (those of a `tisdpo.cached.ReferenceCache`)
 
@@ -64,7 +65,8 @@ def save_scored(rows: Dataset, path: str | Path, provenance: dict, *, more: Call
 
 def _checked(rows: Dataset) -> Dataset:
     """The rows with ids as int32 and scores as float32, after every score was found to belong to a token."""
-    for column in (*ID_COLUMNS, *(f"{side}_contrast" for side in SIDES)):
+    kind = "ref_logps" if f"{SIDES[0]}_ref_logps" in rows.column_names and f"{SIDES[0]}_contrast" not in rows.column_names else "contrast"
+    for column in (*ID_COLUMNS, *(f"{side}_{kind}" for side in SIDES)):
         if column not in rows.column_names:
             raise InputError(f"the rows have no column {column!r}, which a scored set needs; score them first")
     scores = [f"{side}_{name}" for name in TOKEN_COLUMNS for side in SIDES if f"{side}_{name}" in rows.column_names]
@@ -106,8 +108,22 @@ def load_scored(path: str | Path, *, dataset: Dataset | None = None, expect: dic
     return rows
 
 
+def load_contrast(path: str | Path) -> Dataset:
+    """`load_scored` for who reads the contrast; InputError for a set of a reference's log-probs alone."""
+    rows = load_scored(path)
+    check_contrast(path, rows)
+    return rows
+
+
+def check_contrast(path: str | Path, rows: Dataset) -> None:
+    if f"{SIDES[0]}_contrast" not in rows.column_names:
+        raise InputError(
+            f"{path} holds the log-probs of a reference alone, and no contrast; score the pairs with --positive and --negative"
+        )
+
+
 def scores_of(path: str | Path, dataset: Dataset, *, expect: dict | None = None) -> Dataset:
-    """The rows of a scored set for these tokenised rows, in their order; the set may hold other pairs as well.
+    """The rows of a scored set with a contrast for these tokenised rows, in their order; the set may hold other pairs as well.
 
     expect   as for `load_scored`
 
@@ -116,6 +132,7 @@ def scores_of(path: str | Path, dataset: Dataset, *, expect: dict | None = None)
     >>> rows = scores_of("scored/S", source.train, expect={"tokenizer": tokenizer_fingerprint(tokenizer)})
     """
     rows = load_scored(path, expect=expect)
+    check_contrast(path, rows)
     places = {key: number for number, key in enumerate(_keys(rows))}
     found = [places.get(key) for key in _keys(dataset)]
     if None in found:

@@ -13,10 +13,10 @@ import copy
 import logging
 import math
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import gather_object, is_peft_model
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from datasets import Dataset, IterableDataset
 from torch import Tensor
@@ -26,21 +26,32 @@ from transformers import Trainer, TrainingArguments
 from tisdpo.attention import choose, register_varlen
 from tisdpo.batches import check_tokens_per_batch, first_sequences, flatten_batch, sequences, token_loader
 from tisdpo.cached import FOLDER, ReferenceCache
-from tisdpo.data import PairCollator, ids_fingerprint, token_sums, tokenize_pairs
+from tisdpo.data import PairCollator, tokenize_pairs
 from tisdpo.errors import InputError
 from tisdpo.fingerprints import model_fingerprint
 from tisdpo.functional import linear_tis_dpo_loss, linear_token_logps
-from tisdpo.hf import Head, attach_head, disable_dropout, head_of, model_inputs, reference_inputs, refuse_images, verify_head
+from tisdpo.hf import (
+    Head,
+    attach_head,
+    disable_dropout,
+    head_of,
+    is_sharded,
+    model_inputs,
+    reference_inputs,
+    refuse_images,
+    verify_head,
+)
 from tisdpo.losses import Objective, pairwise_losses
 from tisdpo.processes import GlobalBatches, check_parallelism, check_whole_weights
 from tisdpo.provenance import check_rows, home_of
-from tisdpo.resume import RowsInCheckpoints, check_rows_of_checkpoint
+from tisdpo.resume import RemembersRows
 from tisdpo.scoring import completion_logps
 from tisdpo.weighting import Weighting, contrast_weights
 
 log = logging.getLogger("tisdpo")
 
 METHODS = ("tis-dpo", "dpo", "sft")
+UNUSED = ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")  # arguments of Trainer
 register_varlen()  # models may be loaded with attn_implementation="tisdpo_varlen" from here on
 
 
@@ -49,8 +60,9 @@ class TISDPOConfig(TrainingArguments):
     """`TrainingArguments` plus what preference training with token weights needs.
 
     method               "tis-dpo" (rows carry *_contrast or *_weights), "dpo" (weights 1), "sft" (one side, token cross-entropy)
-    beta, loss_type, kl, alpha, detach_chosen_kl, label_smoothing   the `tisdpo.Objective`
-    weighting            fields of `tisdpo.Weighting` that turn the stored contrast into weights, e.g. {"upper": 2.0}
+    beta, loss_type, kl, alpha, detach_chosen_kl, label_smoothing, nll_coef   the `tisdpo.Objective`
+    weighting            fields of `tisdpo.Weighting` that turn the stored contrast into weights, e.g. {"upper": 2.0}; None: the rows' ready
+                         weights, where they carry some, else the paper's rule
     swap_pairs           exchange chosen and rejected: reverse DPO, the negative half of the (D) construction
     sft_side             "chosen" or "rejected": what method="sft" learns
     sft_prompt_loss      method="sft" learns the prompt's tokens as well (pretraining a base model)
@@ -72,6 +84,7 @@ class TISDPOConfig(TrainingArguments):
     alpha: float = 1.0
     detach_chosen_kl: bool = False
     label_smoothing: float = 0.0
+    nll_coef: float = 0.0
     weighting: dict | None = field(default=None)
     swap_pairs: bool = False
     sft_side: str = "chosen"
@@ -92,6 +105,8 @@ class TISDPOConfig(TrainingArguments):
             raise InputError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
         if self.sft_side not in ("chosen", "rejected"):
             raise InputError(f"sft_side must be 'chosen' or 'rejected', got {self.sft_side!r}")
+        if self.label_smoothing_factor:
+            raise InputError(f"label_smoothing_factor={self.label_smoothing_factor} has no effect; use label_smoothing")
         if self.remove_unused_columns:
             raise InputError("remove_unused_columns must stay False: it would drop the token weights before the collator sees them")
         if self.method != "tis-dpo" and self.weighting is not None:
@@ -110,10 +125,10 @@ class TISDPOConfig(TrainingArguments):
 
     def objective(self) -> Objective:
         """The loss on sequence sums that these fields describe."""
-        return Objective(self.loss_type, self.beta, self.kl, self.alpha, self.detach_chosen_kl, self.label_smoothing)
+        return Objective(self.loss_type, self.beta, self.kl, self.alpha, self.detach_chosen_kl, self.label_smoothing, self.nll_coef)
 
 
-class TISDPOTrainer(GlobalBatches, Trainer):
+class TISDPOTrainer(RemembersRows, GlobalBatches, Trainer):
     """Trains `model` on preference pairs.
 
     model              a causal language model; its head runs inside its own forward
@@ -145,6 +160,9 @@ class TISDPOTrainer(GlobalBatches, Trainer):
         args = args or TISDPOConfig()
         if processing_class is None:
             raise InputError("processing_class is missing: pass the model's tokenizer")
+        for name in UNUSED:
+            if kwargs.get(name) is not None:
+                raise InputError(f"{name} has no effect: there are no logits to give it; leave it out, or use transformers.Trainer")
         check_whole_weights(args)
         attach_head(model)
         verify_head(model)
@@ -160,33 +178,22 @@ class TISDPOTrainer(GlobalBatches, Trainer):
             ref_model is None and args.sanity_check and self.preference and args.disable_dropout and is_its_base(model)
         )
         precompute = args.precompute_ref if args.precompute_ref is not None else args.kl is None
+        for dataset in datasets_in({"train": train_dataset}, eval_dataset):
+            _check_kind(dataset)
         self.cache = self._open_cache(train_dataset, eval_dataset) if self.preference and args.kl is not None else None
         self._reference_name = fingerprint_if_here(ref_model if ref_model is not None else model)
         scorer = None
         if self.preference:
             scorer = (ref_model or model) if precompute else None
-            if scorer is not None and getattr(scorer, "hf_device_map", None) is None and not getattr(scorer, "is_quantized", False):
-                scorer.to(args.device)
             if scorer is None and ref_model is None and not is_peft_model(model) and self.cache is None:
                 ref_model = copy.deepcopy(model)
         resident = ref_model is not None and not precompute and self.cache is None
         self.ref_model = attach_head(ref_model).eval().requires_grad_(False) if resident else None
 
-        def rows(dataset):
-            if dataset is None:
-                return None
-            _check_kind(dataset)
-            if self.preference:
-                self._check_home(dataset, processing_class)
-            with adapters_off(model) if scorer is model else nullcontext():
-                dataset = prepare_rows(dataset, processing_class, args, scorer, self.pad_token_id, len(head_of(model).weight))
-            if self.cache is not None:
-                self.cache.check(dataset)
-            return dataset
-
-        self._prepare_rows, self._eval_prefix = rows, None
-        self._scores_itself = scorer is model and not is_peft_model(model)  # later the policy is another model
-        eval_dataset = {k: rows(v) for k, v in eval_dataset.items()} if isinstance(eval_dataset, dict) else rows(eval_dataset)
+        self._eval_prefix = None
+        self._scorer, self._policy_scores = scorer, scorer is model
+        brought = args.kl is None and train_dataset is not None and "chosen_ref_logps" in (train_dataset.column_names or ())
+        self._vocabulary = len(head_of(model).weight)
         collator = PairCollator(
             self.pad_token_id,
             side=None if self.preference else args.sft_side,
@@ -200,8 +207,8 @@ class TISDPOTrainer(GlobalBatches, Trainer):
             model,
             args,
             data_collator=collator,
-            train_dataset=rows(train_dataset),
-            eval_dataset=eval_dataset,
+            train_dataset=self._prepared(train_dataset, processing_class, args),
+            eval_dataset=each(lambda rows: self._prepared(rows, processing_class, args), eval_dataset),
             processing_class=processing_class,
             **kwargs,
         )
@@ -211,32 +218,48 @@ class TISDPOTrainer(GlobalBatches, Trainer):
                 "or `torchrun`, or show one GPU (CUDA_VISIBLE_DEVICES=0)"
             )
         check_parallelism(model, self.accelerator)
+        self.train_dataset, self.eval_dataset = (each(self._with_reference, rows) for rows in (self.train_dataset, self.eval_dataset))
         self.label_names = []
-        self._trained_on = None
-        if self.preference and isinstance(self.train_dataset, Dataset):
-            weighted = args.method == "tis-dpo"
-            self._trained_on = {
-                "token ids": ids_fingerprint(self.train_dataset),
-                "weights": token_sums(self.train_dataset, "weights"),
-                "weighting": asdict(Weighting.of(args.weighting)) if weighted else None,
-                "reference": token_sums(self.train_dataset, "ref_logps"),
-            }
-            self.add_callback(RowsInCheckpoints(self._trained_on))
-        if self.ref_model is not None:
+        if self.preference:
+            weighting = Weighting.of(args.weighting) if args.method == "tis-dpo" else None
+            self._remember_rows(weighting, None if brought else self._reference_name)
+        if self.ref_model is not None and not self.accelerator.state.is_fsdp2:  # sharded below, layer by layer, like the policy
             self.ref_model.to(self.args.device)
-        with self.compute_loss_context_manager():  # `choose` asks for devices and number formats: those of the training
-            self.data_collator.flat = choose([m for m in (model, self.ref_model) if m is not None], args.padding_free)
+        with self.accelerator.autocast():  # `choose` asks for devices and number formats: those of the training
+            models = [m for m in (model, self.ref_model) if m is not None]
+            self.data_collator.flat = choose(models, args.padding_free, self.args.device)
         if self.ref_model is not None and self.accelerator.state.is_fsdp2:
             self.ref_model = fsdp2_prepare_model(self.accelerator, self.ref_model)
         if self.cache is not None:
             self.ref_head = {name: None if x is None else x.to(self.args.device) for name, x in self.cache.tensors.items()}
 
-    # The reference of scored sets
+    # Rows and their reference
+
+    def _prepared(self, dataset, tokenizer, args: TISDPOConfig):
+        """The rows, checked, tokenised and weighted; None for none."""
+        if dataset is None:
+            return None
+        if self.preference:
+            self._check_home(dataset, tokenizer)
+        dataset = prepare_rows(dataset, tokenizer, args, self._vocabulary)
+        if self.cache is not None:
+            self.cache.check(dataset)
+        return dataset
+
+    def _with_reference(self, dataset):
+        """Prepared rows with the reference's log-probs, where the loss takes those and they do not bring them."""
+        scorer = self._scorer
+        if dataset is not None and scorer is not None and "chosen_ref_logps" not in dataset.column_names:
+            placed = getattr(scorer, "hf_device_map", None) is not None or getattr(scorer, "is_quantized", False) or is_sharded(scorer)
+            if not placed:
+                scorer.to(self.args.device)
+            with adapters_off(scorer) if self._policy_scores else nullcontext():
+                dataset = add_reference_logps(dataset, scorer, self.pad_token_id, self.accelerator)
+        return dataset
 
     def _open_cache(self, *given) -> ReferenceCache | None:
         """The cached reference of the first rows there are, if their scored set has one."""
-        datasets = [d for some in given for d in (some.values() if isinstance(some, dict) else [some]) if d is not None]
-        home = home_of(datasets[0]) if datasets else None
+        home = next((home_of(dataset) for dataset in datasets_in(*given)), None)
         return ReferenceCache(home) if home is not None and (home / FOLDER).is_dir() else None
 
     def _check_home(self, dataset, tokenizer) -> None:
@@ -248,12 +271,6 @@ class TISDPOTrainer(GlobalBatches, Trainer):
         check_rows(dataset, home, tokenizer, max_length=self._max_length, reference=self._reference_name if used else None)
         if self.cache is not None and (home / FOLDER).is_dir():
             self.cache.add(home)
-
-    def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        """`Trainer.train`; a checkpoint that was trained on other rows, weights or reference log-probs is refused (InputError)."""
-        if self._trained_on is not None:
-            check_rows_of_checkpoint(resume_from_checkpoint, self.args.output_dir, self._trained_on)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     # Batches
 
@@ -329,17 +346,19 @@ class TISDPOTrainer(GlobalBatches, Trainer):
             return {"ref_logps": flat.ref_logps}
         if self.cache is not None:
             return {"ref_hidden": inputs["ref_hidden"].to(self.ref_head["ref_weight"]), **self.ref_head}
-        with torch.no_grad(), nullcontext() if self.ref_model is not None else adapters_off(self.accelerator.unwrap_model(self.model)):
+        off = nullcontext() if self.ref_model is not None else adapters_off(self.accelerator.unwrap_model(self.model))
+        with self.accelerator.autocast(), off:  # accelerate's own is around forwards it has prepared, and those without `head`
             return reference_inputs(self.ref_model if self.ref_model is not None else self.model, inputs, flat)
 
     def _check_first_loss(self, output) -> None:
-        """Policy == reference: every pair's logit is 0 and its loss ln 2 (sigmoid), whatever the weights."""
+        """Policy == reference: every pair's logit is 0 and its loss ln 2 (sigmoid), without the NLL and whatever the weights."""
         self._starts_at_reference = False
         if self.state.global_step > 0:
             return  # a resumed run has moved away from the reference
         zeros = torch.zeros(2)
         expected = pairwise_losses(zeros, zeros, self.objective).item()
-        found = output.losses.mean().item()
+        nll = 0.0 if output.chosen_nll is None else self.objective.nll_coef * output.chosen_nll
+        found = (output.losses - nll).mean().item()
         exact = all(p.dtype == torch.float32 for p in self.model.parameters()) and not (self.args.bf16 or self.args.fp16)
         exact = exact and (self.cache is None or self.cache.dtype == torch.float32)
         tolerance = 1e-3 if exact else 5e-2  # 16-bit hidden states depend on the padding of their batch
@@ -363,12 +382,12 @@ class TISDPOTrainer(GlobalBatches, Trainer):
         if eval_dataset is not None and not isinstance(eval_dataset, (str, dict)):
             _check_kind(eval_dataset)
             known = "chosen_ref_logps" in (eval_dataset.column_names or ())
-            if self._scores_itself and not known and self.state.global_step > 0:
+            if self._policy_scores and not is_peft_model(self._scorer) and not known and self.state.global_step > 0:
                 raise InputError(
                     "these rows have no reference log-probs, and the reference was the policy before training; give them to the "
                     "constructor as eval_dataset, or give it a ref_model"
                 )
-            eval_dataset = self._prepare_rows(eval_dataset)
+            eval_dataset = self._with_reference(self._prepared(eval_dataset, self.processing_class, self.args))
         outer, self._eval_prefix = self._eval_prefix, metric_key_prefix
         self._sums["eval"].clear()
         try:
@@ -394,6 +413,8 @@ def preference_metrics(output, flat) -> dict[str, Tensor]:
     }
     if output.chosen_kl is not None:
         metrics |= {"kl/chosen": output.chosen_kl, "kl/rejected": output.rejected_kl}
+    if output.chosen_nll is not None:
+        metrics["nll_loss"] = output.chosen_nll
     if flat.token_weights is not None:
         lengths = flat.cu_seqlens.diff()
         chosen = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device) % 2 == 0, lengths)
@@ -446,13 +467,23 @@ def _check_kind(dataset) -> None:
         )
 
 
-def prepare_rows(dataset, tokenizer, args: TISDPOConfig, reference, pad_token_id: int, vocab_size: int):
-    """Rows ready for the collator: tokenised, with weights where the method uses them, with reference log-probs if `reference` is given."""
+def datasets_in(*given) -> list:
+    """The datasets among what a trainer was given, which may be None or {name: dataset}."""
+    return [d for some in given for d in (some.values() if isinstance(some, dict) else [some]) if d is not None]
+
+
+def each(function, given):
+    """function of a dataset, or of every one of {name: dataset}."""
+    return {name: function(dataset) for name, dataset in given.items()} if isinstance(given, dict) else function(given)
+
+
+def prepare_rows(dataset, tokenizer, args: TISDPOConfig, vocab_size: int):
+    """Rows tokenised, with weights where the method uses them: their own, or those that `args.weighting` makes of their contrast."""
     names = dataset.column_names or ()  # of a stream they may not be known
     refuse_images(names)
     if args.method != "sft" or "chosen_ids" not in names:  # documents have one side, nothing to compare
         dataset, counts = tokenize_pairs(dataset, tokenizer, max_length=args.max_length, vocab_size=vocab_size)  # checks ready ids, too
-        if counts.dropped or counts.truncated:
+        if counts.dropped or counts.truncated or counts.moved:
             log.warning(counts.describe())
     else:
         dataset = cut_completions(dataset, args.sft_side, args.max_length, vocab_size)
@@ -464,17 +495,25 @@ def prepare_rows(dataset, tokenizer, args: TISDPOConfig, reference, pad_token_id
                 "method='tis-dpo' needs rows with chosen_contrast/rejected_contrast (scored) or chosen_weights/rejected_weights; "
                 "use method='dpo' for none"
             )
-        if "chosen_weights" not in columns:
-            dataset = apply_weighting(dataset, Weighting.of(args.weighting), tokenizer.eos_token_id)
-        elif args.weighting is not None:
-            raise InputError("the rows carry ready weights, so weighting has no effect; remove the *_weights columns or the weighting")
+        dataset = weigh(dataset, args.weighting, tokenizer.eos_token_id)
     elif args.method == "dpo" and weighted:
         raise InputError(
             f"the rows carry {', '.join(sorted(weighted))}, which method='dpo' does not use; remove the columns or use method='tis-dpo'"
         )
-    if reference is not None and "chosen_ref_logps" not in columns:
-        dataset = add_reference_logps(dataset, reference, pad_token_id)
     return dataset
+
+
+def weigh(dataset, weighting: dict | None, eos_token_id: int | None):
+    """Rows with weights: ready ones, or made of their contrast where there are none or `weighting` (fields of `Weighting`) says how."""
+    columns = set(dataset.column_names or next(iter(dataset)))
+    if "chosen_weights" in columns and weighting is None:
+        return dataset
+    if "chosen_contrast" not in columns:
+        raise InputError("the rows carry ready weights, so weighting has no effect; remove the *_weights columns or the weighting")
+    if "chosen_weights" in columns:
+        log.info("weights are made anew from the contrast, as weighting says; the rows' own are left out")
+        dataset = dataset.remove_columns(["chosen_weights", "rejected_weights"])
+    return apply_weighting(dataset, Weighting.of(weighting), eos_token_id)
 
 
 def cut_completions(dataset, side: str, max_length: int, vocab_size: int):
@@ -512,9 +551,27 @@ def apply_weighting(dataset, weighting: Weighting, eos_token_id: int | None):
     return dataset
 
 
-def add_reference_logps(dataset, reference, pad_token_id: int):
-    """Columns chosen_ref_logps and rejected_ref_logps: per-token log-probs under the reference."""
+def add_reference_logps(dataset, reference, pad_token_id: int, accelerator=None):
+    """Columns chosen_ref_logps and rejected_ref_logps: per-token log-probs under the reference, see `shared_logps`."""
     for side in ("chosen", "rejected"):
-        logps = completion_logps(reference, dataset["prompt_ids"], dataset[f"{side}_ids"], pad_token_id=pad_token_id)
-        dataset = dataset.add_column(f"{side}_ref_logps", [x.tolist() for x in logps])
+        logps = shared_logps(reference, dataset["prompt_ids"], dataset[f"{side}_ids"], pad_token_id, accelerator)
+        dataset = dataset.add_column(f"{side}_ref_logps", logps)
     return dataset
+
+
+def shared_logps(reference, prompts, completions, pad_token_id: int, accelerator=None) -> list[list[float]]:
+    """Log-probs (nats) of the tokens of every completion after its prompt.
+
+    accelerator   of the training: its number format, and its processes share the rows (of a sharded reference each computes them all)
+    """
+    shared = accelerator is not None and accelerator.num_processes > 1 and not is_sharded(reference)
+    rank, world = (accelerator.process_index, accelerator.num_processes) if shared else (0, 1)
+    own = [ids[:][rank::world] for ids in (prompts, completions)]  # a lazy column is read row by row
+    with nullcontext() if accelerator is None else accelerator.autocast():
+        logps = [x.tolist() for x in completion_logps(reference, *own, pad_token_id=pad_token_id)]
+    if not shared:
+        return logps
+    whole: list = [None] * len(completions)
+    for number, part in enumerate(gather_object([logps])):
+        whole[number::world] = part
+    return whole

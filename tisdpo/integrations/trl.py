@@ -8,14 +8,17 @@ Rows are TRL's preference pairs with `chosen_contrast`, `rejected_contrast` (raw
 scored set of this library. With method="dpo" and kl=None the losses are TRL's own.
 
 Left out, compared with `trl.DPOTrainer`: metrics that need logits (entropy, logits/*, mean_token_accuracy) and `compute_metrics`; losses
-other than sigmoid, hinge, ipo and robust; f-divergences, LD-DPO, WPO; vision-language models. All but the metrics are refused by name. The
-auxiliary loss of a mixture of experts is added as TRL does it.
+other than sigmoid, sigmoid_norm, hinge, ipo and robust; f-divergences, LD-DPO, WPO; vision-language models. All but the metrics are
+refused by name. The auxiliary loss of a mixture of experts is added as TRL does it.
 """
 
+import logging
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
+from datasets import Dataset
 from packaging.version import Version
 from torch import Tensor
 
@@ -26,7 +29,8 @@ from tisdpo.hf import Head, attach_head, model_inputs, reference_inputs, verify_
 from tisdpo.losses import LOSSES, Objective
 from tisdpo.processes import REPEATED, GlobalBatches, check_parallelism
 from tisdpo.provenance import check_rows, home_of, load_provenance
-from tisdpo.trainer import add_reference_logps, apply_weighting, fingerprint_if_here, is_its_base, preference_metrics
+from tisdpo.resume import RemembersRows
+from tisdpo.trainer import fingerprint_if_here, is_its_base, preference_metrics, shared_logps, weigh
 from tisdpo.weighting import Weighting
 
 OLDEST, NEWEST = "1.13", "1.17"  # supported: from the first up to, not including, the second
@@ -45,6 +49,8 @@ from trl import DPOConfig, DPOTrainer  # noqa: E402
 from trl.trainer.dpo_trainer import DataCollatorForPreference, use_adapter  # noqa: E402
 from trl.trainer.utils import pad  # noqa: E402
 
+log = logging.getLogger("tisdpo")
+
 SIDES = ("chosen", "rejected")
 COLUMNS = [f"{side}_{kind}" for kind in ("weights", "contrast", "ref_logps") for side in SIDES]
 
@@ -57,6 +63,8 @@ class TISDPOConfig(DPOConfig):
     kl                None, "reverse" (the paper) or "forward": the sequence KL term, weighted like the log-ratio
     alpha             factor of the KL term
     detach_chosen_kl  no gradient through the chosen sequence's KL (TDPO2)
+    nll_coef          factor of the chosen's NLL a token, which is added to the loss of every pair (RPO); TRL's "sft" divides by the tokens
+                      of a micro-batch instead
     weighting         fields of `tisdpo.Weighting` for rows with a raw contrast, such as {"upper": 2.0}
     """
 
@@ -64,6 +72,7 @@ class TISDPOConfig(DPOConfig):
     kl: str | None = field(default=None, metadata={"help": "reverse, forward or nothing"})
     alpha: float = field(default=1.0, metadata={"help": "factor of the KL term"})
     detach_chosen_kl: bool = field(default=False, metadata={"help": "no gradient through the chosen KL"})
+    nll_coef: float = field(default=0.0, metadata={"help": "factor of the NLL of the chosen"})
     weighting: dict | None = field(default=None, metadata={"help": "fields of tisdpo.Weighting"})
 
     def __post_init__(self):
@@ -72,7 +81,8 @@ class TISDPOConfig(DPOConfig):
             raise ValueError(f"method must be 'tis-dpo' or 'dpo', got {self.method!r}")
         losses = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
         if len(losses) != 1 or losses[0] not in LOSSES:
-            raise ValueError(f"loss_type must be one of {', '.join(LOSSES)}, got {', '.join(losses)}; for others use trl.DPOTrainer")
+            other = "for 'sft' beside one of them set nll_coef" if "sft" in losses else "for others use trl.DPOTrainer"
+            raise ValueError(f"loss_type must be one of {', '.join(LOSSES)}, got {', '.join(losses)}; {other}")
         self._loss = losses[0]
         if self.padding_free:  # TRL itself warns and pads
             raise ValueError(
@@ -92,7 +102,7 @@ class TISDPOConfig(DPOConfig):
     @property
     def objective(self) -> Objective:
         """The pairwise loss that these options describe."""
-        return Objective(self._loss, self.beta, self.kl, self.alpha, self.detach_chosen_kl, self.label_smoothing)
+        return Objective(self._loss, self.beta, self.kl, self.alpha, self.detach_chosen_kl, self.label_smoothing, self.nll_coef)
 
 
 @dataclass
@@ -115,7 +125,7 @@ class WeightedCollator(DataCollatorForPreference):
         return pad(values, padding_value=0.0, padding_side="right", pad_to_multiple_of=self.pad_to_multiple_of)
 
 
-class TISDPOTrainer(GlobalBatches, DPOTrainer):
+class TISDPOTrainer(RemembersRows, GlobalBatches, DPOTrainer):
     """`trl.DPOTrainer` with a weight for every token, the sequence KL, and the head inside the loss (no [tokens, vocabulary] logits).
 
     Takes what DPOTrainer takes. The reference is, in this order: with kl=None log-probs per token, where the rows carry them (columns
@@ -148,6 +158,10 @@ class TISDPOTrainer(GlobalBatches, DPOTrainer):
         check_parallelism(self.model, self.accelerator)
         self._attach()
         self._check_homes()
+        brought = self.objective.kl is None and not any(self.train_dataset is other for other in self._computed_here)
+        brought = brought and "chosen_ref_logps" in (getattr(self.train_dataset, "column_names", None) or ())
+        weighting = Weighting.of(args.weighting) if args.method == "tis-dpo" else None
+        self._remember_rows(weighting, None if brought else self._reference_name())
 
     def _attach(self) -> None:
         verify_head(attach_head(_base(self.model)))
@@ -157,7 +171,7 @@ class TISDPOTrainer(GlobalBatches, DPOTrainer):
     # Rows
 
     def _check_homes(self) -> None:
-        """Refuse rows of scored sets that were made for something else. How long they may be is the collator's affair."""
+        """Refuse rows of scored sets that were made for something else, or that the collator would cut."""
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
         datasets = [self.train_dataset, *(self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset])]
         for dataset in datasets:
@@ -170,7 +184,9 @@ class TISDPOTrainer(GlobalBatches, DPOTrainer):
                 # whose are not those of the set, they were made here or come with the rows
                 of_set = "reference_model" in stored and not any(dataset is other for other in self._computed_here)
                 used = carries and self.objective.kl is None and of_set
-                check_rows(dataset, home, tokenizer, max_length=stored["max_length"], reference=self._reference_name() if used else None)
+                longest = stored["max_length"] if self.args.max_length is None else self.args.max_length
+                most = longest if stored["max_length"] is None else min(longest, stored["max_length"])
+                check_rows(dataset, home, tokenizer, max_length=most, reference=self._reference_name() if used else None)
 
     def _reference_name(self) -> str | None:
         if self._given_reference is not None:
@@ -182,8 +198,10 @@ class TISDPOTrainer(GlobalBatches, DPOTrainer):
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         columns = set(dataset.column_names or next(iter(dataset)))
-        if "prompt_ids" not in columns:  # a scored set is tokenised already
+        if "prompt_ids" not in columns:
             dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        elif args.max_length is not None and args.truncation_mode == "keep_start":  # ready ids, of which TRL itself drops nothing
+            dataset = _with_completions(dataset, args.max_length, dataset_name)
         weighted = {"chosen_weights", "chosen_contrast"} & columns
         if args.method == "dpo":
             if weighted:
@@ -197,14 +215,10 @@ class TISDPOTrainer(GlobalBatches, DPOTrainer):
                 f"method='tis-dpo' needs {dataset_name} rows with chosen_contrast and rejected_contrast, or chosen_weights and "
                 f"rejected_weights; they have {', '.join(sorted(columns))}. Use method='dpo' for none"
             )
-        kind = "weights" if "chosen_weights" in columns else "contrast"
-        if kind == "weights" and args.weighting is not None:
-            raise InputError("the rows carry ready weights, so weighting has no effect; remove the *_weights columns or the weighting")
-        _check_lengths(dataset, kind)
-        if kind == "contrast":
-            tokenizer = getattr(processing_class, "tokenizer", processing_class)
-            dataset = apply_weighting(dataset, Weighting.of(args.weighting), tokenizer.eos_token_id)
-        return dataset
+        for kind in ("weights", "contrast"):
+            if f"chosen_{kind}" in columns:
+                _check_lengths(dataset, kind)
+        return weigh(dataset, args.weighting, getattr(processing_class, "tokenizer", processing_class).eos_token_id)
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -216,9 +230,15 @@ class TISDPOTrainer(GlobalBatches, DPOTrainer):
             _check_lengths(dataset, "ref_logps")
             return dataset
         reference = self.ref_model if self.ref_model is not None else self.model
-        attach_head(_base(reference))
+        attach_head(_base(self.accelerator.unwrap_model(reference)))
         with self._reference_adapter():
-            dataset = add_reference_logps(dataset, reference, self.data_collator.pad_token_id)
+            for side in SIDES:
+                whole = zip(dataset["prompt_ids"][:], dataset[f"{side}_ids"][:])
+                cut = [_cut(*ids, self.args.max_length, self.args.truncation_mode) for ids in whole]
+                prompts, completions, starts, lengths = (list(x) for x in zip(*cut)) if cut else ([],) * 4
+                logps = shared_logps(reference, prompts, completions, self.data_collator.pad_token_id, self.accelerator)
+                logps = [[0.0] * start + x + [0.0] * (length - start - len(x)) for x, start, length in zip(logps, starts, lengths)]
+                dataset = dataset.add_column(f"{side}_ref_logps", logps)
         self._computed_here.append(dataset)
         return dataset
 
@@ -264,7 +284,8 @@ class TISDPOTrainer(GlobalBatches, DPOTrainer):
             return output, head.aux_loss
 
         asked = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        output, aux_loss = model(**model_inputs(batch), **asked, head=preference)
+        with self.accelerator.autocast():  # before training TRL has prepared the reference, and nobody the policy
+            output, aux_loss = model(**model_inputs(batch), **asked, head=preference)
         if mode == "train":
             own = inputs["attention_mask"].sum() * (REPEATED not in inputs)
             tokens = self.accelerator.reduce(own, "sum").item()
@@ -282,7 +303,7 @@ class TISDPOTrainer(GlobalBatches, DPOTrainer):
         if flat.ref_logps is not None and self.objective.kl is None:
             return {"ref_logps": flat.ref_logps}
         model = self.ref_model if self.ref_model is not None else self.model
-        with torch.no_grad(), self._reference_adapter():
+        with self.accelerator.autocast(), self._reference_adapter():
             return reference_inputs(model, batch, flat)
 
     def _reference_adapter(self):
@@ -290,7 +311,7 @@ class TISDPOTrainer(GlobalBatches, DPOTrainer):
         unwrapped = self.accelerator.unwrap_model(self.model)
         if self.ref_model is None and is_peft_model(unwrapped):
             return use_adapter(unwrapped, adapter_name="ref" if "ref" in unwrapped.peft_config else None)
-        return torch.no_grad()
+        return nullcontext()
 
 
 def _base(model):
@@ -302,6 +323,31 @@ def _interleaved(inputs: dict) -> dict:
     rows = len(inputs["input_ids"])
     order = torch.arange(rows, device=inputs["input_ids"].device).view(2, -1).T.flatten()
     return {name: x[order] if isinstance(x, Tensor) and x.dim() and len(x) == rows else x for name, x in inputs.items()}
+
+
+def _cut(prompt: list[int], completion: list[int], max_length: int | None, mode: str) -> tuple[list[int], list[int], int, int]:
+    """(what TRL's collator leaves of prompt and completion, place in the whole completion of the first token that something predicts, the
+    length of the whole completion)."""
+    excess = 0 if max_length is None else max(0, len(prompt) + len(completion) - max_length)
+    if mode == "keep_end":
+        start = max(0, excess - len(prompt))
+        left = prompt[excess:], completion[start:]
+    else:
+        start, kept = 0, len(prompt) + len(completion) - excess
+        left = prompt[:kept], completion[: max(0, kept - len(prompt))]
+    return *left, start + (not left[0] and bool(left[1])), len(completion)
+
+
+def _with_completions(dataset, max_length: int, name: str):
+    """Rows whose prompt leaves room for a completion; others are dropped, and counted in the log."""
+    if not isinstance(dataset, Dataset):
+        return dataset.filter(lambda row: len(row["prompt_ids"]) < max_length)
+    kept = [number for number, ids in enumerate(dataset["prompt_ids"]) if len(ids) < max_length]
+    if len(kept) == len(dataset):
+        return dataset
+    dropped = len(dataset) - len(kept)
+    log.warning("%d of %d %s rows have no completion within max_length=%d and are left out", dropped, len(dataset), name, max_length)
+    return dataset.select(kept)
 
 
 def _check_lengths(dataset, kind: str) -> None:

@@ -93,8 +93,9 @@ def _fastest(device: str) -> tuple[str, str]:
 
 @cache
 def _announce(backend: str, why: str, device: str) -> None:
-    """Say once a device which backend runs and why."""
-    log.info("tisdpo runs the %r backend on %s: %s", backend, device, why)
+    """Say once a device which backend runs and why; a GPU without its kernels is worth a warning."""
+    level = logging.WARNING if device in GPUS and backend == "torch" else logging.INFO
+    log.log(level, "tisdpo runs the %r backend on %s: %s", backend, device, why)
 
 
 def chunk_rows(vocabulary: int, models: int, itemsize: int, device: str, later: bool = False) -> int:

@@ -11,15 +11,14 @@ Cost in head-sized products (u = 2 N H V FLOP): policy logits 1, reference logit
 and D does not wait (but not for one chunk of a 16-bit head on a GPU). Without logits: the chunk's D, where it does not wait.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from tisdpo.losses import Objective, pairwise_losses, score_gradients, sequence_scores
+from tisdpo.losses import Objective, chosen_nll, logp_gradients, pairwise_losses, score_gradients, sequence_scores
 from tisdpo.ops import backend as backends
-from tisdpo.ops import fold, values
+from tisdpo.ops import fold
 from tisdpo.ops.backend import accumulation_dtype
+from tisdpo.ops.loss_rows import LossRows
 from tisdpo.ops.rows import GradientSums, Visits, heads, needs_no_logits, visit_rows
 from tisdpo.ops.sequence_sums import weighted_sums
 from tisdpo.ops.token_stats import gradient_shapes
@@ -30,20 +29,20 @@ def linear_pairwise(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, cu_seqlens: Tensor, token_weights: Tensor | None,
     ref_logps: Tensor | None, ref_hidden: Tensor | None, ref_weight: Tensor | None, ref_bias: Tensor | None, normalizer: Tensor,
     loss: str, beta: float, kl: str | None, alpha: float, detach_chosen_kl: bool, label_smoothing: float,
-    logit_scale: float, softcap: float | None, temperature: float, ignore_index: int, needs: list[bool], backend: str,
+    nll_coef: float, logit_scale: float, softcap: float | None, temperature: float, ignore_index: int, needs: list[bool], backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss [], sums [4, S]: weighted log-ratio, weighted KL, log-prob, tokens; gradients of hidden, weight, bias or empty ones).
 
     hidden [N, H], weight [V, H], bias [V], target [N], cu_seqlens [S+1], token_weights [N]; the reference as ref_logps [N] or as
     ref_hidden [N, H], ref_weight, ref_bias. `normalizer` [] divides the sum over pairs. `needs`: which of the three gradients.
     """
-    objective = Objective(loss, beta, kl, alpha, detach_chosen_kl, label_smoothing)
+    objective = Objective(loss, beta, kl, alpha, detach_chosen_kl, label_smoothing, nll_coef)
     name = backends.resolve(backend, hidden.device.type, hidden.dtype)
     folds = fold.Fold(name, kl, fold.Transform(logit_scale, softcap, temperature), bias, ref_bias)
     policy, reference = heads(hidden, weight, ref_hidden, ref_weight, None)
     no_logits = needs_no_logits(policy, reference, folds)
     most = policy.chunk_rows(1 if kl is None else 2, True, no_logits)
-    rows = _Rows.of(target, token_weights, cu_seqlens, len(weight), ignore_index, name, min(most, backends.few_rows(hidden.device.type)))
+    rows = LossRows.of(target, token_weights, cu_seqlens, len(weight), ignore_index, name, min(most, backends.few_rows(hidden.device.type)))
     index = rows.index
     if index is not None:
         target, token_weights, ref_logps = (None if x is None else x[index] for x in (target, token_weights, ref_logps))
@@ -66,7 +65,7 @@ def linear_pairwise(
 @linear_pairwise.register_fake
 def _(
     hidden, weight, bias, target, cu_seqlens, token_weights, ref_logps, ref_hidden, ref_weight, ref_bias, normalizer,
-    loss, beta, kl, alpha, detach_chosen_kl, label_smoothing, logit_scale, softcap, temperature, ignore_index, needs, backend,
+    loss, beta, kl, alpha, detach_chosen_kl, label_smoothing, nll_coef, logit_scale, softcap, temperature, ignore_index, needs, backend,
 ):  # fmt: skip
     dtype = accumulation_dtype(hidden.dtype)
     sums = hidden.new_empty((4, cu_seqlens.shape[0] - 1), dtype=dtype)
@@ -76,91 +75,6 @@ def _(
 # A chunk whose rows are visited in parts, because only D @ W [rows, H] is held until its pairs are complete, has about this many: whole
 # pairs divide into more equal parts, and [rows, H] stays small beside the logits of one part.
 PARTS = 4
-
-
-class _Rows(NamedTuple):
-    """The rows to walk over, and the sequences' boundaries [S+1] among them, on the device and on the host.
-
-    index: of the rows that carry loss, None for all; ignored: a mask [N] of rows that do not, but are walked over nevertheless;
-    lengths [S]: rows of each sequence that carry loss.
-    """
-
-    index: Tensor | None
-    ignored: Tensor | None
-    cu_seqlens: Tensor
-    bounds: list[int]
-    lengths: Tensor
-
-    @classmethod
-    def of(
-        cls, target: Tensor, token_weights: Tensor | None, cu_seqlens: Tensor, vocabulary: int, ignore_index: int, backend: str, few: int
-    ) -> "_Rows":
-        """Rows without those that are ignored; bad values raise. The one place where the host waits for the device.
-
-        It does not where it knows everything: cu_seqlens lie on the CPU, and nothing is ignored. Nor while a CUDA graph is captured:
-        nothing is compacted then, and cu_seqlens have to lie there. Nor for up to `few` tokens that make one chunk: waiting takes longer
-        than walking over the ignored ones.
-        """
-        whole = ignore_index == values.NOTHING
-        device, tokens = target.device, len(target)
-        if capturing():
-            return cls._all(target, token_weights, cu_seqlens, vocabulary, ignore_index)
-        known, cu_seqlens = None, cu_seqlens.to(torch.int64)
-        if cu_seqlens.device.type == "cpu":
-            values.cu_seqlens(cu_seqlens, tokens)
-            known = cu_seqlens.tolist() if whole else None
-            if device.type != "cpu":  # from memory of its own: the caller may overwrite his, and the host need not wait until it is read
-                cu_seqlens = cu_seqlens.pin_memory().to(device, non_blocking=True)
-        if backend == "triton" and tokens:
-            from tisdpo.kernels.boundaries import boundaries
-
-            found = boundaries(target, token_weights, cu_seqlens, vocabulary, ignore_index)
-            if known is not None or tokens <= few:
-                message = "a target is outside of the vocabulary, a token weight negative or not finite, or cu_seqlens are wrong"
-                torch._assert_async(found[0], message)
-                unknown = [0] * (len(cu_seqlens) - 1) + [tokens]  # of one chunk nobody asks for more than its end
-                return cls(None, None if whole else target == ignore_index, cu_seqlens, known or unknown, found[1:].diff())
-            sound, *bounds = found.tolist()
-            if not sound:  # found out here, it is an error like any other; asserted on the device, it would end the process
-                on_host = (None if x is None else x.cpu() for x in (target, token_weights, cu_seqlens))
-                cls._check(*on_host, vocabulary, ignore_index)
-                raise ValueError("target, token_weights or cu_seqlens are wrong")
-            cu_seqlens = found[1:]
-        else:
-            cls._check(target, token_weights, cu_seqlens, vocabulary, ignore_index)
-            if known is not None:
-                return cls(None, None, cu_seqlens, known, cu_seqlens.diff())
-            keep = target != ignore_index
-            before = torch.cat([keep.new_zeros(1, dtype=torch.int64), keep.cumsum(0)])  # kept rows in front of every position
-            cu_seqlens = before[cu_seqlens]
-            bounds = cu_seqlens.tolist()
-        kept = bounds[-1]
-        index = None if kept == tokens else torch.nonzero_static(target != ignore_index, size=kept)[:, 0]
-        return cls(index, None, cu_seqlens, bounds, cu_seqlens.diff())
-
-    @classmethod
-    def _all(cls, target, token_weights, cu_seqlens, vocabulary, ignore_index) -> "_Rows":
-        cls._check(target, token_weights, cu_seqlens, vocabulary, ignore_index)
-        keep = target != ignore_index
-        if cu_seqlens.device.type != "cpu":
-            raise ValueError("while a CUDA graph is captured cu_seqlens must be on the CPU: its values decide what is launched")
-        bounds = cu_seqlens.tolist()
-        on_device = torch.empty(len(bounds), dtype=torch.int64, device=target.device)
-        for place, bound in enumerate(bounds):  # as kernel arguments: a copy from the host would be read again at every replay
-            on_device[place].fill_(bound)
-        before = torch.cat([keep.new_zeros(1, dtype=torch.int64), keep.cumsum(0)])
-        return cls(None, None if ignore_index == values.NOTHING else ~keep, on_device, bounds, before[on_device].diff())
-
-    @staticmethod
-    def _check(target, token_weights, cu_seqlens, vocabulary, ignore_index) -> None:
-        values.target(target, vocabulary, ignore_index)
-        values.token_weights(token_weights)
-        values.cu_seqlens(cu_seqlens, len(target))
-
-
-def capturing() -> bool:
-    """Whether the current stream records a CUDA graph."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _whole_pairs(bounds: list[int], rows: int) -> list[tuple[int, int]]:
@@ -269,17 +183,23 @@ class _Walk:
     def _pairs(
         self, stats: fold.Statistics, start: int, stop: int, cu: Tensor, lengths: Tensor, normalizer: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Loss [], sums [4, s] and the factors of D [n], dloss/dscore times the weight of the token, from the statistics of whole pairs."""
+        """Loss [], sums [4, s] and the factors of D [n], dloss/dscore times the weight of the token and what the NLL of the chosen adds,
+        from the statistics of whole pairs."""
         ref_logp = stats.ref_logp if self.ref_logps is None else self.ref_logps[start:stop]
         weights = None if self.token_weights is None else self.token_weights[start:stop]
         (D, K, logps), used = weighted_sums(self.folds.backend, stats.logp, ref_logp, stats.kl, cu, weights)
         scores = sequence_scores(D, K, self.objective)
-        loss = pairwise_losses(scores, lengths, self.objective).sum() / normalizer
+        losses = pairwise_losses(scores, lengths, self.objective)
+        if self.objective.nll_coef:
+            losses = losses + self.objective.nll_coef * chosen_nll(logps, lengths)
         coefficient = None
         if self.with_gradient:
             slopes = score_gradients(scores, lengths, self.objective) / normalizer
-            coefficient, _ = fold.implementation(self.folds.backend).spread(slopes, None, used, cu)
-        return loss, torch.stack([D, K, logps, lengths]), coefficient
+            spread = fold.implementation(self.folds.backend).spread
+            coefficient, _ = spread(slopes, None, used, cu)
+            if self.objective.nll_coef:
+                coefficient += spread(logp_gradients(lengths, self.objective) / normalizer, None, torch.ones_like(used), cu)[0]
+        return losses.sum() / normalizer, torch.stack([D, K, logps, lengths]), coefficient
 
 
 def _times(x: Tensor, factor: Tensor | None) -> Tensor:
@@ -287,7 +207,7 @@ def _times(x: Tensor, factor: Tensor | None) -> Tensor:
 
 
 def _setup(ctx, inputs, output):
-    ctx.needs, ctx.backend = inputs[21], inputs[22]
+    ctx.needs, ctx.backend = inputs[22], inputs[23]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # no zeros in the shape of the gradients that came out
     ctx.save_for_backward(*output[2:])
@@ -299,7 +219,7 @@ def _backward(ctx, g_loss, *_):
             "linear_tis_dpo_loss has no second derivative: drop create_graph=True, or use the plain formulas of tisdpo.reference"
         )
     if g_loss is None:  # autograd sends nothing for a loss that nothing depends on
-        return (None,) * 23
+        return (None,) * 24
     # In place where this is the last backward, so that dWeight exists once; a later one (retain_graph=True) needs the values as they are.
     # g_loss stays in float32: torch then multiplies 16-bit gradients in float32 and rounds once.
     last = _is_last_backward(g_loss)
@@ -309,7 +229,7 @@ def _backward(ctx, g_loss, *_):
     if last and backends.resolve(ctx.backend, g_loss.device.type, saved_tensors[0].dtype) == "triton":
         from tisdpo.kernels.scale import scale_ as scale
     grads = [(saved if unscaled else scale(saved, g_loss)) if need else None for saved, need in zip(saved_tensors, ctx.needs)]
-    return *grads, *[None] * 20
+    return *grads, *[None] * 21
 
 
 def _is_last_backward(g: Tensor) -> bool:

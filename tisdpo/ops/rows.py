@@ -56,7 +56,7 @@ class Tiles:
 
     def __init__(self, policy: HeadRows, reference: HeadRows | None, rows: int, later: bool):
         self.policy, self.reference = policy, reference
-        self.shared = reference is not None and _same(policy.weight, reference.weight)
+        self.shared = reference is not None and same_memory(policy.weight, reference.weight)
         models = 1 if reference is None else 2
         dtype, device = accumulation_dtype(policy.hidden.dtype), policy.hidden.device
         self.buffer = _chunk(models * rows, len(policy.weight), dtype, device, backend.chunk_bytes(device.type, models, later), later)
@@ -155,7 +155,7 @@ def _chunk(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device,
         ) from None
 
 
-def _same(x: Tensor, y: Tensor) -> bool:
+def same_memory(x: Tensor, y: Tensor) -> bool:
     """Whether two tensors are the same memory, seen the same way."""
     return (x.data_ptr(), x.shape, x.stride(), x.dtype) == (y.data_ptr(), y.shape, y.stride(), y.dtype)
 
