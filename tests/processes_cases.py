@@ -34,9 +34,13 @@ CASES = {
     "by tokens": Case(11, 0, options=dict(tokens_per_batch=400, max_length=128, train_sampling_strategy="sequential")),
     "sft": Case(7, 4, tied=True, options=dict(method="sft")),
     "lora": Case(7, 4, lora=True, options=dict(kl="reverse")),
+    "lora, log-probs": Case(7, 4, lora=True),
+    "padding-free, nll": Case(7, 4, options=dict(padding_free=True, nll_coef=0.5)),
     "trl": Case(11, 4, trl=True, options=dict(kl="reverse")),
     "trl, tied, accumulated": Case(9, 8, accumulate=2, tied=True, trl=True),
     "trl, lora": Case(7, 4, lora=True, trl=True),
+    "trl, lora, kl": Case(7, 4, lora=True, trl=True, options=dict(kl="reverse")),
+    "trl, log-probs": Case(11, 4, trl=True, options=dict(precompute_ref_log_probs=True)),
 }
 
 

@@ -120,6 +120,29 @@ def test_lora_takes_its_base_as_reference(tmp_path):
     assert not [n for n, p in run.model.named_parameters() if p.requires_grad and "lora" not in n]
 
 
+@pytest.mark.parametrize("kl, nll_coef", [("reverse", 0.0), (None, 0.5), ("forward", 0.5)])
+def test_lora_with_a_kl_term_or_an_nll(kl, nll_coef, tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    args = TISDPOConfig(**arguments(tmp_path, learning_rate=5e-2, kl=kl, nll_coef=nll_coef, per_device_train_batch_size=3))
+    run = TISDPOTrainer(oracle.tiny_model(1), args=args, train_dataset=weighted(), processing_class=tokenizer(), peft_config=config)
+    assert run.ref_model is None
+    first = trained(run)[0]
+    assert first["loss"] == pytest.approx(0.693147 + nll_coef * first.get("nll_loss", 0.0), abs=1e-4) and first.get("kl/chosen", 0.0) == 0.0
+    batch = run.data_collator(list(run.train_dataset))
+    hidden, target, cu_seqlens = oracle.flat(run.model.get_base_model(), batch)
+    with run.model.disable_adapter():
+        ref_hidden = oracle.flat(run.model.get_base_model(), batch)[0].detach()
+    order = torch.arange(6).reshape(2, -1).T.flatten()
+    weights = batch["token_weights"][order][:, 1:][batch["completion_mask"][order][:, 1:].bool()]
+    expected = tisdpo.linear_tis_dpo_loss(
+        hidden, run.model.get_base_model().lm_head.weight, target, cu_seqlens, token_weights=weights, ref_hidden=ref_hidden,
+        objective=Objective(beta=BETA, kl=kl, nll_coef=nll_coef),
+    )  # fmt: skip
+    assert abs(expected.logits).min() > 1e-3  # the adapters have moved
+    torch.testing.assert_close(run._compute_loss(run.model, dict(batch), return_outputs=False), expected.loss)
+
+
 def test_the_routers_loss_is_trls(tmp_path):
     config = transformers.MixtralConfig(
         vocab_size=len(tokenizer()), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,

@@ -141,13 +141,13 @@ def like_a_gpu(monkeypatch):
     monkeypatch.setattr(row_visits, "HIDDEN_ROWS", 8)
 
 
-def results(case, backend, dtype, kl, plan="one_pass", needs=(True, True, True), ref_dtype=None, **options):
+def results(case, backend, dtype, kl, plan="one_pass", needs=(True, True, True), ref_dtype=None, nll_coef=0.0, **options):
     """Loss and the gradients that are needed."""
     policy = [x.detach().to(dtype).requires_grad_(need) for x, need in zip((case.hidden, case.weight, case.bias), needs)]
     reference = {key: getattr(case, key).to(ref_dtype or dtype) for key in ("ref_hidden", "ref_weight", "ref_bias")}
     output = tisdpo.linear_tis_dpo_loss(
         *policy[:2], case.target, case.cu_seqlens, bias=policy[2], token_weights=case.token_weights.float(), backend=backend, plan=plan,
-        objective=tisdpo.Objective(kl=kl, beta=0.01), **reference, **options,
+        objective=tisdpo.Objective(kl=kl, beta=0.01, nll_coef=nll_coef), **reference, **options,
     )  # fmt: skip
     trained = [x for x in policy if x.requires_grad]
     return [output.loss.detach(), *(torch.autograd.grad(output.loss * 0.5, trained) if trained else ())]
@@ -177,6 +177,11 @@ def test_a_head_without_logits_for_every_gradient(like_a_gpu, rows, needs, plan)
         needs=needs,
         plan=plan,
     )
+
+
+@pytest.mark.parametrize("rows", [16, 40, 60])
+def test_an_nll_is_one_more_factor_of_what_waits(like_a_gpu, rows):
+    agree(make_case((rows // 2, rows - rows // 2 - 8, 5, 6), H=24, V=97, dtype=torch.bfloat16, ignored=(3, 4, 9)), None, nll_coef=0.5)
 
 
 def test_a_long_pair_without_logits_is_visited_twice_and_its_reference_once(like_a_gpu, monkeypatch):
