@@ -179,7 +179,8 @@ def interleaved(
     """`summary` of every job, run in turn `rounds` times.
 
     failed: a job that raises leaves and its reason is noted there. beside: this job runs before and after each of the others, whose `ratio`
-    is the median of their quotients to the mean of both. most: jobs whose ratio is not `settled` by then go on, for so many rounds at most.
+    is the median of their quotients to the mean of both. most: jobs whose ratio is not `settled` by then go on, for so many rounds at most,
+    or until Ctrl-C, which leaves them with the rounds they have.
     """
     flush, seconds, ratios = l2_flush(device), {name: [] for name in jobs}, {name: [] for name in jobs if name != beside}
     if beside:
@@ -188,18 +189,25 @@ def interleaved(
         others = [name for name in seconds if name != beside and (number < rounds or not settled(ratios[name]))]
         if not others and number >= rounds:
             break
-        for name in others:
-            try:
-                seconds[name].append(timed(jobs[name], device, flush))
-            except Exception as error:
-                if failed is None:
-                    raise
-                failed[name] = reason(error)
-                del seconds[name]
-                continue
-            if beside:
-                seconds[beside].append(timed(jobs[beside], device, flush))
-                ratios[name].append(seconds[name][-1] / statistics.mean(seconds[beside][-2:]))
+        if number >= rounds:
+            print(f"  round {number + 1} of {most} at most, for {len(others)} rows", file=sys.stderr, flush=True)
+        try:
+            for name in others:
+                try:
+                    seconds[name].append(timed(jobs[name], device, flush))
+                except Exception as error:
+                    if failed is None:
+                        raise
+                    failed[name] = reason(error)
+                    del seconds[name]
+                    continue
+                if beside:
+                    seconds[beside].append(timed(jobs[beside], device, flush))
+                    ratios[name].append(seconds[name][-1] / statistics.mean(seconds[beside][-2:]))
+        except KeyboardInterrupt:
+            if number < rounds:
+                raise
+            break
     return {name: summary(t) | ({"ratio": statistics.median(ratios[name])} if ratios.get(name) else {}) for name, t in seconds.items()}
 
 

@@ -130,6 +130,25 @@ def test_a_ratio_that_is_not_settled_is_measured_further(monkeypatch):
     assert measure.settled([1.0, 1.01, 1.02]) and not measure.settled([1.0, 1.2, 1.4]) and not measure.settled([1.0])
 
 
+def test_ctrl_c_ends_the_rounds_that_go_on_and_keeps_the_figures(monkeypatch):
+    seconds = {"products": iter([1.0] * 99), "wild": iter([2.0, 4.0, 3.0] * 30)}
+
+    def run(until: int):
+        count = iter(range(99))
+
+        def timed(job, device, flush):
+            if job == "wild" and next(count) == until:
+                raise KeyboardInterrupt
+            return next(seconds[job])
+
+        monkeypatch.setattr(measure, "timed", timed)
+        return measure.interleaved({name: name for name in seconds}, 3, "cpu", {}, beside="products", most=20)
+
+    assert run(until=7)["wild"]["rounds"] == 7
+    with pytest.raises(KeyboardInterrupt):
+        run(until=2)
+
+
 def test_the_readme_shows_a_later_run_of_a_gpu_as_one():
     row = {"seconds": 0.0384, "extra_bytes": 5 << 20, "ratio": 1.1}
     step = {
