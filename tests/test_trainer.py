@@ -190,7 +190,7 @@ def test_resume_on_other_rows_or_weights_is_refused(tmp_path):
         (rows.select(range(len(rows) - 1, -1, -1)), {}, "token ids and weights"),
     ):
         for checkpoint in (str(tmp_path / "checkpoint-2"), True):
-            with pytest.raises(InputError, match=f"was trained on other rows: their {what} differ; go on with the same rows"):
+            with pytest.raises(InputError, match=f"was trained with other {what}; go on with the same rows"):
                 trainer(tmp_path, other, **options, **changed).train(resume_from_checkpoint=checkpoint)
     (tmp_path / "checkpoint-2" / "tisdpo_rows.json").unlink()  # of an older version, or killed before it
     trainer(tmp_path, rows, weighting={"upper": 0.5}, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
@@ -202,7 +202,7 @@ def test_resume_from_another_reference_is_refused(tmp_path):
     trainer(tmp_path, rows, **options).train()
     checkpoint = tmp_path / "checkpoint-2"
     trainer(tmp_path, rows, **options).train(resume_from_checkpoint=str(checkpoint))
-    with pytest.raises(InputError, match=r"their reference model differ; .*the model that training began with, not the checkpoint's"):
+    with pytest.raises(InputError, match=r"with other reference model; .*\(the model that training began with, not the checkpoint's"):
         trainer(tmp_path, rows, model=load_model(str(checkpoint)), **options).train(resume_from_checkpoint=str(checkpoint))
 
 
@@ -265,6 +265,14 @@ def test_a_frozen_head_stays_shared_with_its_reference_under_autocast(tmp_path, 
     assert t.state.log_history[0]["kl/chosen"] == 0.0
 
 
+def test_log_probs_that_a_kl_term_does_not_use_are_named(tmp_path, caplog):
+    rows = trainer(tmp_path, method="dpo").train_dataset
+    trainer(tmp_path, rows, method="dpo")
+    assert "not used" not in caplog.text
+    trainer(tmp_path, rows, method="dpo", kl="reverse")
+    assert caplog.text.count("the rows' reference log-probs are not used: a KL term needs") == 1
+
+
 def test_prepared_rows_may_be_evaluated_again(tmp_path):
     t = trainer(tmp_path, tiny.contrast(tiny.rows()), weighting={"upper": 0.5}, eval_dataset=tiny.contrast(tiny.rows(24)), max_steps=1)
     assert t.evaluate(t.eval_dataset)["eval_loss"] == t.evaluate()["eval_loss"]
@@ -302,6 +310,12 @@ def test_dropout_is_off_unless_wanted(tmp_path):
         (dict(remove_unused_columns=True), None, "drop the token weights"),
         (dict(beta=-1.0), None, "beta must be positive"),
         (dict(label_smoothing_factor=0.1), None, "label_smoothing_factor=0.1 has no effect; use label_smoothing"),
+        (dict(method="sft", nll_coef=1.0, loss_type="ipo"), None, "loss, nll_coef of the preference loss has no effect with method='sft'"),
+        (
+            dict(loss_type=["sigmoid", "sft"]),
+            None,
+            "loss_type must be one of .*, got sigmoid, sft; for 'sft' beside one of them set nll_coef",
+        ),
         (dict(compute_metrics=len), None, "compute_metrics has no effect: there are no logits"),
         (dict(compute_loss_func=len), None, "compute_loss_func has no effect"),
     ],

@@ -188,7 +188,7 @@ def scored(tmp_path, reference=None, made_with=None):
     return load_scored(tmp_path / "set")
 
 
-def test_a_scored_set_of_another_tokenizer_or_reference_is_refused(tmp_path):
+def test_a_scored_set_of_another_tokenizer_or_reference_is_refused(tmp_path, caplog):
     with pytest.raises(InputError, match="tokenizer is 'another' there"):
         trainer(tmp_path, scored(tmp_path / "a", made_with="another"))
     ours = scored(tmp_path / "b", reference=oracle.tiny_model(2))
@@ -198,7 +198,8 @@ def test_a_scored_set_of_another_tokenizer_or_reference_is_refused(tmp_path):
     other = scored(tmp_path / "d", reference=oracle.tiny_model(3))
     with pytest.raises(InputError, match=r"reference_model is .* train from the model that was the reference there"):
         trainer(tmp_path, other)
-    trainer(tmp_path, other, kl="reverse")  # which does not use them
+    trainer(tmp_path, other, kl="reverse")  # which does not use them, and says so
+    assert caplog.text.count("the rows' reference log-probs are not used") == 1
     with pytest.raises(InputError, match="sync_ref_model has no effect"):
         trainer(tmp_path, ours, sync_ref_model=True)
 
@@ -275,8 +276,9 @@ def test_resume_on_other_rows_or_with_another_reference_is_refused(tmp_path):
         (rows, 3, {}, "reference model"),
         (rows, 2, dict(weighting={"upper": 0.1}), "weights and weighting"),
         (rows.select([1, 0, 2]), 2, {}, "token ids and weights"),
+        (rows, 2, dict(kl=None), "kl"),
     ):
-        with pytest.raises(InputError, match=f"was trained on other rows: their {what} differ"):
+        with pytest.raises(InputError, match=f"was trained with other {what}; go on"):
             run(other, reference, **changed).train(resume_from_checkpoint=checkpoint)
 
 

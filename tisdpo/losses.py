@@ -5,6 +5,7 @@ Sizes: P pairs, S = 2P sequences interleaved chosen_0, rejected_0, chosen_1, rej
 
 import math
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -29,12 +30,12 @@ class Objective:
                       "hinge": max(0, 1 - z) (SLiC)
                       "ipo": (score_w / T_w - score_l / T_l - 1 / (2 beta))^2 (IPO as its authors ran it)
                       "robust": (-(1-e) log sigmoid(z) + e log sigmoid(-z)) / (1 - 2e) (robust DPO)
-    beta              > 0, strength of the pull towards the reference
+    beta              > 0, strength of the pull towards the reference (with means over tokens, as in "sigmoid_norm", rather 1 to 10)
     kl                None, "reverse" or "forward"; direction and sign are this one setting
     alpha             >= 0, factor of the sequence KL
     detach_chosen_kl  no gradient through the chosen sequence's KL (TDPO2)
     label_smoothing   e in [0, 0.5), the share of flipped labels; only for "sigmoid" and "robust"
-    nll_coef          >= 0, factor of `chosen_nll`, which is added to the loss of every pair (RPO, arXiv 2404.19733, Eq. 1; there 1)
+    nll_coef          >= 0, factor of -log pi(y_w | x) / T_w, added to the loss of every pair (RPO, arXiv 2404.19733, Eq. 1; there 1)
 
     Raises ValueError for anything outside these ranges, and for options that would have no effect.
     """
@@ -52,10 +53,14 @@ class Objective:
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
         if self.kl not in KL_DIRECTIONS:
             raise ValueError(f"kl must be None, 'reverse' or 'forward', got {self.kl!r}")
-        if not self.beta > 0:
+        for name in ("beta", "alpha", "label_smoothing", "nll_coef"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise ValueError(f"{name} must be a number, got {value!r}")
+        if not 0 < self.beta < math.inf:
             raise ValueError(f"beta must be positive, got {self.beta}")
-        if not self.alpha >= 0:
-            raise ValueError(f"alpha must not be negative, got {self.alpha}")
+        if not 0 <= self.alpha < math.inf:
+            raise ValueError(f"alpha must be a number of 0 or more, got {self.alpha}")
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
         if self.label_smoothing and self.loss not in ("sigmoid", "robust"):
@@ -97,6 +102,15 @@ _PRESETS = {
     "tdpo1": Objective(kl="forward", alpha=1.0),
     "tdpo2": Objective(kl="forward", alpha=0.5, detach_chosen_kl=True),
 }
+
+
+def loss_of(loss_type: str | list[str]) -> str:
+    """The `loss` that a trainer's `loss_type` names, as TRL writes it: a name, or a list of one. ValueError for others."""
+    names = [loss_type] if isinstance(loss_type, str) else list(loss_type)
+    if len(names) != 1 or names[0] not in LOSSES:
+        other = "for 'sft' beside one of them set nll_coef" if "sft" in names else "for others use trl.DPOTrainer"
+        raise ValueError(f"loss_type must be one of {', '.join(LOSSES)}, got {', '.join(map(str, names))}; {other}")
+    return names[0]
 
 
 class PreferenceOutput(NamedTuple):

@@ -21,7 +21,8 @@ _REMEDIES = {
     "tokenizer": "use the tokenizer it was scored with, or score the pairs again",
     "chat_template": "use the chat template it was scored with, or score the pairs again",
     "max_length": "use the max_length it was scored with, or score the pairs again",
-    "reference_model": "train from the model that was the reference there (in the same dtype), or score the pairs again with this one",
+    "reference_model": "train from the model that was the reference there (in the same dtype; also to go on from a checkpoint, whose "
+    "weights the Trainer loads), or score the pairs again with this one",
     "format": "score the pairs again with this version of tisdpo",
 }
 
@@ -70,7 +71,7 @@ def load_provenance(path: str | Path) -> dict:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(
-            f"{path} is no scored set ({PROVENANCE} is missing); score the pairs with save_scored or give another path"
+            f"{path} is no scored set ({PROVENANCE} is missing); make one with `tisdpo score` (in Python save_scored), or give another path"
         ) from error
     except (OSError, ValueError) as error:
         raise InputError(f"{file} cannot be read ({error}); remove {path} and score the pairs again") from error

@@ -45,10 +45,12 @@ def check_rows_of_checkpoint(checkpoint: str | os.PathLike | bool | None, output
         return
     before = json.loads(file.read_text())
     different = [name for name in rows if name in before and not _same(before[name], rows[name])]
+    if "kl" in different:  # with it goes what the reference is
+        different = [name for name in different if not name.startswith("reference")]
     if different:
         raise InputError(
-            f"{folder} was trained on other rows: their {' and '.join(different)} differ; go on with the same rows, weighting and "
-            "reference (the model that training began with, not the checkpoint's), or begin anew in another output_dir"
+            f"{folder} was trained with other {' and '.join(different)}; go on with the same rows, weighting, kl and reference (the model "
+            "that training began with, not the checkpoint's), or begin anew in another output_dir"
         )
 
 
@@ -58,13 +60,14 @@ class RemembersRows:
 
     _trained_on: dict | None = None
 
-    def _remember_rows(self, weighting: Weighting | None, reference: str | None) -> None:
+    def _remember_rows(self, kl: str | None, weighting: Weighting | None, reference: str | None) -> None:
         """What checkpoints say of `train_dataset`; nothing of a stream. weighting: None where weights are 1; reference: fingerprint of the
-        model, None where the rows bring its log-probs."""
+        model, None where the rows bring its log-probs, which `kl` does not use."""
         rows = self.train_dataset
         if not isinstance(rows, Dataset):
             return
         self._trained_on = {
+            "kl": kl,
             "token ids": ids_fingerprint(rows),
             "weights": token_sums(rows, "weights"),
             "weighting": None if weighting is None else asdict(weighting),

@@ -13,7 +13,7 @@ import copy
 import logging
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from accelerate.utils import gather_object, is_peft_model
@@ -41,7 +41,7 @@ from tisdpo.hf import (
     refuse_images,
     verify_head,
 )
-from tisdpo.losses import Objective, pairwise_losses
+from tisdpo.losses import Objective, loss_of, pairwise_losses
 from tisdpo.processes import GlobalBatches, check_parallelism, check_whole_weights
 from tisdpo.provenance import check_rows, home_of
 from tisdpo.resume import RemembersRows
@@ -51,6 +51,7 @@ from tisdpo.weighting import Weighting, contrast_weights
 log = logging.getLogger("tisdpo")
 
 METHODS = ("tis-dpo", "dpo", "sft")
+UNUSED_LOGPS = "the rows' reference log-probs are not used: a KL term needs the reference's distribution, which is computed at every step"
 UNUSED = ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")  # arguments of Trainer
 register_varlen()  # models may be loaded with attn_implementation="tisdpo_varlen" from here on
 
@@ -112,7 +113,9 @@ class TISDPOConfig(TrainingArguments):
         if self.method != "tis-dpo" and self.weighting is not None:
             raise InputError(f"weighting has no effect with method={self.method!r}; use method='tis-dpo'")
         Weighting.of(self.weighting)  # raises for what is none
-        self.objective()
+        changed = [f.name for f in fields(Objective) if getattr(self.objective(), f.name) != f.default]
+        if self.method == "sft" and changed:
+            raise InputError(f"{', '.join(changed)} of the preference loss has no effect with method='sft'; leave it out")
         if self.precompute_ref and self.kl is not None:
             raise InputError(
                 f"precompute_ref=True stores log-probs only, but kl={self.kl!r} needs the reference's distribution at every step"
@@ -125,7 +128,9 @@ class TISDPOConfig(TrainingArguments):
 
     def objective(self) -> Objective:
         """The loss on sequence sums that these fields describe."""
-        return Objective(self.loss_type, self.beta, self.kl, self.alpha, self.detach_chosen_kl, self.label_smoothing, self.nll_coef)
+        return Objective(
+            loss_of(self.loss_type), self.beta, self.kl, self.alpha, self.detach_chosen_kl, self.label_smoothing, self.nll_coef
+        )
 
 
 class TISDPOTrainer(RemembersRows, GlobalBatches, Trainer):
@@ -193,6 +198,12 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, Trainer):
         self._eval_prefix = None
         self._scorer, self._policy_scores = scorer, scorer is model
         brought = args.kl is None and train_dataset is not None and "chosen_ref_logps" in (train_dataset.column_names or ())
+        if (
+            args.kl is not None
+            and self.cache is None
+            and any("chosen_ref_logps" in (d.column_names or ()) for d in datasets_in(train_dataset))
+        ):
+            log.warning(UNUSED_LOGPS)
         self._vocabulary = len(head_of(model).weight)
         collator = PairCollator(
             self.pad_token_id,
@@ -222,7 +233,7 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, Trainer):
         self.label_names = []
         if self.preference:
             weighting = Weighting.of(args.weighting) if args.method == "tis-dpo" else None
-            self._remember_rows(weighting, None if brought else self._reference_name)
+            self._remember_rows(args.kl, weighting, None if brought else self._reference_name)
         if self.ref_model is not None and not self.accelerator.state.is_fsdp2:  # sharded below, layer by layer, like the policy
             self.ref_model.to(self.args.device)
         with self.accelerator.autocast():  # `choose` asks for devices and number formats: those of the training
@@ -492,8 +503,8 @@ def prepare_rows(dataset, tokenizer, args: TISDPOConfig, vocab_size: int):
     if args.method == "tis-dpo":
         if not weighted:
             raise InputError(
-                "method='tis-dpo' needs rows with chosen_contrast/rejected_contrast (scored) or chosen_weights/rejected_weights; "
-                "use method='dpo' for none"
+                "method='tis-dpo' needs rows with chosen_contrast and rejected_contrast (`tisdpo score` with --positive and --negative "
+                "makes them), or chosen_weights and rejected_weights; with weights 1 it is method='dpo'"
             )
         dataset = weigh(dataset, args.weighting, tokenizer.eos_token_id)
     elif args.method == "dpo" and weighted:

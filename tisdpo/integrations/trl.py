@@ -26,11 +26,11 @@ from tisdpo.batches import flatten_batch
 from tisdpo.errors import InputError
 from tisdpo.functional import linear_tis_dpo_loss
 from tisdpo.hf import Head, attach_head, model_inputs, reference_inputs, verify_head
-from tisdpo.losses import LOSSES, Objective
+from tisdpo.losses import Objective, loss_of
 from tisdpo.processes import REPEATED, GlobalBatches, check_parallelism
 from tisdpo.provenance import check_rows, home_of, load_provenance
 from tisdpo.resume import RemembersRows
-from tisdpo.trainer import fingerprint_if_here, is_its_base, preference_metrics, shared_logps, weigh
+from tisdpo.trainer import UNUSED_LOGPS, fingerprint_if_here, is_its_base, preference_metrics, shared_logps, weigh
 from tisdpo.weighting import Weighting
 
 OLDEST, NEWEST = "1.13", "1.17"  # supported: from the first up to, not including, the second
@@ -79,11 +79,7 @@ class TISDPOConfig(DPOConfig):
         super().__post_init__()
         if self.method not in ("tis-dpo", "dpo"):
             raise ValueError(f"method must be 'tis-dpo' or 'dpo', got {self.method!r}")
-        losses = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
-        if len(losses) != 1 or losses[0] not in LOSSES:
-            other = "for 'sft' beside one of them set nll_coef" if "sft" in losses else "for others use trl.DPOTrainer"
-            raise ValueError(f"loss_type must be one of {', '.join(LOSSES)}, got {', '.join(losses)}; {other}")
-        self._loss = losses[0]
+        self._loss = loss_of(self.loss_type)
         if self.padding_free:  # TRL itself warns and pads
             raise ValueError(
                 "padding_free=True is not supported with TRL's collator, which pads; leave it out, or train with tisdpo.TISDPOTrainer"
@@ -161,7 +157,7 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, DPOTrainer):
         brought = self.objective.kl is None and not any(self.train_dataset is other for other in self._computed_here)
         brought = brought and "chosen_ref_logps" in (getattr(self.train_dataset, "column_names", None) or ())
         weighting = Weighting.of(args.weighting) if args.method == "tis-dpo" else None
-        self._remember_rows(weighting, None if brought else self._reference_name())
+        self._remember_rows(self.objective.kl, weighting, None if brought else self._reference_name())
 
     def _attach(self) -> None:
         verify_head(attach_head(_base(self.model)))
@@ -178,6 +174,8 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, DPOTrainer):
             carries = "chosen_ref_logps" in (getattr(dataset, "column_names", None) or ())
             if carries and self.objective.kl is None and self.args.sync_ref_model:
                 raise InputError("the rows carry reference log-probs, so sync_ref_model has no effect; remove the columns or leave it out")
+            if carries and self.objective.kl is not None:
+                log.warning(UNUSED_LOGPS)
             home = home_of(dataset)
             if home is not None:
                 stored = load_provenance(home)
