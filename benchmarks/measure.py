@@ -195,7 +195,7 @@ def interleaved(
             for name in others:
                 try:
                     seconds[name].append(timed(jobs[name], device, flush))
-                except Exception as error:
+                except Exception as error:  # of any kind: a peer that fails must not end the run of the others
                     if failed is None:
                         raise
                     failed[name] = reason(error)

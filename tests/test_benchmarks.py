@@ -279,6 +279,7 @@ def test_a_part_that_the_newest_file_lacks_is_that_of_the_file_before(curves, tm
     assert "cpu-float32-a-2026-11-25.json" in plot.page([report], None, None, None).split("### Scaling")[1]
 
 
+# On a GPU machine Triton compiles, so tensors of the CPU have no Triton backend; `benchmarks.device` runs the part itself there.
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is for machines without a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_products_alone(monkeypatch, dtype):

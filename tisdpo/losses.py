@@ -181,6 +181,12 @@ def _differences(scores: Tensor, lengths: Tensor, objective: Objective) -> Tenso
     return scores[0::2] - scores[1::2]
 
 
+def losses_with_nll(scores: Tensor, logps: Tensor, lengths: Tensor, objective: Objective) -> Tensor:
+    """`pairwise_losses` and, with `nll_coef`, that times `chosen_nll`: scores, plain sums of log-probs and lengths [S] -> [P]."""
+    losses = pairwise_losses(scores, lengths, objective)
+    return losses + objective.nll_coef * chosen_nll(logps, lengths) if objective.nll_coef else losses
+
+
 def chosen_nll(logps: Tensor, lengths: Tensor) -> Tensor:
     """-log pi(y_w | x) / T_w of every pair, without token weights: plain sums of log-probs [S], lengths [S] -> [P] (nats a token)."""
     return -logps[0::2] / lengths[0::2].clamp(min=1)
@@ -196,10 +202,7 @@ def preference_output(loss: Tensor | None, sums: "PairSums", objective: Objectiv
     """Rewards, losses and statistics of `sums`; `loss` is formed here unless a one-pass operator has formed it already."""
     scores = sequence_scores(sums.logratio, sums.kl, objective)
     lengths = sums.lengths.to(scores.dtype)
-    losses = pairwise_losses(scores, lengths, objective)
-    nll = chosen_nll(sums.logps, lengths) if objective.nll_coef else None
-    if nll is not None:
-        losses = losses + objective.nll_coef * nll
+    losses = losses_with_nll(scores, sums.logps, lengths, objective)
     if loss is None:
         loss = losses.sum() / resolve_normalizer(normalizer, reduction, len(losses))
     rewards = objective.beta * scores.detach()
@@ -214,7 +217,7 @@ def preference_output(loss: Tensor | None, sums: "PairSums", objective: Objectiv
         logps[0::2],
         logps[1::2],
         *((None, None) if kl is None else (kl[0::2], kl[1::2])),
-        None if nll is None else nll.detach(),
+        chosen_nll(logps, lengths) if objective.nll_coef else None,
     )
 
 

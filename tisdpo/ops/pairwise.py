@@ -14,7 +14,7 @@ and D does not wait (but not for one chunk of a 16-bit head on a GPU). Without l
 import torch
 from torch import Tensor
 
-from tisdpo.losses import Objective, chosen_nll, logp_gradients, pairwise_losses, score_gradients, sequence_scores
+from tisdpo.losses import Objective, logp_gradients, losses_with_nll, score_gradients, sequence_scores
 from tisdpo.ops import backend as backends
 from tisdpo.ops import fold
 from tisdpo.ops.backend import accumulation_dtype
@@ -189,9 +189,7 @@ class _Walk:
         weights = None if self.token_weights is None else self.token_weights[start:stop]
         (D, K, logps), used = weighted_sums(self.folds.backend, stats.logp, ref_logp, stats.kl, cu, weights)
         scores = sequence_scores(D, K, self.objective)
-        losses = pairwise_losses(scores, lengths, self.objective)
-        if self.objective.nll_coef:
-            losses = losses + self.objective.nll_coef * chosen_nll(logps, lengths)
+        loss = losses_with_nll(scores, logps, lengths, self.objective).sum() / normalizer
         coefficient = None
         if self.with_gradient:
             slopes = score_gradients(scores, lengths, self.objective) / normalizer
@@ -199,7 +197,7 @@ class _Walk:
             coefficient, _ = spread(slopes, None, used, cu)
             if self.objective.nll_coef:
                 coefficient += spread(logp_gradients(lengths, self.objective) / normalizer, None, torch.ones_like(used), cu)[0]
-        return losses.sum() / normalizer, torch.stack([D, K, logps, lengths]), coefficient
+        return loss, torch.stack([D, K, logps, lengths]), coefficient
 
 
 def _times(x: Tensor, factor: Tensor | None) -> Tensor:
