@@ -18,8 +18,8 @@ from tisdpo.errors import InputError
 from tisdpo.fingerprints import model_fingerprint
 from tisdpo.hf import load_model, save_model, train_bpe
 from tisdpo.prompts import PROMPTS
+from tisdpo.rows import add_reference_logps
 from tisdpo.scored import load_provenance, load_scored, make_provenance, save_scored, scores_of
-from tisdpo.trainer import add_reference_logps
 
 BATCH = ("--batch-tokens", "300")
 

@@ -14,7 +14,7 @@ from tisdpo.data import Counts
 from tisdpo.errors import InputError
 from tisdpo.hf import load_model, model_inputs
 from tisdpo.ops.rows import Tiles
-from tisdpo.trainer import apply_weighting
+from tisdpo.rows import apply_weighting
 from tisdpo.weighting import Weighting
 
 
@@ -283,7 +283,7 @@ def test_prepared_rows_may_be_evaluated_again(tmp_path):
 
 def test_tokens_across_the_end_of_the_prompt_are_counted_in_the_log(tmp_path, caplog, monkeypatch):
     counts = Counts(read=3, kept=3, moved=2)
-    monkeypatch.setattr("tisdpo.trainer.tokenize_pairs", lambda dataset, *args, **options: (tiny.rows(3), counts))
+    monkeypatch.setattr("tisdpo.rows.tokenize_pairs", lambda dataset, *args, **options: (tiny.rows(3), counts))
     trainer(tmp_path, method="dpo")
     assert "2 with a token across the prompt's end" in caplog.text
 

@@ -15,8 +15,8 @@ from tisdpo import Objective  # noqa: E402
 from tisdpo.errors import InputError  # noqa: E402
 from tisdpo.hf import attach_head  # noqa: E402
 from tisdpo.integrations.trl import TISDPOConfig, TISDPOTrainer  # noqa: E402
+from tisdpo.rows import add_reference_logps  # noqa: E402
 from tisdpo.scored import load_scored, make_provenance, save_scored  # noqa: E402
-from tisdpo.trainer import add_reference_logps  # noqa: E402
 
 BETA = oracle.BETA
 PLAIN = dict(report_to="none", use_cpu=True, gradient_checkpointing=False, disable_tqdm=True)

@@ -373,7 +373,7 @@ class PairCollator:
                     raise InputError(
                         f"pair {row.get('index', '?')} carries the raw {side}_contrast but no {side}_weights; "
                         "turn the contrast into weights first "
-                        "(tisdpo.trainer.apply_weighting), or pass weights=False to leave it out"
+                        "(tisdpo.rows.apply_weighting), or pass weights=False to leave it out"
                     )
         return self.weights
 

@@ -18,10 +18,10 @@ from tisdpo.files import remove, write_json
 from tisdpo.fingerprints import tokenizer_fingerprint
 from tisdpo.hf import load_model, load_tokenizer, tiny_llama
 from tisdpo.prompts import PROMPTS
+from tisdpo.rows import add_reference_logps
 from tisdpo.scored import load_scored, make_provenance, save_scored, scores_of
 from tisdpo.sources import Source, load_source
 from tisdpo.stages import kept_model, train_stage
-from tisdpo.trainer import add_reference_logps
 
 # construction: its positive and negative model (of `Estimation.contrastive_model`)
 CONTRASTIVE_MODELS = {"P": ("base", "base"), "S": ("sft-chosen", "sft-rejected"), "D": ("dpo", "dpo-swapped"), "R": ("dpo", "base")}

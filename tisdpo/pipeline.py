@@ -22,11 +22,11 @@ from tisdpo.errors import InputError
 from tisdpo.estimation import Estimation, ready
 from tisdpo.files import write_json
 from tisdpo.hf import load_model, save_model
+from tisdpo.rows import apply_weighting
 from tisdpo.scored import load_provenance
 from tisdpo.sources import Source
 from tisdpo.stages import read_points, train_stage
 from tisdpo.summary import collect
-from tisdpo.trainer import apply_weighting
 
 UNTIL = ("weights", "train", "eval", "report")
 

@@ -1,6 +1,6 @@
 """`TISDPOTrainer`: TIS-DPO, DPO, reverse DPO and SFT on `transformers.Trainer`.
 
-Read from top to bottom it does four things: prepare rows (tokenise, turn stored contrasts into weights, precompute the reference),
+Read from top to bottom it does four things: prepare rows (`tisdpo.rows`: tokenise, contrasts to weights, log-probs of the reference),
 compute the loss inside the model's forward, collect metrics, evaluate. Optimiser, schedule, checkpoints, resume, logging, callbacks,
 mixed precision and `accelerate launch` are the Trainer's.
 
@@ -16,9 +16,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 
 import torch
-from accelerate.utils import gather_object, is_peft_model
+from accelerate.utils import is_peft_model
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-from datasets import Dataset, IterableDataset
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
@@ -26,7 +25,7 @@ from transformers import Trainer, TrainingArguments
 from tisdpo.attention import choose, register_varlen
 from tisdpo.batches import check_tokens_per_batch, first_sequences, flatten_batch, sequences, token_loader
 from tisdpo.cached import FOLDER, ReferenceCache
-from tisdpo.data import PairCollator, tokenize_pairs
+from tisdpo.data import PairCollator
 from tisdpo.errors import InputError
 from tisdpo.fingerprints import model_fingerprint
 from tisdpo.functional import linear_tis_dpo_loss, linear_token_logps
@@ -38,15 +37,14 @@ from tisdpo.hf import (
     is_sharded,
     model_inputs,
     reference_inputs,
-    refuse_images,
     verify_head,
 )
 from tisdpo.losses import Objective, loss_of, pairwise_losses
 from tisdpo.processes import GlobalBatches, check_parallelism, check_whole_weights
 from tisdpo.provenance import check_rows, home_of
 from tisdpo.resume import RemembersRows
-from tisdpo.scoring import completion_logps
-from tisdpo.weighting import Weighting, contrast_weights
+from tisdpo.rows import add_reference_logps, check_kind, datasets_in, each, prepare_rows
+from tisdpo.weighting import Weighting
 
 log = logging.getLogger("tisdpo")
 
@@ -184,7 +182,7 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, Trainer):
         )
         precompute = args.precompute_ref if args.precompute_ref is not None else args.kl is None
         for dataset in datasets_in({"train": train_dataset}, eval_dataset):
-            _check_kind(dataset)
+            check_kind(dataset)
         self.cache = self._open_cache(train_dataset, eval_dataset) if self.preference and args.kl is not None else None
         self._reference_name = fingerprint_if_here(ref_model if ref_model is not None else model)
         scorer = None
@@ -391,7 +389,7 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """`Trainer.evaluate`; rows given here are prepared like those of the constructor."""
         if eval_dataset is not None and not isinstance(eval_dataset, (str, dict)):
-            _check_kind(eval_dataset)
+            check_kind(eval_dataset)
             known = "chosen_ref_logps" in (eval_dataset.column_names or ())
             if self._policy_scores and not is_peft_model(self._scorer) and not known and self.state.global_step > 0:
                 raise InputError(
@@ -461,128 +459,3 @@ def fingerprint_if_here(model) -> str | None:
     """Fingerprint of a model, or None where its weights are not all here (meta device, sharded)."""
     elsewhere = any(p.is_meta or not p.numel() or hasattr(p, "placements") for p in model.parameters())
     return None if elsewhere else model_fingerprint(model)
-
-
-# Rows
-
-
-def _check_kind(dataset) -> None:
-    if isinstance(dataset, dict):
-        raise InputError(
-            f"a dataset has splits ({', '.join(map(str, dataset))}); pass one of them, as in rows[{next(iter(dataset), '')!r}]"
-        )
-    if not isinstance(dataset, Dataset | IterableDataset):
-        raise InputError(
-            f"a dataset must be a datasets.Dataset, got {type(dataset).__name__}; tisdpo.data.load_pairs makes one of a list of pairs, a "
-            "file or a hub id"
-        )
-
-
-def datasets_in(*given) -> list:
-    """The datasets among what a trainer was given, which may be None or {name: dataset}."""
-    return [d for some in given for d in (some.values() if isinstance(some, dict) else [some]) if d is not None]
-
-
-def each(function, given):
-    """function of a dataset, or of every one of {name: dataset}."""
-    return {name: function(dataset) for name, dataset in given.items()} if isinstance(given, dict) else function(given)
-
-
-def prepare_rows(dataset, tokenizer, args: TISDPOConfig, vocab_size: int):
-    """Rows tokenised, with weights where the method uses them: their own, or those that `args.weighting` makes of their contrast."""
-    names = dataset.column_names or ()  # of a stream they may not be known
-    refuse_images(names)
-    if args.method != "sft" or "chosen_ids" not in names:  # documents have one side, nothing to compare
-        dataset, counts = tokenize_pairs(dataset, tokenizer, max_length=args.max_length, vocab_size=vocab_size)  # checks ready ids, too
-        if counts.dropped or counts.truncated or counts.moved:
-            log.warning(counts.describe())
-    else:
-        dataset = cut_completions(dataset, args.sft_side, args.max_length, vocab_size)
-    columns = set(dataset.column_names)
-    weighted = {"chosen_weights", "chosen_contrast"} & columns
-    if args.method == "tis-dpo":
-        if not weighted:
-            raise InputError(
-                "method='tis-dpo' needs rows with chosen_contrast and rejected_contrast (`tisdpo score` with --positive and --negative "
-                "makes them), or chosen_weights and rejected_weights; with weights 1 it is method='dpo'"
-            )
-        dataset = weigh(dataset, args.weighting, tokenizer.eos_token_id)
-    elif args.method == "dpo" and weighted:
-        raise InputError(
-            f"the rows carry {', '.join(sorted(weighted))}, which method='dpo' does not use; remove the columns or use method='tis-dpo'"
-        )
-    return dataset
-
-
-def weigh(dataset, weighting: dict | None, eos_token_id: int | None):
-    """Rows with weights: ready ones, or made of their contrast where there are none or `weighting` (fields of `Weighting`) says how."""
-    columns = set(dataset.column_names or next(iter(dataset)))
-    if "chosen_weights" in columns and weighting is None:
-        return dataset
-    if "chosen_contrast" not in columns:
-        raise InputError("the rows carry ready weights, so weighting has no effect; remove the *_weights columns or the weighting")
-    if "chosen_weights" in columns:
-        log.info("weights are made anew from the contrast, as weighting says; the rows' own are left out")
-        dataset = dataset.remove_columns(["chosen_weights", "rejected_weights"])
-    return apply_weighting(dataset, Weighting.of(weighting), eos_token_id)
-
-
-def cut_completions(dataset, side: str, max_length: int, vocab_size: int):
-    """Ready ids of one side with their ends cut off at max_length; rows that keep no completion are dropped and counted."""
-
-    def cut(row, index):
-        ids = row[f"{side}_ids"]
-        wrong = [i for i in (*row["prompt_ids"], *ids) if not 0 <= i < vocab_size]
-        if wrong:
-            raise InputError(f"row {index}: {wrong[0]} is no token id of this model, whose vocabulary has {vocab_size} tokens")
-        return {f"{side}_ids": ids[: max(0, max_length - len(row["prompt_ids"]))]}
-
-    dataset = dataset.map(cut, with_indices=True)
-    kept = dataset.filter(lambda row: len(row[f"{side}_ids"]) > 0)
-    if len(kept) < len(dataset):
-        log.warning(
-            "%d of %d rows have no completion within max_length=%d and are left out", len(dataset) - len(kept), len(dataset), max_length
-        )
-    return kept
-
-
-def apply_weighting(dataset, weighting: Weighting, eos_token_id: int | None):
-    """Columns chosen_weights and rejected_weights from the stored raw contrast, for all rows at once."""
-    contrasts = {side: dataset[f"{side}_contrast"] for side in ("chosen", "rejected")}
-    sequences = [values for pair in zip(contrasts["chosen"], contrasts["rejected"]) for values in pair]
-    ids = [values for pair in zip(dataset["chosen_ids"], dataset["rejected_ids"]) for values in pair]
-    lengths = torch.tensor([len(values) for values in sequences], dtype=torch.long)
-    flat = torch.tensor([x for values in sequences for x in values], dtype=torch.float32)
-    cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    is_chosen = torch.repeat_interleave(torch.arange(len(lengths)) % 2 == 0, lengths)
-    is_eos = torch.tensor([x == eos_token_id for values in ids for x in values], dtype=torch.bool)
-    weights = contrast_weights(flat, is_chosen, weighting, cu_seqlens=cu_seqlens, is_eos=is_eos).split(lengths.tolist())
-    for offset, side in enumerate(("chosen", "rejected")):
-        dataset = dataset.add_column(f"{side}_weights", [w.tolist() for w in weights[offset::2]])
-    return dataset
-
-
-def add_reference_logps(dataset, reference, pad_token_id: int, accelerator=None):
-    """Columns chosen_ref_logps and rejected_ref_logps: per-token log-probs under the reference, see `shared_logps`."""
-    for side in ("chosen", "rejected"):
-        logps = shared_logps(reference, dataset["prompt_ids"], dataset[f"{side}_ids"], pad_token_id, accelerator)
-        dataset = dataset.add_column(f"{side}_ref_logps", logps)
-    return dataset
-
-
-def shared_logps(reference, prompts, completions, pad_token_id: int, accelerator=None) -> list[list[float]]:
-    """Log-probs (nats) of the tokens of every completion after its prompt.
-
-    accelerator   of the training: its number format, and its processes share the rows (of a sharded reference each computes them all)
-    """
-    shared = accelerator is not None and accelerator.num_processes > 1 and not is_sharded(reference)
-    rank, world = (accelerator.process_index, accelerator.num_processes) if shared else (0, 1)
-    own = [ids[:][rank::world] for ids in (prompts, completions)]  # a lazy column is read row by row
-    with nullcontext() if accelerator is None else accelerator.autocast():
-        logps = [x.tolist() for x in completion_logps(reference, *own, pad_token_id=pad_token_id)]
-    if not shared:
-        return logps
-    whole: list = [None] * len(completions)
-    for number, part in enumerate(gather_object([logps])):
-        whole[number::world] = part
-    return whole

@@ -30,7 +30,8 @@ from tisdpo.losses import Objective, loss_of
 from tisdpo.processes import REPEATED, GlobalBatches, check_parallelism
 from tisdpo.provenance import check_rows, home_of, load_provenance
 from tisdpo.resume import RemembersRows
-from tisdpo.trainer import UNUSED_LOGPS, fingerprint_if_here, is_its_base, preference_metrics, shared_logps, weigh
+from tisdpo.rows import shared_logps, weigh
+from tisdpo.trainer import UNUSED_LOGPS, fingerprint_if_here, is_its_base, preference_metrics
 from tisdpo.weighting import Weighting
 
 OLDEST, NEWEST = "1.13", "1.17"  # supported: from the first up to, not including, the second
