@@ -69,13 +69,19 @@ std::string shape(const Tensor& x) {
   return text + "]";
 }
 
+std::string strides(const Tensor& x) {
+  std::string text = "[";
+  for (int64_t i = 0; i < x.dim(); i++) text += (i ? ", " : "") + std::to_string(x.stride(i));
+  return text + "]";
+}
+
 // The data of a contiguous CPU vector of n items.
 template <class T>
 T* data(const Tensor& x, const char* name, ScalarType type, int64_t n) {
   STD_TORCH_CHECK(x.is_cpu(), name, " must be on the CPU, got a tensor elsewhere");
   STD_TORCH_CHECK(x.scalar_type() == type, name, " must be ", type, ", got ", x.scalar_type());
   STD_TORCH_CHECK(x.numel() == n, name, " must have ", n, " items, got shape ", shape(x));
-  STD_TORCH_CHECK(x.is_contiguous(), name, " must be contiguous, got strides of another layout for shape ", shape(x));
+  STD_TORCH_CHECK(x.is_contiguous(), name, " must be contiguous, got strides ", strides(x), " for shape ", shape(x));
   return static_cast<T*>(x.data_ptr());
 }
 

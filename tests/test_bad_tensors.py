@@ -304,8 +304,9 @@ BAD = [
     (logps, dict(temperature=math.nan), ValueError, "temperature must be positive and finite, got nan"),
     (linear_logps, dict(softcap=-30.0), ValueError, "softcap must be positive and finite, or None, got -30.0"),
     (logps, dict(softcap=math.inf), ValueError, "softcap must be positive and finite, or None, got inf"),
-    (logps, dict(logit_scale=math.inf), ValueError, "logit_scale must be finite, got inf"),
-    (logps, dict(logit_scale=math.nan), ValueError, "logit_scale must be finite, got nan"),
+    (logps, dict(logit_scale=math.inf), ValueError, "logit_scale must be positive and finite, got inf"),
+    (logps, dict(logit_scale=math.nan), ValueError, "logit_scale must be positive and finite, got nan"),
+    (logps, dict(logit_scale=0.0), ValueError, "logit_scale must be positive and finite, got 0.0"),
 ]
 
 

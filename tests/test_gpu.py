@@ -220,6 +220,32 @@ def test_compiled_without_a_graph_break():
     torch.testing.assert_close(results, expected, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_graphs_of_the_compiler_take_new_boundaries(on_cpu):
+    """mode="reduce-overhead" records CUDA graphs from the second call on; what comes later has other pairs of the same number."""
+    problem = Problem(SMALL, torch.bfloat16, "cuda")
+    torch._dynamo.reset()
+
+    @torch.compile(mode="reduce-overhead")
+    def loss(hidden, weight, cu_seqlens):
+        return tisdpo.linear_tis_dpo_loss(
+            hidden * 1.0, weight, problem.target, cu_seqlens, token_weights=problem.token_weights, ref_logps=problem.ref_logps,
+            ignore_index=None,
+        ).losses  # fmt: skip
+
+    first, tokens = problem.cu_seqlens_on_cpu, SMALL.tokens
+    other = torch.tensor([0, *sorted(tokens - x for x in first[1:-1].tolist()), tokens])
+    assert not torch.equal(first, other)
+    for cu in (first, first, first, other, first):
+        cu = cu if on_cpu else cu.cuda()
+        torch.compiler.cudagraph_mark_step_begin()
+        expected = tisdpo.linear_tis_dpo_loss(
+            problem.hidden, problem.weight, problem.target, cu, token_weights=problem.token_weights, ref_logps=problem.ref_logps,
+            ignore_index=None,
+        ).losses  # fmt: skip
+        torch.testing.assert_close(loss(problem.hidden, problem.weight, cu), expected, rtol=1e-3, atol=1e-5)
+
+
 def test_autocast_and_checkpointing():
     problem = Problem(SMALL, torch.float32, "cuda")
 

@@ -140,6 +140,9 @@ def test_sums_of_sequences_with_every_source_of_weights():
             sums = tisdpo.sequence_sums(logps, ref_logps, cu, kl=kl, **kwargs)
             torch.testing.assert_close(sums.logratio, reference.segment_sums(w * (logps - ref_logps), CU))
             torch.testing.assert_close(sums.kl, reference.segment_sums(w * kl, CU))
+            output = tisdpo.tis_dpo_loss(logps, ref_logps, cu, kl=kl, objective=Objective(kl="reverse"), **kwargs)
+            expected = tisdpo.tis_dpo_loss(logps, ref_logps, CU, kl=kl, objective=Objective(kl="reverse"), token_weights=w)
+            torch.testing.assert_close(output.losses, expected.losses)
     assert tisdpo.sequence_sums(logps, ref_logps, CU).kl is None
 
 

@@ -5,11 +5,12 @@ import math
 
 import pytest
 import torch
-from cases import SHAPES, make_case
+import torch.utils.checkpoint
+from cases import BACKENDS, SHAPES, make_case
 
 import tisdpo
 from tisdpo import Objective, reference
-from tisdpo.ops import backend, loss_rows, rows
+from tisdpo.ops import backend, loss_rows, pairwise, rows, token_stats
 
 TRANSFORMS = {
     "plain": {},
@@ -241,14 +242,74 @@ def test_a_second_backward_gives_the_same_and_a_second_derivative_raises():
         torch.autograd.grad(loss, hidden, create_graph=True)
 
 
-def test_nothing_needs_a_gradient_under_no_grad():
-    case = make_case()
+def test_nothing_is_multiplied_for_gradients_under_no_grad(monkeypatch):
+    case, needs = make_case(), []
+    made = pairwise.GradientSums.__init__
+    monkeypatch.setattr(pairwise.GradientSums, "__init__", lambda self, rows, n, *a, **k: needs.append(n) or made(self, rows, n, *a, **k))
     hidden = case.hidden.clone().requires_grad_()
-    with torch.no_grad():
-        output = tisdpo.linear_tis_dpo_loss(
-            hidden, case.weight, case.target, case.cu_seqlens, ref_hidden=case.ref_hidden, ref_weight=case.ref_weight
-        )
-    assert not output.loss.requires_grad
+    for on in (False, True):
+        with torch.set_grad_enabled(on):
+            output = tisdpo.linear_tis_dpo_loss(
+                hidden, case.weight, case.target, case.cu_seqlens, ref_hidden=case.ref_hidden, ref_weight=case.ref_weight
+            )
+        assert output.loss.requires_grad == on
+    assert needs == [(False, False, False), (True, False, False)]
+
+
+def test_a_shared_frozen_head_has_one_bias():
+    """ref_hidden without ref_weight is read through the policy's head, bias included."""
+    case = make_case()
+    other_bias = case.bias + torch.randn_like(case.bias)
+    options = dict(bias=case.bias, ref_hidden=case.ref_hidden, objective=Objective(kl="reverse"))
+    args = (case.hidden.clone().requires_grad_(), case.weight, case.target, case.cu_seqlens)
+    for plan in ("one_pass", "two_pass"):
+        shared = tisdpo.linear_tis_dpo_loss(*args, plan=plan, **options)
+        named = tisdpo.linear_tis_dpo_loss(*args, plan=plan, ref_weight=case.weight, ref_bias=case.bias, **options)
+        other = tisdpo.linear_tis_dpo_loss(*args, plan=plan, ref_weight=case.weight, ref_bias=other_bias, **options)
+        torch.testing.assert_close(shared.losses, named.losses)
+        assert not torch.allclose(shared.losses, other.losses)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_log_probs_of_the_reference_may_have_any_format(bias):
+    """float64 from NumPy beside float32 hidden states: results have the dtype that is promised, whatever the backend."""
+    case = make_case((9, 7, 8, 5), dtype=torch.float32)
+    logps = torch.randn(len(case.target), dtype=torch.float64) - 5
+    losses = []
+    for backend_name in ("auto", "torch"):
+        for plan in ("one_pass", "two_pass"):
+            b = case.bias.clone().requires_grad_() if bias else None
+            inputs = [case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()]
+            out = tisdpo.linear_tis_dpo_loss(
+                *inputs, case.target, case.cu_seqlens, bias=b, ref_logps=logps, plan=plan, backend=backend_name
+            )
+            assert out.loss.dtype == out.logits.dtype == torch.float32
+            out.loss.backward()
+            losses.append(out.losses)
+    for other in losses[1:]:
+        torch.testing.assert_close(losses[0], other)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("backend_name", BACKENDS)
+@pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
+def test_inside_of_gradient_checkpointing(plan, backend_name, reentrant):
+    """The forward runs twice, and saved tensors can be had once."""
+    case, grads = make_case((9, 7, 8, 5), dtype=torch.float32), []
+    for checkpointed in (False, True):
+        inputs = [case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_(), case.bias.clone().requires_grad_()]
+
+        def loss(hidden, weight, bias):
+            return tisdpo.linear_tis_dpo_loss(
+                hidden * 1.0, weight, case.target, case.cu_seqlens, token_weights=case.token_weights, bias=bias, ref_hidden=case.ref_hidden,
+                ref_weight=case.ref_weight, objective=Objective(kl="reverse"), plan=plan, backend=backend_name,
+            ).loss  # fmt: skip
+
+        total = torch.utils.checkpoint.checkpoint(loss, *inputs, use_reentrant=reentrant) if checkpointed else loss(*inputs)
+        (1.7 * total).backward()
+        grads.append([total.detach(), *(x.grad for x in inputs)])
+    for a, b in zip(*grads):
+        assert torch.equal(a, b)
 
 
 def test_no_pairs_at_all():
@@ -297,14 +358,18 @@ def test_the_budget_can_be_set_and_must_be_a_number(monkeypatch):
             backend.chunk_rows(1024, 2, 4, "cpu")
 
 
-def test_out_of_memory_names_the_budget(monkeypatch):
+@pytest.mark.parametrize("part", ["Tiles", "GradientSums"])
+def test_out_of_memory_names_the_budget(monkeypatch, part):
     def refuse(*args, **options):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     case = make_case()
-    monkeypatch.setattr(rows.torch, "empty", refuse)
-    with pytest.raises(torch.OutOfMemoryError, match=r"lower the budget by TISDPO_CHUNK_MIB \(now 48"):
-        rows.Tiles(rows.HeadRows(case.hidden, case.weight, None), None, 4, later=False)
+    for module in (rows, pairwise, token_stats):
+        if hasattr(module, part):
+            monkeypatch.setattr(module, part, refuse)
+    for plan in ("one_pass", "two_pass"):
+        with pytest.raises(torch.OutOfMemoryError, match=r"lower the budget by TISDPO_CHUNK_MIB \(now 48 MiB .* CUDA out of memory"):
+            loss_and_gradients(case, Objective(), {}, plan=plan)
 
 
 def test_float16_gradients_are_scaled_before_they_are_rounded():

@@ -1,5 +1,7 @@
 """The registered operators: schema, fake, autograd registration, compiled graphs without a break, reruns bit for bit."""
 
+import weakref
+
 import pytest
 import torch
 from cases import BACKENDS, make_case
@@ -215,6 +217,28 @@ def test_operators_work_under_a_dispatch_mode():
     assert all(torch.equal(a, b) for a, b in zip(actual, expected))
 
 
+def test_the_host_reads_values_so_no_graph_of_the_compiler_repeats_them():
+    """`torch.compile(mode="reduce-overhead")` would replay the boundaries of the first call, see tests/test_gpu.py."""
+    for name in ("linear_pairwise", "linear_token_stats", "linear_token_stats_backward"):
+        assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.tisdpo, name).default.tags
+
+
+@pytest.mark.parametrize("kl", [None, "reverse"])
+def test_the_reference_lives_no_longer_than_it_is_needed(kl):
+    case = make_case((3, 2), dtype=torch.float32)
+    logits, ref_logits = torch.randn(5, 7, requires_grad=True), torch.randn(5, 7)
+    hidden, ref_hidden, ref_weight = case.hidden.clone().requires_grad_(), case.ref_hidden.clone(), case.ref_weight.clone()
+    outputs = [
+        tisdpo.token_logps(logits, torch.tensor([0, 6, 2, 3, 1]), ref_logits=ref_logits, kl=kl),
+        tisdpo.linear_token_logps(hidden, case.weight, case.target, ref_hidden=ref_hidden, ref_weight=ref_weight, kl=kl),
+    ]
+    alive = [weakref.ref(x) for x in (ref_logits, ref_hidden, ref_weight)]
+    del ref_logits, ref_hidden, ref_weight
+    assert all((x() is not None) == (kl is not None) for x in alive)
+    sum(x.logps.sum() for x in outputs).backward()
+    assert logits.grad.abs().sum() > 0 and hidden.grad.abs().sum() > 0
+
+
 def test_backend_choice(monkeypatch, caplog):
     backends._announce.cache_clear()
     expected = "cpp" if "cpp" in BACKENDS else "torch"
@@ -230,7 +254,7 @@ def test_backend_choice(monkeypatch, caplog):
     assert backends.resolve("torch", "cpu") == "torch"  # an argument wins over the environment
     for name, reason in backends.available("cpu").items():
         if reason:
-            with pytest.raises(RuntimeError, match=f"backend='{name}' was asked for"):
+            with pytest.raises(RuntimeError, match=f"backend='{name}' was asked for, but: .*\\. What can: torch"):
                 backends.resolve(name, "cpu")
 
 

@@ -127,8 +127,8 @@ def _all_equal(what: str, found: dict, error: type[Exception], remedy: str = "")
 
 
 def transform(logit_scale: float, softcap: float | None, temperature: float) -> Transform:
-    if not abs(logit_scale) < math.inf:  # math.isfinite would break a compiled graph with dynamic shapes
-        raise ValueError(f"logit_scale must be finite, got {logit_scale}")
+    if not 0 < logit_scale < math.inf:  # math.isfinite would break a compiled graph with dynamic shapes
+        raise ValueError(f"logit_scale must be positive and finite, got {logit_scale}")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap must be positive and finite, or None, got {softcap}")
     if not 0 < temperature < math.inf:

@@ -125,6 +125,7 @@ def backends() -> list[tuple[str, str]]:
     """(what, answer): the backend a run on this machine's device gets and why, and whether each of them can run."""
     forced = os.environ.get("TISDPO_BACKEND")
     lines = [("TISDPO_BACKEND", "not set: the fastest that can run is taken" if forced is None else repr(forced))]
+    lines.append(("plan='auto'", "one pass, whatever the size; two for float16, and for nll_coef beside a KL term that is not detached"))
     devices = list(dict.fromkeys(["cpu", default_device()]))
     for device in devices:
         try:

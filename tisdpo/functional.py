@@ -296,6 +296,7 @@ def linear_tis_dpo_loss(
         hidden=hidden, cu_seqlens=cu_seqlens if cu_seqlens.device.type != "cpu" else None, token_weights=token_weights, ref_logps=ref_logps
     )
     divisor = resolve_normalizer(normalizer, reduction, (len(cu_seqlens) - 1) // 2)
+    ref_logps = None if ref_logps is None else ref_logps.to(dtype)
 
     # float16 gradients must be scaled before they are rounded (GradScaler), which gradients formed in the forward cannot be
     if plan == "two_pass" or (plan == "auto" and (hidden.dtype == torch.float16 or not objective.in_one_pass)):
@@ -318,9 +319,12 @@ def linear_tis_dpo_loss(
             "plan='one_pass' needs; use plan='auto', or detach_chosen_kl=True"
         )
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    divisor = (
-        divisor.to(hidden.device, dtype) if isinstance(divisor, Tensor) else torch.full((), divisor, dtype=dtype, device=hidden.device)
-    )
+    if isinstance(divisor, Tensor) and divisor.device.type == "cpu" and not torch.compiler.is_compiling():
+        divisor = divisor.item()  # a copy to a device would wait until that has come to it
+    if isinstance(divisor, Tensor):
+        divisor = divisor.to(hidden.device, dtype)
+    else:
+        divisor = torch.full((), divisor, dtype=dtype, device=hidden.device)
     o = objective
     loss, sums, *_ = pairwise.linear_pairwise(
         hidden, weight, bias, target, cu_seqlens, token_weights, ref_logps, ref_hidden, ref_weight, ref_bias, divisor,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 def on(device: torch.device):
     """Triton launches on the current device: make it this one."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    return nullcontext() if device.type == "cpu" else getattr(torch, device.type).device(device)
 
 
 def some(x: Tensor | None, other: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 """Which backend runs the folds, and how much memory a chunk of logits, or of D where there are none, may take."""
 
 import importlib.util
+import inspect
 import logging
 import os
-from functools import cache
+from functools import cache, wraps
 
 import torch
 
@@ -70,14 +71,19 @@ def resolve(backend: str, device: str, dtype: torch.dtype = torch.float32) -> st
         raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {forced!r}")
     if forced != "auto":
         reason = available(device)[forced]
-        if not reason and forced != "torch" and dtype == torch.float64:
-            reason = "its kernels compute in float32; float64 is served by backend='torch'"
+        if not reason and not _serves(forced, device, dtype):
+            reason = "its kernels compute in float32, not in float64"
         if reason:
-            raise RuntimeError(f"{source}={forced!r} was asked for, but: {reason}")
+            able = " and ".join(name for name in available(device) if _serves(name, device, dtype))
+            raise RuntimeError(f"{source}={forced!r} was asked for, but: {reason}. What can: {able}")
         return forced
     chosen, why = _fastest(device)
     _announce(chosen, why, device)
     return "torch" if dtype == torch.float64 else chosen
+
+
+def _serves(backend: str, device: str, dtype: torch.dtype) -> bool:
+    return not available(device)[backend] and (backend == "torch" or dtype != torch.float64)
 
 
 @cache
@@ -116,6 +122,33 @@ def chunk_bytes(device: str, models: int, later: bool = False) -> int:
     if size <= 0:
         raise ValueError(f"TISDPO_CHUNK_MIB must be a positive number of MiB of logits, got {text!r}")
     return size
+
+
+def operator(name: str):
+    """A custom operator of this name whose host reads values of its inputs: `torch.compile` leaves it outside of its own CUDA graphs,
+    which would repeat what the first values made it launch. Its out-of-memory says what the budget governs."""
+    tagged = "tags" in inspect.signature(torch.library.custom_op).parameters
+    tags = {"tags": (torch.Tag.cudagraph_unsafe,)} if tagged else {}
+    return lambda function: torch.library.custom_op(name, names_the_budget(function), mutates_args=(), **tags)
+
+
+def names_the_budget(function):
+    """A function whose out-of-memory says what the budget governs, and what to do about the rest."""
+
+    @wraps(function)
+    def run(*args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            device = next(x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)).device.type
+            pairs = "" if "TISDPO_CHUNK_MIB" in os.environ else "; unset, a single pair may take as much as a head"
+            raise torch.OutOfMemoryError(
+                f"no memory for the loss on the head: lower the budget by TISDPO_CHUNK_MIB (now {chunk_bytes(device, 1) >> 20} MiB of "
+                f"logits, or of their gradient, at a time{pairs}), or give fewer tokens at a time, on which the memory for the gradient of "
+                f"a trained head depends. {error}"
+            ) from None
+
+    return run
 
 
 def longest_held(chunk_rows: int, hidden_size: int, models: int) -> int:

@@ -90,7 +90,8 @@ def _known(cu_seqlens: Tensor, target: Tensor, ignore_index: int) -> tuple[list[
         values.cu_seqlens(cu_seqlens, len(target))
         bounds = cu_seqlens.tolist() if ignore_index == values.NOTHING else None
         if target.device.type != "cpu":  # from memory of its own: the caller may overwrite his, and the host need not wait until it is read
-            cu_seqlens = cu_seqlens.pin_memory().to(target.device, non_blocking=True)
+            own = torch.empty(cu_seqlens.shape, dtype=torch.int64, pin_memory=True).copy_(cu_seqlens)
+            cu_seqlens = own.to(target.device, non_blocking=True)
     return bounds, cu_seqlens
 
 

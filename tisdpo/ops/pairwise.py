@@ -24,7 +24,7 @@ from tisdpo.ops.sequence_sums import weighted_sums
 from tisdpo.ops.token_stats import gradient_shapes
 
 
-@torch.library.custom_op("tisdpo::linear_pairwise", mutates_args=())
+@backends.operator("tisdpo::linear_pairwise")
 def linear_pairwise(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, cu_seqlens: Tensor, token_weights: Tensor | None,
     ref_logps: Tensor | None, ref_hidden: Tensor | None, ref_weight: Tensor | None, ref_bias: Tensor | None, normalizer: Tensor,
@@ -126,7 +126,7 @@ class _Walk:
         else:
             rows = buffer_rows(bounds, self.rows, self.longest)
         grads = self.grads if self.with_gradient else None
-        self.visits = Visits(self.policy, self.reference, self.folds, self.no_logits, grads, rows, later)
+        self.visits = Visits(self.policy, self.reference, self.folds, self.no_logits, grads, rows)
         return chunks
 
     def chunk(self, first: int, bounds: list[int], normalizer: Tensor) -> tuple[Tensor, Tensor]:

@@ -54,12 +54,12 @@ class Tiles:
     Where both have the same head (LoRA, or a frozen tied one), their hidden states are stacked: the head is read once.
     """
 
-    def __init__(self, policy: HeadRows, reference: HeadRows | None, rows: int, later: bool):
+    def __init__(self, policy: HeadRows, reference: HeadRows | None, rows: int):
         self.policy, self.reference = policy, reference
         self.shared = reference is not None and same_memory(policy.weight, reference.weight)
         models = 1 if reference is None else 2
         dtype, device = accumulation_dtype(policy.hidden.dtype), policy.hidden.device
-        self.buffer = _chunk(models * rows, len(policy.weight), dtype, device, backend.chunk_bytes(device.type, models, later), later)
+        self.buffer = torch.empty(models * rows, len(policy.weight), dtype=dtype, device=device)
 
     def logits(self, a: int, b: int) -> tuple[Tensor, Tensor | None]:
         """Raw logits [b-a, V] of rows a..b, without bias; they live until the next call."""
@@ -78,18 +78,15 @@ class Visits:
     """Statistics and D = dscore/dlogits of one range of rows after the other, in memory that is used again and again."""
 
     def __init__(
-        self, policy: HeadRows, reference: HeadRows | None, folds: fold.Fold, no_logits: bool, grads: "GradientSums | None",
-        rows: int, later: bool,
-    ):  # fmt: skip
-        """no_logits: see `needs_no_logits`; grads: for whom D is, None for statistics alone; rows: the most of a range; later: nothing
-        waits for its pair."""
+        self, policy: HeadRows, reference: HeadRows | None, folds: fold.Fold, no_logits: bool, grads: "GradientSums | None", rows: int
+    ):
+        """no_logits: see `needs_no_logits`; grads: for whom D is, None for statistics alone; rows: the most of a range."""
         self.policy, self.reference, self.folds, self.no_logits, self.grads = policy, reference, folds, no_logits, grads
         self.dtype = products.gradient_dtype(policy.weight.device, policy.weight.dtype)
         if not no_logits:
-            self.tiles = Tiles(policy, reference, rows, later)
+            self.tiles = Tiles(policy, reference, rows)
         elif grads is not None and not grads.by_columns:
-            budget = backend.chunk_bytes(policy.weight.device.type, 1, True)
-            self.d = _chunk(rows, len(policy.weight), self.dtype, policy.weight.device, budget, later)
+            self.d = torch.empty(rows, len(policy.weight), dtype=self.dtype, device=policy.weight.device)
 
     def visit(
         self, a: int, b: int, target: Tensor, g_kl: Tensor | None = None, *, g_logp: Tensor | None = None, wanted: bool = False,
@@ -141,18 +138,6 @@ def visit_rows(policy: HeadRows, models: int, no_logits: bool, grads: "GradientS
         sums = 8 * math.ceil(len(policy.weight) / TILE_COLUMNS)
         return max(rows, min(DIRECT_ROWS, backend.chunk_bytes(policy.weight.device.type, 1, True) // sums))
     return rows
-
-
-def _chunk(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device, budget: int, later: bool) -> Tensor:
-    """Memory for a chunk of logits or of D [rows, V]; the error names the budget that allowed so many rows."""
-    try:
-        return torch.empty(rows, vocabulary, dtype=dtype, device=device)
-    except torch.OutOfMemoryError as error:
-        pairs = "" if later else "; unset, a single pair may take as much as a head"
-        raise torch.OutOfMemoryError(
-            f"no memory for a chunk of {rows * vocabulary * dtype.itemsize >> 20} MiB of logits or of their gradient; lower the budget by "
-            f"TISDPO_CHUNK_MIB (now {budget >> 20}{pairs}). {error}"
-        ) from None
 
 
 def same_memory(x: Tensor, y: Tensor) -> bool:

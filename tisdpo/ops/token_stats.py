@@ -121,6 +121,8 @@ def _upstream(g_logps, g_kl, stats, kl):
 def _setup_token_stats(ctx, inputs, output):
     logits, target, ref_logits, *options, ctx.overwrite, backend = inputs
     ctx.options = (*options, backend)
+    if ctx.options[0] is None:
+        ref_logits = None  # log-probs of the reference are constants: nothing reads its logits any more
     ctx.mark_non_differentiable(output[1], output[2], output[3])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(logits, target, ref_logits, *output)
@@ -141,7 +143,7 @@ token_stats.register_autograd(_backward_token_stats, setup_context=_setup_token_
 # From hidden states
 
 
-@torch.library.custom_op("tisdpo::linear_token_stats", mutates_args=())
+@backends.operator("tisdpo::linear_token_stats")
 def linear_token_stats(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
     ref_hidden: Tensor | None, ref_weight: Tensor | None, ref_bias: Tensor | None,
@@ -164,7 +166,7 @@ def _(hidden, weight, bias, target, ref_hidden, ref_weight, ref_bias, kl, logit_
     return _outputs(hidden, target.shape[0], ref_hidden is not None, kl, torch.empty)
 
 
-@torch.library.custom_op("tisdpo::linear_token_stats_backward", mutates_args=())
+@backends.operator("tisdpo::linear_token_stats_backward")
 def linear_token_stats_backward(
     g_logps: Tensor | None, g_kl: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
     ref_hidden: Tensor | None, ref_weight: Tensor | None, ref_bias: Tensor | None, stats: list[Tensor],
@@ -172,8 +174,6 @@ def linear_token_stats_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of hidden [N, H], weight [V, H], bias [V]; those not in `needs` are empty."""
     index = None if ignore_index == values.NOTHING else kept_rows(target != ignore_index)
-    if kl is None:
-        ref_hidden = None  # the reference's log-probs are constants
     g_logps, g_kl = _upstream(g_logps, g_kl, stats, kl)
     options = (index, kl, (logit_scale, softcap, temperature), backend)
     visits, ranges = _visits(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, *options, needs)
@@ -218,8 +218,8 @@ def _visits(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, index, kl, t
     most = policy.chunk_rows(models, True, no_logits)
     grads = None if needs is None else GradientSums(policy, tuple(needs), most, by_columns=name == "triton")
     ranges = policy.ranges(0, len(hidden) if index is None else len(index), visit_rows(policy, models, no_logits, grads))
-    rows, later = max((b - a for a, b in ranges), default=0), grads is None or grads.later
-    return Visits(policy, reference, folds, no_logits, grads, rows, later), ranges
+    rows = max((b - a for a, b in ranges), default=0)
+    return Visits(policy, reference, folds, no_logits, grads, rows), ranges
 
 
 def _place(index: Tensor | None, a: int, b: int):
@@ -229,6 +229,8 @@ def _place(index: Tensor | None, a: int, b: int):
 
 def _setup_linear_token_stats(ctx, inputs, output):
     *tensors, kl, logit_scale, softcap, temperature, ignore_index, backend = inputs
+    if kl is None:
+        tensors = [*tensors[:4], None, None, None]  # the reference's log-probs are constants: nothing reads its hidden states any more
     ctx.options = (kl, logit_scale, softcap, temperature, ignore_index, backend)
     ctx.mark_non_differentiable(output[1], output[2], output[3])
     ctx.set_materialize_grads(False)
