@@ -21,7 +21,7 @@ contrast: {constructions: [P]}
 methods: [dpo, P]
 train: {steps: 6, learning_rate: 1.0e-4}
 """
-COMMANDS = ("run", "weights", "train", "eval", "study", "show", "annotate", "agreement", "plan", "doctor")
+COMMANDS = ("run", "weights", "train", "eval", "study", "score", "show", "annotate", "agreement", "plan", "doctor")
 
 
 @pytest.fixture

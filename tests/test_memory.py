@@ -1,7 +1,7 @@
 """`tisdpo plan`: counts that are exact, activations and peaks beside what autograd and the allocator were seen to hold."""
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -211,6 +211,21 @@ def test_plan_prints_a_table_and_a_verdict(tmp_path, capsys):
         assert "Assumed: every token is a completion's, adamw, gradient checkpointing, padded batches (sdpa)" in out
         assert "within 5 % of the peaks of small" in out
         assert out.splitlines()[-1].startswith("fits in 80 GiB: 1.0 GiB, largest is CUDA context")
+
+
+def test_every_option_of_plan_has_an_effect(tmp_path, capsys):
+    LlamaConfig(**SIZES).save_pretrained(tmp_path)
+    options = dict(
+        gpus=4, seq_len=70, pairs_per_gpu=3, lora=8, kl=True, dtype="float32", optimizer="adafactor", sharding="zero2",
+        gradient_checkpointing=False, attention="flash", reference="cached-hidden",
+    )  # fmt: skip
+    words = ["plan", "--model", str(tmp_path), "--gpu-memory", "7"]
+    for name, value in options.items():
+        flag = "--" + ("no-" if value is False else "") + name.replace("_", "-")
+        words += [flag] if isinstance(value, bool) else [flag, str(value)]
+    assert cli.main(words) == 0
+    assert capsys.readouterr().out == memory.report(str(tmp_path), shape(), Plan(**options), 7.0) + "\n"
+    assert {*options, "device"} == {f.name for f in fields(Plan)} and all(v != getattr(Plan(), k) for k, v in options.items())
 
 
 def test_the_advice_is_what_fits():

@@ -108,6 +108,54 @@ def test_stages_may_form_batches_by_tokens_and_without_padding(tmp_path, monkeyp
     assert all(count % 2 == 0 and count > 2 for _, _, count in batches[-2:])
 
 
+def test_settings_of_a_stage_reach_its_trainer(tmp_path, monkeypatch):
+    seen = []
+
+    class Recorded(stages.TISDPOTrainer):
+        def __init__(self, model, args, **kwargs):
+            seen.append(args)
+            super().__init__(model, args, **kwargs)
+
+    monkeypatch.setattr(stages, "TISDPOTrainer", Recorded)
+    settings = dict(steps=2, learning_rate=0.003, batch_size=3, warmup_steps=1, scheduler="cosine", weight_decay=0.07, max_grad_norm=0.5)
+    text = ", ".join(f"{name}: {value}" for name, value in settings.items())
+    pipeline.run(config(tmp_path, "methods=[S]", f"train={{{text}, arguments: {{adam_beta1: 0.8}}}}"), until="train")
+    args = seen[-1]
+    found = (
+        args.max_steps, args.learning_rate, args.per_device_train_batch_size, args.warmup_steps, args.lr_scheduler_type.value,
+        args.weight_decay, args.max_grad_norm,
+    )  # fmt: skip
+    assert found == tuple(settings.values()) and args.adam_beta1 == 0.8 and args.seed == args.data_seed == 0
+    assert (seen[0].warmup_steps, seen[0].lr_scheduler_type.value, seen[0].adam_beta1) == (0, "linear", 0.9)
+
+
+def test_a_model_of_ones_own_on_pairs_from_a_file(tmp_path):
+    """`tisdpo run examples/own.yaml data.source=... model.path=...`, with what such a run may name besides."""
+    import tiny
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    tokenizer = tiny.tokenizer()
+    for name, model in (
+        ("model", tiny.model(seed=3)),
+        ("judge", LlamaForSequenceClassification(LlamaConfig(**tiny.model().config.to_diff_dict() | {"num_labels": 1}))),
+    ):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, tiny.pairs(12))))
+    own = [
+        f"data={{source: {tmp_path / 'pairs.jsonl'}, heldout: 2, streaming: true, max_length: 96}}",
+        f"model={{path: {tmp_path / 'model'}}}", "contrast.constructions=[S, P]", "contrast.task=helpful", "methods=[dpo, P, S]",
+        f"evaluation.reward_model={tmp_path / 'judge'}", "evaluation.temperature=0",
+    ]  # fmt: skip
+    metrics = json.loads((pipeline.run(config(tmp_path, *own), until="eval") / "metrics.json").read_text())
+    results = {r["method"]: r["metrics"] for r in metrics["results"]}
+    assert set(results) == {"base", "dpo", "P", "S"} and all(math.isfinite(m["reward"]) for m in results.values())
+    prompts = [json.loads(p.read_text())["how"] for p in (tmp_path / "run/seed-0/scored/P").glob("*.json") if "how" in p.read_text()]
+    from tisdpo.prompts import PROMPTS
+
+    assert [(how["positive_prompt"], how["negative_prompt"]) for how in prompts] == [PROMPTS["helpful"]]
+
+
 def test_training_on_scores_of_another_run(tmp_path):
     pipeline.run(config(tmp_path), until="weights")
     scored = tmp_path / "run" / "seed-0" / "scored" / "S"

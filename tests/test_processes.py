@@ -97,6 +97,12 @@ def test_tensor_and_context_parallel_training_is_refused():
     accelerator = SimpleNamespace(parallelism_config=None)
     model = tiny.model()
     check_parallelism(model, accelerator)
+    model.hf_device_map = {"": 0}
+    check_parallelism(model, accelerator)
+    model.hf_device_map = {"model.embed_tokens": 0, "model.layers.0": 0, "lm_head": 1}
+    with pytest.raises(InputError, match=r"spread over several devices \(0, 1\)"):
+        check_parallelism(model, accelerator)
+    del model.hf_device_map
     model._tp_size = 2
     with pytest.raises(InputError, match="split over 2 processes by tensor or context parallelism"):
         check_parallelism(model, accelerator)

@@ -216,7 +216,10 @@ def test_mistakes_are_one_sentence(pairs, models, tmp_path, capsys):
     assert "so the command needs a reference" in said(capsys, same[:3])
     assert "so the command needs the models that see these prompts" in said(capsys, [*same[:3], "--reference", base, "--task", "helpful"])
     assert said(capsys, [*same, "--positive-prompt", "x"]).startswith("a system prompt needs its opposite")
-    assert "are the same; their contrast" in said(capsys, [*same, "--positive-prompt", "x", "--negative-prompt", "x"])
+    for task in ([], ["--task", "harmless"]):
+        prompts = [*task, "--positive-prompt", "x", "--negative-prompt", "x"]
+        assert "are the same; their contrast" in said(capsys, [*same, *prompts])
+    assert "must not be empty" in said(capsys, [*same, "--task", "harmless", "--positive-prompt", ""])
     assert said(capsys, words(pairs, out, models, "--reference-hidden")).startswith("--reference-hidden needs the model")
     assert said(capsys, words(pairs, out, models, "--hidden-dtype", "float32")).startswith("--hidden-dtype has no effect without")
     assert said(capsys, words("gone.jsonl", out, models)).startswith("gone.jsonl does not exist; give the path")

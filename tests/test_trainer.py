@@ -15,6 +15,7 @@ from tisdpo.errors import InputError
 from tisdpo.hf import load_model, model_inputs
 from tisdpo.ops.rows import Tiles
 from tisdpo.rows import apply_weighting
+from tisdpo.scoring import completion_logps
 from tisdpo.weighting import Weighting
 
 
@@ -238,6 +239,13 @@ def test_policy_and_reference_have_one_number_format(tmp_path, kl):
     """float32 weights, trained in bfloat16: the first loss is ln 2, and the KL 0, only if the reference is cast as well."""
     t = trainer(tmp_path, tiny.contrast(tiny.rows()), bf16=True, kl=kl, max_steps=2)
     t.train()
+    if kl is None:  # a loss of ln 2 cannot tell: the log-probs of so small a model hardly depend on the format
+        rows = t.train_dataset
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = completion_logps(tiny.model(), rows["prompt_ids"][:], rows["chosen_ids"][:], pad_token_id=t.pad_token_id)
+        plain = completion_logps(tiny.model(), rows["prompt_ids"][:], rows["chosen_ids"][:], pad_token_id=t.pad_token_id)
+        stored = [torch.tensor(x) for x in rows["chosen_ref_logps"]]
+        assert all(torch.equal(a, b) for a, b in zip(stored, cast)) and not any(torch.equal(a, b) for a, b in zip(stored, plain))
     first, second = t.state.log_history[:2]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-3 if kl is None else 1e-6)
     assert first.get("kl/chosen", 0.0) == 0.0 and second["loss"] < first["loss"]
@@ -298,14 +306,26 @@ def test_dropout_is_off_unless_wanted(tmp_path):
     assert dropped() == 0.0 and dropped(disable_dropout=False) == 0.5
 
 
+def with_reference_logps():
+    rows = tiny.rows()
+    for side in ("chosen", "rejected"):
+        rows = rows.add_column(f"{side}_ref_logps", [[-1.0] * len(ids) for ids in rows[f"{side}_ids"]])
+    return rows
+
+
 @pytest.mark.parametrize(
     ("options", "dataset", "message"),
     [
+        (dict(method="dpo", precompute_ref=False), with_reference_logps, "keep a copy of the model that nothing reads: all rows carry"),
         (dict(), lambda: tiny.rows(), "needs rows with chosen_contrast"),
         (dict(method="dpo"), lambda: tiny.contrast(tiny.rows()), "does not use"),
         (dict(method="ppo"), None, "method must be one of"),
         (dict(method="dpo", weighting={"upper": 2}), None, "no effect"),
         (dict(sft_side="both", method="sft"), None, "'chosen' or 'rejected'"),
+        (dict(sft_side="rejected"), None, "sft_side has no effect with method='tis-dpo'"),
+        (dict(sft_prompt_loss=True, method="dpo"), None, "sft_prompt_loss has no effect with method='dpo'"),
+        (dict(precompute_ref=True, method="sft"), None, "precompute_ref of the preference loss has no effect with method='sft'"),
+        (dict(tokens_per_batch=4096, per_device_train_batch_size=8, dataloader_drop_last=True), None, "dataloader_drop_last=True has no effect with tokens_per_batch"),
         (dict(kl="reverse", precompute_ref=True), None, "needs the reference's distribution"),
         (dict(remove_unused_columns=True), None, "drop the token weights"),
         (dict(beta=-1.0), None, "beta must be positive"),

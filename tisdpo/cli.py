@@ -62,10 +62,10 @@ EXAMPLES = {
         torchrun --nproc-per-node 4 -m tisdpo score pairs.jsonl scored/S ...          four processes share the work
         tisdpo score pairs.jsonl scored/S ... --shard 0/4                             as one of four jobs of a cluster; then once without
 
-    scored/S then holds the token weights, for `tisdpo train CONFIG --scored scored/S`, whose training pairs must be among these and be cut
-    at the same length (--max-length here, data.max_length there), or in Python
-    TISDPOTrainer(model, args, train_dataset=tisdpo.scored.load_scored("scored/S"), ...), which finds the cached reference there.
-    The hidden states cost 2 H bytes for every completion token in bfloat16, 4 H in float32 (H the width of the model).
+        scored/S then holds the token weights, for `tisdpo train CONFIG --scored scored/S`, whose training pairs must be among these and
+        be cut at the same length (--max-length here, data.max_length there), or in Python
+        TISDPOTrainer(model, args, train_dataset=tisdpo.scored.load_scored("scored/S"), ...), which finds the cached reference there.
+        The hidden states cost 2 H bytes for every completion token in bfloat16, 4 H in float32 (H the width of the model).
     """,
     "show": """
         tisdpo show runs/demo/seed-0/scored/S

@@ -128,8 +128,9 @@ class DataConfig:
             raise InputError(f"heldout must be a whole number of pairs or a share between 0 and 1, got {self.heldout}")
         if self.source not in WORLDS and self.world:
             raise InputError(f"world has no effect with source={self.source!r}; it belongs to source: {_or(WORLDS)}")
-        if self.source in WORLDS and self.streaming:
-            raise InputError(f"streaming has no effect with source: {self.source}; remove it")
+        for name in ("streaming", "split"):
+            if self.source in WORLDS and getattr(self, name) != getattr(DataConfig, name):
+                raise InputError(f"{name} has no effect with source: {self.source}; remove it")
         if "seed" in self.world:
             raise InputError("world.seed is the seed of the run; set seeds instead, e.g. seeds: [3]")
 
@@ -297,11 +298,17 @@ class RunConfig:
             raise InputError(
                 "contrast.model is to be trained from scratch, but with model.path there is no text for it; give contrast.model.path"
             )
+        smaller = self.contrast.model
+        if smaller is not None and (smaller.vocab_size != ModelConfig.vocab_size or (smaller.tokenizer and not smaller.path)):
+            key = "tokenizer" if smaller.tokenizer else "vocab_size"
+            raise InputError(f"contrast.model.{key} has no effect: its tokens are those of the base model; leave it out")
         if self.contrast.rounds > self.train.steps:
             raise InputError(f"contrast.rounds={self.contrast.rounds} is more than train.steps={self.train.steps}; lower it")
-        if self.data.source in WORLDS and (self.model.path or self.model.tokenizer):
+        brought = self.model.path or self.model.tokenizer or self.model.vocab_size != ModelConfig.vocab_size
+        if self.data.source in WORLDS and brought:
             raise InputError(
-                f"data.source={self.data.source} brings its own tokenizer and corpus; leave model.path and model.tokenizer out"
+                f"data.source={self.data.source} brings its own tokenizer and corpus; leave model.path, model.tokenizer and "
+                "model.vocab_size out"
             )
 
     def _check_methods(self):

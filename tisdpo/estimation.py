@@ -94,7 +94,7 @@ class Estimation:
         if model is None:
             return self.base()
         if model.path is not None:
-            self._check_tokenizer(load_tokenizer(model.path), f"contrast.model.path={model.path}")
+            self._check_tokenizer(load_tokenizer(model.tokenizer or model.path), f"contrast.model.path={model.path}")
         return self.pretrained(model, "contrastive/base")
 
     def _check_tokenizer(self, tokenizer, what: str) -> None:

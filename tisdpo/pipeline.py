@@ -8,6 +8,7 @@ the same command is given again:
 """
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -27,6 +28,8 @@ from tisdpo.scored import load_provenance
 from tisdpo.sources import Source
 from tisdpo.stages import read_points, train_stage
 from tisdpo.summary import collect
+
+log = logging.getLogger("tisdpo")
 
 UNTIL = ("weights", "train", "eval", "report")
 
@@ -57,6 +60,8 @@ def run(config: RunConfig, until: str = "report") -> Path:
 def train_on(config: RunConfig, scored: str | Path) -> Path:
     """Train and evaluate one policy on a scored set made elsewhere, of the training rows of this run; returns its directory."""
     directory = _prepare(config)
+    if len(config.seed_list) > 1:
+        log.warning("one policy is trained, with seed %d: the other seeds are for the policies of a whole run", config.seed_list[0])
     seed_run = SeedRun(config, config.seed_list[0], directory / f"seed-{config.seed_list[0]}", scored=Path(scored))
     record, provenance = seed_run.directory / "scored-set.json", load_provenance(scored)
     if (seed_run.directory / "policy" / "scored").exists() and json.loads(record.read_text()) != provenance:

@@ -79,7 +79,13 @@ class GlobalBatches:
 
 
 def check_parallelism(model, accelerator) -> None:
-    """InputError where a model or a launch splits single sequences or the vocabulary over processes, which the loss does not know."""
+    """InputError where a model lies on several devices, or a model or a launch splits single sequences or the vocabulary over processes."""
+    places = sorted({str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()})
+    if len(places) > 1:
+        raise InputError(
+            f"the model is spread over several devices ({', '.join(places)}), which the loss on its head does not follow; load it with "
+            'device_map={"": 0}, or share the work with accelerate (examples/accelerate: DDP, FSDP2)'
+        )
     size = getattr(model, "_tp_size", None) or 1
     config = getattr(accelerator, "parallelism_config", None)
     if config is not None:

@@ -124,10 +124,13 @@ def score(
 
 def task_prompts(task: str | None, positive: str | None, negative: str | None) -> tuple[str, str] | None:
     """The system prompts of construction P: a task's, or given ones in their place; None where there are neither."""
-    if task is not None:
-        return positive or PROMPTS[task][0], negative or PROMPTS[task][1]
-    if (positive is None) != (negative is None):
+    if task is None and (positive is None) != (negative is None):
         raise InputError("a system prompt needs its opposite: give --positive-prompt and --negative-prompt together, or --task")
+    if "" in (positive, negative):
+        raise InputError("--positive-prompt and --negative-prompt must not be empty; leave them out for the prompts of --task")
+    if task is not None:
+        of_task = PROMPTS[task]
+        positive, negative = (given if given is not None else its for given, its in zip((positive, negative), of_task))
     if positive is not None and positive == negative:
         raise InputError("--positive-prompt and --negative-prompt are the same; their contrast would show nothing, change one")
     return None if positive is None else (positive, negative)

@@ -112,8 +112,13 @@ class TISDPOConfig(TrainingArguments):
             raise InputError(f"weighting has no effect with method={self.method!r}; use method='tis-dpo'")
         Weighting.of(self.weighting)  # raises for what is none
         changed = [f.name for f in fields(Objective) if getattr(self.objective(), f.name) != f.default]
+        if self.method == "sft" and self.precompute_ref is not None:
+            changed.append("precompute_ref")
         if self.method == "sft" and changed:
             raise InputError(f"{', '.join(changed)} of the preference loss has no effect with method='sft'; leave it out")
+        for name in ("sft_side", "sft_prompt_loss"):
+            if self.method != "sft" and getattr(self, name) != getattr(TISDPOConfig, name):
+                raise InputError(f"{name} has no effect with method={self.method!r}; leave it out, or use method='sft'")
         if self.precompute_ref and self.kl is not None:
             raise InputError(
                 f"precompute_ref=True stores log-probs only, but kl={self.kl!r} needs the reference's distribution at every step"
@@ -181,8 +186,15 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, Trainer):
             ref_model is None and args.sanity_check and self.preference and args.disable_dropout and is_its_base(model)
         )
         precompute = args.precompute_ref if args.precompute_ref is not None else args.kl is None
-        for dataset in datasets_in({"train": train_dataset}, eval_dataset):
+        given = datasets_in({"train": train_dataset}, eval_dataset)
+        for dataset in given:
             check_kind(dataset)
+        bring = given and all("chosen_ref_logps" in (rows.column_names or ()) for rows in given)
+        if args.precompute_ref is False and args.kl is None and bring and ref_model is None and not is_peft_model(model):
+            raise InputError(
+                "precompute_ref=False would keep a copy of the model that nothing reads: all rows carry reference log-probs; leave it out, "
+                "or remove the columns chosen_ref_logps and rejected_ref_logps"
+            )
         self.cache = self._open_cache(train_dataset, eval_dataset) if self.preference and args.kl is not None else None
         self._reference_name = fingerprint_if_here(ref_model if ref_model is not None else model)
         scorer = None
@@ -227,6 +239,8 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, Trainer):
                 "or `torchrun`, or show one GPU (CUDA_VISIBLE_DEVICES=0)"
             )
         check_parallelism(model, self.accelerator)
+        if ref_model is not None:
+            check_parallelism(ref_model, self.accelerator)
         self.train_dataset, self.eval_dataset = (each(self._with_reference, rows) for rows in (self.train_dataset, self.eval_dataset))
         self.label_names = []
         if self.preference:

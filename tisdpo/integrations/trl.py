@@ -153,6 +153,8 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, DPOTrainer):
         if type(self.data_collator) is DataCollatorForPreference:
             self.data_collator = WeightedCollator(**vars(self.data_collator))
         check_parallelism(self.model, self.accelerator)
+        if self.ref_model is not None:
+            check_parallelism(self.accelerator.unwrap_model(self.ref_model), self.accelerator)
         self._attach()
         self._check_homes()
         brought = self.objective.kl is None and not any(self.train_dataset is other for other in self._computed_here)
