@@ -6,7 +6,8 @@
 
 A step is the trainer's loss, its backward and AdamW, on one batch of pairs that all get alike; the losses must agree before anything is
 timed. Tokens are those of prompts and completions, padding not counted. Peak memory is that of loss and backward in a fresh process,
-gradients included, weights and reference not. `longest`: pairs of one length, of which peak memory is measured until it exceeds the limit.
+gradients included, weights and reference not; of scoring, that of the log-probs of a batch. `longest`: pairs of one length, of which peak
+memory is measured until it exceeds the limit.
 """
 
 import argparse
@@ -206,23 +207,37 @@ def _training_step(policy, loss):
     return step
 
 
-def scoring(name: str, shape: Shape, batch: Batch, rounds: int) -> dict:
+def scorers(shape: Shape, batch: Batch) -> dict:
     """Log-probs of all completions of a batch: the library's `completion_logps` against all logits at once."""
     from tisdpo.data import PairCollator, tokenize_pairs
     from tisdpo.scoring import completion_logps
 
-    print(f"{name}: scoring ...", flush=True)
     rows, _ = tokenize_pairs(pairs(shape.vocabulary, batch), tokenizer(shape.vocabulary), max_length=1 << 16)
     scorer, inputs = model(shape, 0).eval(), PairCollator(0)(list(rows))
     prompts = [row["prompt_ids"] for row in rows for _ in "cr"]
     completions = [row[f"{side}_ids"] for row in rows for side in ("chosen", "rejected")]
-    jobs = {
+    return {
         "tisdpo": lambda: torch.cat(completion_logps(scorer, prompts, completions, pad_token_id=0)),
         "unfused": lambda: baselines.score(scorer, inputs)[inputs["completion_mask"][:, 1:].bool()],
     }
+
+
+def peak_of_scoring(provider: str, shape: Shape, batch: Batch, threads: int) -> int:
+    """Bytes of the log-probs of a batch; to be called in a fresh process."""
+    torch.set_num_threads(threads)
+    scorers(SMOKE, Batch(2, 8))[provider]()
+    return growth(scorers(shape, batch)[provider])
+
+
+def scoring(name: str, shape: Shape, batch: Batch, rounds: int, memory: bool) -> dict:
+    """Seconds, tokens a second and peak memory of `scorers`."""
+    print(f"{name}: scoring ...", flush=True)
+    jobs = scorers(shape, batch)
     torch.testing.assert_close(*(job() for job in jobs.values()), rtol=0, atol=1e-3)
     count = tokens(shape.vocabulary, batch)
     rows = {k: v | {"tokens_per_second": count / v["seconds"]} for k, v in interleaved(jobs, rounds, "cpu").items()}
+    for provider in rows if memory else ():
+        rows[provider]["peak_bytes"] = fresh_process(peak_of_scoring, provider, shape, batch, torch.get_num_threads())
     return {"model": name, "task": "scoring", "tokens": count, "rows": rows}
 
 
@@ -295,7 +310,7 @@ def main(argv: list[str] | None = None) -> int:
     batch, rounds = (Batch(2, 16), 2) if args.smoke else (Batch(), args.rounds)
     for name, shape in shapes.items():
         report["steps"] += steps(name, shape, batch, rounds, memory=not args.smoke)
-        report["scoring"].append(scoring(name, shape, replace(batch, pairs=2 * batch.pairs), rounds))
+        report["scoring"].append(scoring(name, shape, replace(batch, pairs=2 * batch.pairs), rounds, memory=not args.smoke))
         if name == next(iter(shapes)) and not (args.no_longest or args.smoke):
             lengths = [256 * 2**i for i in range(8)]
             report["longest"].append(longest(name, shape, args.limit * MIB, lengths))

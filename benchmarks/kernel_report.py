@@ -5,8 +5,8 @@
 
 The kernels are compiled ahead of time with the tile sizes of `tisdpo.kernels.configs` and the types and alignments that a head with a
 vocabulary of 32000, 128256, 151936 or 262208 gives them: the vocabulary is an argument, and all of these are multiples of 16, so they share
-the compiled code (`specialisation` says so). Exit code 1 where a kernel spills, needs more shared memory than the chip has, loads or stores
-rows less than 16 bytes at a time although it could, or is a product without the chip's matrix instructions and bulk loads.
+the compiled code. Exit code 1 where a kernel spills, needs more shared memory than the chip has, loads rows less than 16 bytes at a time
+although it could, or is a product without the chip's matrix instructions, bulk loads and wide stores.
 """
 
 import argparse
@@ -82,7 +82,8 @@ class Row:
 
 
 def variants() -> list[Variant]:
-    """The forms that the drivers launch: float32 logits of a product, 16-bit logits of a caller, with and without a reference and KL."""
+    """The forms that the drivers launch: float32 logits of a product, 16-bit logits of a caller, with and without a reference and KL; D in
+    their place, or where it waits. float16 differs from bfloat16 in no width and has one form of each."""
     none = dict(SOFTCAP=False, HAS_BIAS=False, HAS_REF_BIAS=False)
     everything = dict(SOFTCAP=True, HAS_BIAS=True, HAS_REF_BIAS=True)
     wide, bf16 = dict(z_ptr="*fp32", q_ptr="*fp32"), dict(z_ptr="*bf16", q_ptr="*bf16")
@@ -96,8 +97,13 @@ def variants() -> list[Variant]:
             ("reverse, bias, softcap", dict(HAS_REF=True, KL=1, **everything)),
         ):
             found.append(Variant(f"statistics {label} {name}", fold.statistics_kernel, "statistics", flags, types))
+    half, alone = dict(z_ptr="*fp16", q_ptr="*fp16"), dict(HAS_REF=False, KL=0, **none)
+    found.append(Variant("statistics fp16 one model", fold.statistics_kernel, "statistics", alone, half))
+    alone = dict(KL=0, HAS_G=False, NARROW_IN_PLACE=False, **none)
+    found.append(Variant("gradient fp16 one model", fold.gradient_kernel, "gradient", alone, half | dict(d_ptr="*fp16")))
     for label, types, narrow in (
         ("fp32>bf16 in place", wide | dict(d_ptr="*bf16"), True),
+        ("fp32>bf16 elsewhere", wide | dict(d_ptr="*bf16"), False),
         ("fp32", wide | dict(d_ptr="*fp32"), False),
         ("bf16", bf16 | dict(d_ptr="*bf16"), False),
     ):
@@ -146,11 +152,6 @@ def variants() -> list[Variant]:
     found.append(Variant("scale bf16", scale.scale_kernel, None, dict(BLOCK=scale.BLOCK), dict(x_ptr="*bf16")))
     found.append(Variant("scale, one number", scale.scale_kernel, None, dict(BLOCK=scale.BLOCK), {}, streams=False, ones=("numel",)))
     return found
-
-
-def specialisation(vocabulary: int) -> dict[str, bool]:
-    """What the compiler is told of a vocabulary: only whether rows start on 16 bytes."""
-    return {"divisible by 16": vocabulary % 16 == 0}
 
 
 _INTEGERS = {"target_ptr": "*i64", "cu_ptr": "*i64"}

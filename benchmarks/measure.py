@@ -16,6 +16,7 @@ import os
 import platform
 import re
 import resource
+import shlex
 import statistics
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,7 +34,6 @@ from benchmarks.registry import (
     OURS,
     PROVIDERS,
     SMOKE,
-    TASKS,
     Problem,
     Provider,
     Size,
@@ -54,6 +55,7 @@ MORE = 5  # times the rounds, at most, until then
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 OP_TESTS = ("tests/test_one_pass.py", "tests/test_token_stats.py", "tests/test_cpp.py")
+GPU_TESTS = ("tests/test_gpu.py", "tests/test_kernels.py", "tests/test_without_logits.py", "tests/test_padding_free.py")
 
 
 # Environment
@@ -72,6 +74,15 @@ def revision() -> str:
     return short if short == "unknown" else short + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
 
 
+def command_line() -> str:
+    """The command that this process runs, but for the place of its output."""
+    words = []
+    for word, before in zip(sys.argv[1:], sys.argv):
+        if word != "--output" and before != "--output" and not word.startswith("--output="):
+            words.append(word)
+    return shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *words])
+
+
 def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
@@ -85,6 +96,7 @@ def environment(device: str) -> dict:
 
     found = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": command_line(),
         "revision": revision(),
         "platform": platform.platform(), "versions": versions(), "backend": backend.resolve("auto", device),
     }  # fmt: skip
@@ -121,8 +133,9 @@ def release_kept_memory() -> None:
 
 
 def op_tests() -> str:
-    """ "" where the tests of the measured functions pass, else the end of their output."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *OP_TESTS]
+    """ "" where the tests of the measured functions pass, with a GPU those of its kernels as well, else the end of their output."""
+    tests = dict.fromkeys((*OP_TESTS, *(GPU_TESTS if torch.cuda.is_available() else ())))
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return "" if done.returncode == 0 else "\n".join(done.stdout.splitlines()[-30:])
 
@@ -269,9 +282,11 @@ def fresh_process(function, *arguments):
 def peak_memory(provider: str, size: Size, step: Step, dtype: torch.dtype, threads: int) -> int:
     """Bytes of one step on a CPU beyond inputs and gradients; to be called in a fresh process."""
     torch.set_num_threads(threads)
-    loss = next(p.loss for p in PROVIDERS if p.name == provider)
+    loss = next(p for p in PROVIDERS if p.name == provider)
     Problem(SMOKE, dtype).run(loss, step)  # loads code and starts threads
     problem, results = Problem(size, dtype), []
+    if step.op == "from logits":
+        problem.logits  # noqa: B018 (made when asked for)
     peak = growth(lambda: results.extend(problem.run(loss, step)))
     if peak <= 0:
         raise RuntimeError("the step did not raise the high-water mark, so its memory cannot be measured this way")
@@ -300,26 +315,21 @@ def compare(
             rows[provider.name] = {"skipped": why}
             continue
 
-        def job(loss=provider.loss):
-            problem.hidden.grad = problem.weight.grad = None
-            return problem.run(loss, step)
-
+        job = partial(problem.run, provider, step)
         row = rows[provider.name] = {"version": provider.version, "task": provider.task, "note": provider.note}
         try:
             results = job()  # compiles
             if check:
                 if provider.task not in truths:
-                    truth = problem.double().run(TASKS[provider.task], step)
+                    truth = problem.truth(provider.task, step)
                     truths[provider.task] = [None if x is None else x.to(torch.float32 if x.dim() else x.dtype) for x in truth]
-                parts = list(zip(("loss", "dHidden", "dWeight"), results, truths[provider.task]))
-                row["error"] = {part: relative_error(x, y) for part, x, y in parts if x is not None}
-                wrong = [f"{part} is off by {e:.1e}" for part, e in row["error"].items() if not e <= TOLERANCE[dtype]]
-                if wrong:
-                    row["failed"] = f"{', '.join(wrong)} (relative, allowed {TOLERANCE[dtype]:.0e}), so it was not timed"
+                row["error"] = errors(results, truths[provider.task], step)
+                if wrong := unexplained(row["error"], dtype):
+                    row["failed"] = wrong
                     continue
             del results
             if device == "cuda":
-                problem.hidden.grad = problem.weight.grad = None  # else the step would free them, and count that as its own
+                problem.forget()  # else the step would free its gradients, and count that as its own
                 row["extra_bytes"] = allocator_peak(job)
             elif memory:
                 arguments = (peak_memory, provider.name, size, step, dtype, torch.get_num_threads())
@@ -328,7 +338,7 @@ def compare(
         except Exception as error:  # a peer that fails here must not end the run
             row["failed"] = reason(error)
         finally:
-            problem.hidden.grad = problem.weight.grad = None
+            problem.forget()
             gc.collect()
     truths.clear()
     out = (torch.empty_like(problem.hidden), torch.empty_like(problem.weight))
@@ -343,9 +353,27 @@ def compare(
         rows[name] |= figures
     flop = 2 * size.tokens * size.hidden * size.vocabulary * step.products
     return {
-        "size": asdict(size), "step": step.name, "products": step.products, "dtype": str(dtype).removeprefix("torch."),
+        "size": asdict(size), "step": step.name, "op": step.op, "products": step.products, "dtype": str(dtype).removeprefix("torch."),
         "products_seconds": products["seconds"], "products_tflops": flop / products["seconds"] / 1e12, "rows": rows,
     }  # fmt: skip
+
+
+def floor(result: dict) -> str:
+    """What a result's times are divided by, in words."""
+    count = result["products"]
+    return "a copy of the logits" if count == 0 else f"{count} product{'s' if count > 1 else ''}"
+
+
+def errors(results, truth, step: Step) -> dict[str, float]:
+    """Relative errors of what `Problem.run` gave, by name."""
+    names = ("log-probs",) if step.op == "scores" else ("loss", "dLogits" if step.op == "from logits" else "dHidden", "dWeight")
+    return {name: relative_error(x, y) for name, x, y in zip(names, results, truth) if x is not None}
+
+
+def unexplained(found: dict[str, float], dtype: torch.dtype) -> str:
+    """What is wrong with errors that the dtype does not explain, or ""."""
+    wrong = [f"{name} is off by {e:.1e}" for name, e in found.items() if not e <= TOLERANCE[dtype]]
+    return f"{', '.join(wrong)} (relative, allowed {TOLERANCE[dtype]:.0e}), so it was not timed" if wrong else ""
 
 
 def table(steps: list[dict], goals: dict[tuple[str, str], float] | None = None) -> str:
@@ -356,8 +384,8 @@ def table(steps: list[dict], goals: dict[tuple[str, str], float] | None = None) 
         masked = f" masked={size['masked']:.0%}" if size["masked"] else ""
         lines.append(
             f"\n{result.get('head', '')} {result['dtype']}  N={size['tokens']} H={size['hidden']} V={size['vocabulary']}{masked}  "
-            f"{result['step']}: {result['products']} products {1e3 * result['products_seconds']:.2f} ms "
-            f"({result['products_tflops']:.3g} TFLOP/s)"
+            f"{result['step']}: {floor(result)} {1e3 * result['products_seconds']:.2f} ms"
+            + (f" ({result['products_tflops']:.3g} TFLOP/s)" if result["products"] else "")
         )
         goal = (goals or {}).get((result.get("head"), result["step"]))
         for name, row in sorted(result["rows"].items(), key=lambda item: item[1].get("seconds", 9e9)):
@@ -365,7 +393,7 @@ def table(steps: list[dict], goals: dict[tuple[str, str], float] | None = None) 
                 lines.append(f"  {name:<34}{row.get('skipped') or row.get('failed')}")
                 continue
             extra = f"{row['extra_bytes'] / MIB:9.0f} MiB" if row.get("extra_bytes") is not None else ""
-            error = f"  error {max(row['error'].values()):.1e}" if "error" in row else ""
+            error = f"  error {max(row['error'].values()):.1e}" if "error" in row else "  not compared"
             mark = "" if row["task"] == "TIS-DPO" else f"  computes {row['task']} only"
             if name == OURS and goal is not None:
                 mark += f"  goal <= {goal}: {'holds' if row['ratio'] <= goal else 'MISSED'}"

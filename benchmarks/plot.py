@@ -3,25 +3,29 @@
     python -m benchmarks.plot              # writes benchmarks/RESULTS.md, benchmarks/plots/*.svg and README's block of figures
     python -m benchmarks.plot --check      # says whether they are what the JSON files give (exit code 1 if not); writes nothing
 
-Of every kind of file and size the newest is taken (with `steps` in it). Nothing is typed by hand but the reasons for losing rows, and a
-row that is lost without a reason stands in the table as such.
+Of every kind of file and size the newest is taken (with `steps` in it). Typed by hand are the reasons for losing rows, and a row that is
+lost without a reason stands in the table as such; and what a file says of itself (`note`, `remarks`), which is printed with it. A run whose
+tests did not all pass has its times on the pages, and no ratios.
 """
 
 import argparse
+import hashlib
 import json
 import sys
 from dataclasses import asdict
 
-from benchmarks.measure import MIB, RESULTS, ROOT
-from benchmarks.registry import OURS, Size
+from benchmarks.measure import MIB, RESULTS, ROOT, floor
+from benchmarks.registry import OUR_OPS, OURS, Size
 
 PAGE, README, PLOTS = ROOT / "benchmarks/RESULTS.md", ROOT / "README.md", ROOT / "benchmarks/plots"
 DTYPES = ("float32", "bfloat16", "float16")
 MARKS = ("<!-- figures: begin (python -m benchmarks.plot) -->", "<!-- figures: end -->")
-COLORS = {OURS: "#c2410c", "tisdpo two passes": "#f59e0b", "plain torch": "#334155", "TRL chunked": "#0e7490"}
+COLORS = {OURS: "#c2410c", OUR_OPS: "#c2410c", "tisdpo two passes": "#f59e0b", "plain torch": "#334155", "TRL chunked": "#0e7490"}
 
 # Why a provider is faster than one pass somewhere: (how its name begins, what must hold of the size, the reason)
 WHOLE = ("plain torch", "torch.compile")
+KEEPS = "it keeps all logits for the backward, so the head is multiplied three times; here none are kept, and it is multiplied four times"
+OP_REASONS = {"log-probs": KEEPS}
 REASONS = [
     (WHOLE, lambda size: size["tokens"] * size["vocabulary"] > 1 << 23,
      "it holds all logits at once, so each product is one call, and of 16 bits it rounds logits and sums; in chunks the head is packed "
@@ -57,7 +61,7 @@ def newest_of_each_size() -> list[dict]:
         if report.get("steps"):
             key = report["dtype"], tuple(report["steps"][0]["size"].values())
             before = found.get(key, {})
-            for part in ("roofline", "scaling"):
+            for part in ("ops", "roofline", "scaling"):
                 if len(report.get(part, ())) < len(before.get(part, ())):
                     report[part], report["parts_of"][part] = before[part], before["parts_of"].get(part, machine(before))
             found[key] = report
@@ -72,19 +76,26 @@ def plotted(report: dict) -> bool:
 # Tables
 
 
+def ours_of(result: dict) -> str:
+    """Our row of a table."""
+    return OUR_OPS if result.get("op") else OURS
+
+
 def lost(result: dict) -> list[tuple[str, float]]:
-    """Providers of the same task that were faster than one pass in the median, with the factor."""
-    ours = result["rows"].get(OURS, {})
-    return [
-        (name, ours["seconds"] / row["seconds"])
-        for name, row in result["rows"].items()
-        if not name.startswith("tisdpo") and row.get("task") == "TIS-DPO" and row.get("seconds", 9e9) < ours.get("seconds", 0)
-    ]
+    """Providers of the same task that were faster, by the medians of the times or by those of the ratios, with the larger factor."""
+    ours, found = result["rows"].get(ours_of(result), {}), []
+    for name, row in result["rows"].items():
+        factors = [ours[by] / row[by] for by in ("seconds", "ratio") if by in ours and by in row]
+        if not name.startswith("tisdpo") and row.get("task") == "TIS-DPO" and max(factors, default=0) > 1:
+            found.append((name, max(factors)))
+    return found
 
 
-def why(name: str, size: dict) -> str:
+def why(name: str, result: dict) -> str:
     """The reason for a losing row, or a sentence that there is none yet."""
-    return next((text for who, holds, text in REASONS if name.startswith(who) and holds(size)), "not explained yet")
+    if result.get("op"):
+        return OP_REASONS.get(result["op"], "not explained yet")
+    return next((text for who, holds, text in REASONS if name.startswith(who) and holds(result["size"])), "not explained yet")
 
 
 def ms(seconds: float) -> str:
@@ -101,13 +112,15 @@ def size_text(size: dict) -> str:
     return f"N = {size['tokens']:,} in {size['pairs']} pairs, H = {size['hidden']:,}, V = {size['vocabulary']:,}{masked}"
 
 
-def step_table(result: dict) -> list[str]:
-    """One kind of step, fastest first; who takes no part stands below with the reason."""
+def step_table(result: dict, red: bool = False) -> list[str]:
+    """One kind of step, fastest first; who takes no part stands below with the reason. red: not all tests passed, so no ratios."""
+    products = f", {speed(1e12 * result['products_tflops'])}" if result["products"] else ""
+    unit = "products" if result["products"] else "copy"
     lines = [
-        f"**{result['step']}** ({result['dtype']}, {size_text(result['size'])}): {result['products']} products, "
-        f"{ms(result['products_seconds'])} ms, {speed(1e12 * result['products_tflops'])}",
+        f"**{result['step']}** ({result['dtype']}, {size_text(result['size'])}): {floor(result)}, "
+        f"{ms(result['products_seconds'])} ms{products}",
         "",
-        "| | ms (p20 to p80) | x products | MiB beyond gradients | largest relative error |",
+        f"| | ms (p20 to p80) | x {unit} | MiB beyond gradients | largest relative error |",
         "| --- | --- | --- | --- | --- |",
     ]
     absent = []
@@ -117,10 +130,11 @@ def step_table(result: dict) -> list[str]:
             continue
         note = "" if row["task"] == "TIS-DPO" else f" (computes {row['task']} only)"
         memory = f"{row['extra_bytes'] / MIB:.0f}" if row.get("extra_bytes") is not None else ""
-        error = f"{max(row['error'].values()):.0e}" if "error" in row else ""
-        bold = "**" if name == OURS else ""
+        error = f"{max(row['error'].values()):.0e}" if "error" in row else "not compared"
+        bold = "**" if name == ours_of(result) else ""
         spread = f"{ms(row['seconds'])} ({ms(row['p20'])} to {ms(row['p80'])})"
-        lines.append(f"| {bold}{name}{bold}{note} | {spread} | {bold}{row['ratio']:.2f}{bold} | {memory} | {error} |")
+        ratio = "" if red else f"{bold}{row['ratio']:.2f}{bold}"
+        lines.append(f"| {bold}{name}{bold}{note} | {spread} | {ratio} | {memory} | {error} |")
     return [*lines, "", *(["No part: " + "; ".join(absent) + ".", ""] if absent else [])]
 
 
@@ -129,16 +143,23 @@ def losing_rows(reports: list[dict]) -> list[str]:
     found: dict[tuple[str, str], list[str]] = {}
     for report in reports:
         curves = [(point, f"curve of {name}") for name, c in report.get("scaling", {}).items() for point in c["points"]]
-        for result, where in [(r, r["step"]) for r in report.get("steps", [])] + curves:
+        for result, where in [(r, r["step"]) for r in report.get("steps", []) + report.get("ops", [])] + curves:
             for name, factor in lost(result):
-                reason = ON_GPU if "sms" in report.get("device", {}) and name.startswith(WHOLE) else why(name, result["size"])
-                close = ", ranges overlap" if result["rows"][name]["p80"] > result["rows"][OURS]["p20"] else ""
-                row = f"  - {result['dtype']}, {where}, {size_text(result['size'])}: {factor:.2f} times as fast{close}"
+                reason = ON_GPU if "sms" in report.get("device", {}) and name.startswith(WHOLE) else why(name, result)
+                close = ", ranges overlap" if result["rows"][name]["p80"] > result["rows"][ours_of(result)]["p20"] else ""
+                much = "not all GPU tests passed, see there" if red(report) else f"{factor:.2f} times as fast{close}"
+                row = f"  - {result['dtype']}, {where}, {size_text(result['size'])}: {much}"
                 found.setdefault((name, reason), []).append(row)
     return [line for (name, reason), rows in found.items() for line in (f"- **{name}**: {reason}.", *rows)] or ["None."]
 
 
+def red(report: dict) -> bool:
+    """Whether tests of the measured functions did not all pass: on a GPU; on a CPU nothing is measured then."""
+    return "sms" in report.get("device", {}) and not report.get("tests", {}).get("passed")
+
+
 def machine(report: dict) -> str:
+    """What a file was measured on, and how."""
     device = report["device"]
     what = f"{device.get('sms')} SMs, driver {report.get('driver', '?')}"
     if "cores" in device:
@@ -146,7 +167,8 @@ def machine(report: dict) -> str:
         what += ", freed memory kept" if report.get("keeps_freed_memory") else ""
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     file = f"[{report['file']}](results/{report['file']})"
-    return f"{file}: {device['name']}, {what}; {versions}; revision {report['revision']}, {report['date'][:10]}."
+    told = "".join(f" {text}" for text in (f"`{report['command']}`." if "command" in report else "", report.get("note", "")) if text)
+    return f"{file}: {device['name']}, {what}; {versions}; revision {report['revision']}, {report['date'][:10]}.{told}"
 
 
 def scaling_table(scaling: dict) -> list[str]:
@@ -220,6 +242,11 @@ def page(cpu: list[dict], end_to_end: dict | None, gpu: dict | None, later: dict
             lines += [f"![time, memory and error of every kind of step](plots/{name})", ""]
         for result in report["steps"]:
             lines += step_table(result)
+        if report.get("ops"):
+            lines += [f"### Log-probs alone, {report['dtype']}", ""]
+            lines += [report["parts_of"]["ops"], ""] if "ops" in report["parts_of"] else []
+            for result in report["ops"]:
+                lines += step_table(result)
         if "roofline" in report:
             lines += [f"### Ceilings, {report['dtype']}", "", f"![roofline](plots/roofline-{report['dtype']}.svg)", ""]
             lines += [report["parts_of"]["roofline"], ""] if "roofline" in report["parts_of"] else []
@@ -258,7 +285,7 @@ def gpu_steps(report: dict) -> list[str]:
     for head in dict.fromkeys(result["head"] for result in report["steps"]):
         lines += [f"### The head of {head}", ""]
         for result in report["steps"]:
-            lines += step_table(result) if result["head"] == head else []
+            lines += step_table(result, red(report)) if result["head"] == head else []
     return lines
 
 
@@ -275,7 +302,7 @@ def gpu_figures(report: dict, later: dict | None) -> list[str]:
     again = {(r["head"], tuple(r["size"].values()), r["step"]): r for r in (later or {"steps": []})["steps"]}
     found = [again.get((r["head"], tuple(r["size"].values()), r["step"])) for r in steps]
     if any(found):
-        cells = ["" if r is None else f"{_gpu_cell(r['rows'][OURS])}, {r['rows'][OURS]['ratio']:.2f} x" for r in found]
+        cells = ["" if r is None else _gpu_cell(r["rows"][OURS], ratio=not red(later)) for r in found]
         place = f"[revision {later['revision']}](benchmarks/results/{later['file']})"
         lines.append(_gpu_row(f"**tisdpo one pass**, {place}", cells, "**"))
     whole = ("tisdpo one pass, one chunk", "torch.compile", "torch.compile, float32 logits", "plain torch", "plain torch, float32 logits")
@@ -285,20 +312,19 @@ def gpu_figures(report: dict, later: dict | None) -> list[str]:
         lines.append(_gpu_row(f"{bold}{name}{bold}", cells, bold))
     if any(found):
         products = ", ".join("-" if r is None else ms(r["products_seconds"]) for r in found)
-        note = f"Revision {later['revision']} was timed in a later run, in which the products alone took {products} ms; x is the median of "
-        lines += ["", note + "the quotients. Its remarks: benchmarks/RESULTS.md."]
+        note = f"Revision {later['revision']} was timed in a later run, in which the products alone took {products} ms"
+        x = "" if red(later) else "; x is the median of the quotients"
+        lines += ["", f"{note}{x}. Its remarks: benchmarks/RESULTS.md."]
     for r in filter(None, (report, later)):
-        tests = r.get("tests", {"passed": False, "summary": "they were not run"})
-        if not tests["passed"]:
-            lines += [
-                "",
-                f"At revision {r['revision']} not every GPU test was seen to pass ({tests['summary']}); why: benchmarks/RESULTS.md.",
-            ]
+        if red(r):
+            tests = r.get("tests", {"summary": "they were not run"})["summary"]
+            told = f"At revision {r['revision']} not every GPU test was seen to pass ({tests}), so there is no ratio; "
+            lines += ["", told + "why: benchmarks/RESULTS.md."]
     return ["", *lines]
 
 
-def _gpu_cell(row: dict) -> str:
-    return f"{ms(row['seconds'])} ms, {row['extra_bytes'] / MIB:,.0f} MiB"
+def _gpu_cell(row: dict, ratio: bool = False) -> str:
+    return f"{ms(row['seconds'])} ms, {row['extra_bytes'] / MIB:,.0f} MiB" + (f", {row['ratio']:.2f} x" if ratio else "")
 
 
 def _gpu_row(name: str, cells: list[str], bold: str) -> str:
@@ -373,12 +399,24 @@ def _axes(columns: int, height: float, rows: int = 1):
     return figure, axes.ravel()
 
 
-def _write(figure, name: str) -> None:
+def digest(data) -> str:
+    """What a picture says of the figures that it was made of."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _write(figure, name: str, data) -> None:
     import matplotlib.pyplot as plt
 
     PLOTS.mkdir(exist_ok=True)
-    figure.savefig(PLOTS / name, metadata={"Date": None})
+    figure.savefig(PLOTS / name, metadata={"Date": None, "Description": f"figures {digest(data)}"})
     plt.close(figure)
+
+
+def stale_plots(reports: list[dict]) -> list[str]:
+    """Pictures that are not there, or were made of other figures."""
+    names = {f"{part}-{r['dtype']}.svg": (r[part], r["steps"]) for r in reports for part in PLOTTED if r.get(part)}
+    made = {name: (PLOTS / name).read_text() if (PLOTS / name).exists() else "" for name in names}
+    return [name for name, data in names.items() if f"figures {digest(data)}" not in made[name]]
 
 
 def plot_steps(report: dict) -> None:
@@ -402,7 +440,7 @@ def plot_steps(report: dict) -> None:
             if line is not None:
                 ax.axvline(line, color="#64748b", lw=0.8, ls="--")
                 ax.set_title(f"{result['step']}: {result['products']} products", loc="left", fontsize=9)
-    _write(figure, f"steps-{report['dtype']}.svg")
+    _write(figure, f"steps-{report['dtype']}.svg", (report["steps"], report["steps"]))
 
 
 def plot_scaling(report: dict) -> None:
@@ -423,7 +461,7 @@ def plot_scaling(report: dict) -> None:
         ax.set_xlabel({"tokens": "tokens N", "vocabulary": "vocabulary V", "masked": "share of unmasked tokens"}[name])
         ax.set_ylabel("ms a step")
     axes[0].legend(frameon=False)
-    _write(figure, f"scaling-{report['dtype']}.svg")
+    _write(figure, f"scaling-{report['dtype']}.svg", (report["scaling"], report["steps"]))
 
 
 def plot_roofline(report: dict) -> None:
@@ -447,7 +485,10 @@ def plot_roofline(report: dict) -> None:
             ax.plot(operations / moved, operations / ours["seconds"] / 1e9, "o", ms=5, color=COLORS[OURS])
     ax.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="GFLOP/s")
     ax.set_title("line: measured ceilings; circles: one pass; squares: folds alone", loc="left", fontsize=8)
-    _write(figure, f"roofline-{report['dtype']}.svg")
+    _write(figure, f"roofline-{report['dtype']}.svg", (report["roofline"], report["steps"]))
+
+
+PLOTTED = {"steps": plot_steps, "scaling": plot_scaling, "roofline": plot_roofline}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -467,12 +508,13 @@ def main(argv: list[str] | None = None) -> int:
     readme = with_figures(README.read_text(), figures([report for report in cpu if plotted(report)], end_to_end, gpu, later))
     if args.check:
         stale = [path.name for path, new in ((PAGE, text), (README, readme)) if not path.exists() or path.read_text() != new]
+        stale += stale_plots([report for report in cpu if plotted(report)])
         print(f"not what the JSON files give: {', '.join(stale)}; run python -m benchmarks.plot" if stale else "up to date")
         return int(bool(stale))
     PAGE.write_text(text)
     README.write_text(readme)
     for report in filter(plotted, cpu):
-        for part, plot in (("steps", plot_steps), ("scaling", plot_scaling), ("roofline", plot_roofline)):
+        for part, plot in PLOTTED.items():
             if report.get(part):
                 plot(report)
     print(f"{PAGE}, {PLOTS}, {README}")

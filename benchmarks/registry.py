@@ -2,15 +2,17 @@
 
 Sizes: P pairs, N completion tokens, H hidden, V vocabulary. A step is forward and backward of a loss from hidden states; the task of
 most providers is TIS-DPO's loss with arbitrary token weights. A provider that computes less has another `task`, and its own truth.
+Other steps are the parts that other trainers import: log-probs of the targets (`OPS`).
 """
 
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterator
+from dataclasses import KW_ONLY, dataclass
+from functools import cached_property, partial
 from importlib import metadata
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +43,7 @@ HEADS = {"Llama-3-8B": (4096, 128256), "Qwen2.5-3B": (2048, 151936), "Gemma-3-4B
 
 @dataclass(frozen=True)
 class Step:
-    """What is computed.
+    """What is computed: a loss step, or what `op` says in its place, a key of `OPS`.
 
     kl: None, "reverse" or "forward", the sequence KL; online: the reference's log-probs come from its hidden states (a KL term needs
     them anyway) instead of being at hand; frozen: the head gets no gradient.
@@ -50,6 +52,7 @@ class Step:
     kl: str | None = None
     frozen: bool = False
     online: bool = False
+    op: str | None = None
 
     @property
     def reference_products(self) -> int:
@@ -58,16 +61,31 @@ class Step:
     @property
     def products(self) -> int:
         """Head-sized products that one pass needs: logits, dHidden; dWeight of a trainable head; logits of the reference."""
+        if self.op in ("scores", "from logits"):
+            return int(self.op == "scores")
         return 2 + (not self.frozen) + self.reference_products
 
     @property
     def name(self) -> str:
+        if self.op is not None:
+            return OPS[self.op]
         names = {None: "online reference" if self.online else "no KL", "reverse": "KL, online reference"}
         return names.get(self.kl, f"{self.kl} KL, online reference") + (", frozen head" if self.frozen else "")
 
 
+# Log-probs of the targets, one a token
+OPS = {
+    "scores": "log-probs of hidden states, no gradients",
+    "log-probs": "log-probs of hidden states, any gradient a token",
+    "from logits": "log-probs of logits, any gradient a token",
+}
+
 MODES = [Step(), Step(frozen=True), Step(kl="reverse"), Step(kl="reverse", frozen=True)]
-ALL_MODES = [*MODES, Step(kl="forward"), Step(online=True)]
+ALL_MODES = [*MODES, Step(kl="forward"), Step(online=True), Step(kl="forward", frozen=True), Step(online=True, frozen=True)]
+OP_STEPS = [Step(op=op) for op in OPS]
+
+
+OF_TOKENS = ("hidden", "ref_hidden", "target", "token_weights", "ref_logps", "logits")  # what a problem has of every token
 
 
 class Problem:
@@ -94,6 +112,12 @@ class Problem:
         if dtype == torch.float64:
             self.token_weights, self.ref_logps = self.token_weights.double(), self.ref_logps.double()
 
+    @cached_property
+    def logits(self) -> Tensor:
+        """hidden @ weight.T [N, V]: the input of log-probs from logits, made when asked for."""
+        with torch.no_grad():
+            return self.hidden @ self.weight.T
+
     def double(self) -> "Problem":
         """The same inputs in float64."""
         other = object.__new__(Problem)
@@ -102,19 +126,57 @@ class Problem:
         }
         return other
 
-    def run(self, loss: Callable[["Problem", Step], Tensor], step: Step) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Forward and backward: (loss, dHidden, dWeight or None)."""
-        self.hidden.grad = self.weight.grad = None
-        self.hidden.requires_grad_(True)
-        self.weight.requires_grad_(not step.frozen)
+    def pair_by_pair(self) -> Iterator["Problem"]:
+        """A problem of every pair, on the same head."""
+        bounds = self.cu_seqlens_on_cpu.tolist()[::2]
+        for i, (a, b) in enumerate(pairwise(bounds)):
+            pair = object.__new__(Problem)
+            pair.__dict__ = {name: x[a:b] if name in OF_TOKENS else x for name, x in vars(self).items()}
+            pair.cu_seqlens = self.cu_seqlens[2 * i : 2 * i + 3] - a
+            yield pair
+
+    def truth(self, task: str, step: Step) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What `run` gives for a task, computed by plain torch in float64, pair by pair: all logits would take gigabytes."""
+        values, gradients, weight = [], [], 0.0
+        for pair in self.double().pair_by_pair():
+            tokens = len(pair.target)
+            share = tokens / self.size.tokens if task == "mean cross-entropy" else 1 / self.size.pairs if step.op is None else 1.0
+            value, gradient, d_weight = pair.run(TASKS[task], step)
+            values.append(share * value)
+            gradients.append(None if gradient is None else share * gradient)
+            weight = None if d_weight is None else d_weight.mul_(share).add_(weight)
+        total = torch.cat(values) if values[0].dim() else torch.stack(values).sum()
+        return total, None if gradients[0] is None else torch.cat(gradients), weight
+
+    def forget(self) -> None:
+        """Free the gradients of the last run."""
+        for name in ("hidden", "weight", "logits"):
+            if name in vars(self):
+                vars(self)[name].grad = None
+
+    def run(self, loss: Callable[["Problem", Step], Tensor], step: Step) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Forward and backward: (loss, dHidden or dLogits, dWeight or None); of scores the log-probs alone."""
+        self.forget()
+        if step.op == "scores":
+            with torch.no_grad():
+                return loss(self, step), None, None
+        x = self.logits if step.op == "from logits" else self.hidden
+        x.requires_grad_(True)
+        self.weight.requires_grad_(not (step.frozen or step.op == "from logits"))
         total = loss(self, step)
         total.backward()
-        return total.detach(), self.hidden.grad, self.weight.grad
+        return total.detach(), x.grad, self.weight.grad
 
     @torch.no_grad()
     def products(self, step: Step, z: Tensor, out: tuple[Tensor, Tensor]) -> None:
-        """The head-sized products of the step and nothing else; z [N, V] and the gradients' memory are there already."""
+        """The head-sized products of the step and nothing else, from logits a copy of these; z [N, V] and the gradients' memory are there
+        already."""
+        if step.op == "from logits":
+            z.copy_(self.logits)
+            return
         torch.mm(self.hidden, self.weight.T, out=z)
+        if step.op == "scores":
+            return
         if step.reference_products:
             torch.mm(self.ref_hidden, self.ref_weight.T, out=z)
         torch.mm(z, self.weight, out=out[0])
@@ -168,6 +230,10 @@ def plain(p: Problem, step: Step, upcast: bool = False, weighted: bool = True) -
     return _loss(p, step, _at_target(logp, p), ref_logps, divergence, weighted)
 
 
+def plain_logps(logits: Tensor, target: Tensor, upcast: bool = False) -> Tensor:
+    return (logits.float() if upcast else logits).log_softmax(-1).gather(-1, target[:, None])[:, 0]
+
+
 def _at_target(logp: Tensor, p: Problem) -> Tensor:
     if not p.size.masked:
         return logp.gather(-1, p.target[:, None])[:, 0]
@@ -214,15 +280,31 @@ def _compiled_body(hidden, weight, ref_hidden, ref_weight, target, token_weights
     return plain(p, step, upcast)
 
 
+def compiled_logps(logits: Tensor, target: Tensor, upcast: bool) -> Tensor:
+    key = ("logps", upcast)
+    if key not in _compiled:
+        _compiled[key] = torch.compile(partial(plain_logps, upcast=upcast), dynamic=False)
+    return _compiled[key](logits, target)
+
+
 def _torch_linear_cross_entropy(hidden, weight, target, options=None):
     options = torch.nn.LinearCrossEntropyOptions(**(options or {}))
     return -F.linear_cross_entropy(hidden, weight, target, reduction="none", options=options)
+
+
+_one_chunk = partial(_torch_linear_cross_entropy, options={"chunking_method": None})
 
 
 def _trl_logps(hidden, weight, target):
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
     return ChunkedLogProbFunction.apply(hidden, weight, None, target, 1.0, 32768, None, 1.0, ())[0]
+
+
+def _trl_logps_of_logits(logits, target):
+    from trl.trainer.utils import selective_log_softmax
+
+    return selective_log_softmax(logits, target)
 
 
 def _trl_divergence(p: Problem, step: Step) -> Tensor:
@@ -265,20 +347,20 @@ def _cross_entropy(p: Problem, step: Step) -> Tensor:
     return F.cross_entropy(p.hidden @ p.weight.T, p.target)
 
 
-# What a provider computes, and how plain torch computes the same in float64
-TASKS = {"TIS-DPO": plain, "DPO": partial(plain, weighted=False), "mean cross-entropy": _cross_entropy}
-
-
 @dataclass(frozen=True)
 class Provider:
     """Somebody who computes the step.
 
-    package: what must be importable; devices: where it runs; task: a key of `TASKS`; modes: the steps it can compute (None: all);
-    masked: whether it takes ignored positions; note: what a reader should know.
+    loss: of (problem, step); logps: log-probs [N] of (hidden, weight, target), and of_logits those of (logits, target), for the steps of
+    `OPS`; package: what must be importable; devices: where it runs; task: a key of `TASKS`; modes: the loss steps it can compute (None:
+    all); masked: whether it takes ignored positions; note: what a reader should know.
     """
 
     name: str
-    loss: Callable[[Problem, Step], Tensor]
+    loss: Callable[[Problem, Step], Tensor] | None = None
+    logps: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    of_logits: Callable[[Tensor, Tensor], Tensor] | None = None
+    _: KW_ONLY
     package: str = "torch"
     devices: tuple[str, ...] = ("cpu", "cuda", "xpu")
     task: str = "TIS-DPO"
@@ -286,6 +368,19 @@ class Provider:
     modes: tuple[Step, ...] | None = None
     masked: bool = False
     note: str = ""
+
+    def __call__(self, p: Problem, step: Step) -> Tensor:
+        """Its loss [], or with an `op` the sum of its log-probs times a number a token; of scores the log-probs [N]."""
+        compute = self._of(step)
+        if step.op is None:
+            return compute(p, step)
+        logps = compute(p.logits, p.target) if step.op == "from logits" else compute(p.hidden, p.weight, p.target)
+        return logps if step.op == "scores" else (logps * p.token_weights).sum()
+
+    def _of(self, step: Step) -> Callable | None:
+        if step.op is None:
+            return self.loss
+        return self.of_logits if step.op == "from logits" else self.logps
 
     def missing(self, device: str, step: Step | None = None, size: Size | None = None) -> str:
         """Why it does not take part, or ""."""
@@ -295,11 +390,13 @@ class Provider:
             return f"does not run on {device}"
         if self.name.startswith("F.linear_cross_entropy") and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
             return f"torch {torch.__version__} does not have it"
+        if step is not None and self._of(step) is None:
+            return "has no such function"
         if step is not None and step.kl is not None and not self.kl:
             return "has no KL"
-        if step is not None and self.modes is not None and step not in self.modes:
+        if step is not None and step.op is None and self.modes is not None and step not in self.modes:
             return "computes " + " or ".join(mode.name for mode in self.modes) + " only"
-        if size is not None and size.masked and not self.masked:
+        if size is not None and size.masked and not (self.masked and step is not None and step.op is None):
             return "not measured with masked tokens"
         return ""
 
@@ -311,29 +408,77 @@ class Provider:
         return f"{names[0]} {metadata.version(names[0])}"
 
 
+def _ours(hidden, weight, target):
+    return tisdpo.linear_token_logps(hidden, weight, target, ignore_index=None).logps
+
+
+def _ours_of_logits(logits, target):
+    return tisdpo.token_logps(logits, target, ignore_index=None).logps
+
+
+def _with_logits(of_logits: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Callable]:
+    """Log-probs of hidden states by those of all their logits."""
+    return {"logps": lambda hidden, weight, target: of_logits(hidden @ weight.T, target), "of_logits": of_logits}
+
+
+def _torch_cross_entropy(logits, target):
+    return -F.cross_entropy(logits, target, reduction="none")
+
+
+def _liger_logps_of_logits(logits, target):
+    from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
+
+    # its gradient is written over its input, in the forward: a copy, for these logits serve everybody
+    return -LigerCrossEntropyFunction.apply(logits.clone(), target, None, IGNORED, 0.0, 0.0, "none", None, False)[0]
+
+
 GPU = ("cuda",)
-OURS = "tisdpo one pass"
+OURS, OUR_OPS = "tisdpo one pass", "tisdpo log-probs"
+PLAIN = Provider("plain torch", plain, masked=True, note="log-softmax in the dtype of the model", **_with_logits(plain_logps))
 PROVIDERS = [
-    Provider(OURS, fused, "tisdpo", masked=True),
-    Provider("tisdpo one pass, one chunk", fused_in_one_chunk, "tisdpo", masked=True, note="TISDPO_CHUNK_MIB without limit"),
-    Provider("tisdpo two passes", partial(fused, plan="two_pass"), "tisdpo", masked=True),
-    Provider("tisdpo one pass, torch folds", partial(fused, backend="torch"), "tisdpo", masked=True),
-    Provider("plain torch", plain, masked=True, note="log-softmax in the dtype of the model"),
-    Provider("plain torch, float32 logits", partial(plain, upcast=True), masked=True),
-    Provider("torch.compile", partial(compiled, upcast=False)),
-    Provider("torch.compile, float32 logits", partial(compiled, upcast=True)),
-    Provider("F.linear_cross_entropy", partial(per_token, logps=_torch_linear_cross_entropy), kl=False, note="the release's own chunks"),
+    Provider(OURS, fused, package="tisdpo", masked=True),
+    Provider("tisdpo one pass, one chunk", fused_in_one_chunk, package="tisdpo", masked=True, note="TISDPO_CHUNK_MIB without limit"),
+    Provider("tisdpo two passes", partial(fused, plan="two_pass"), package="tisdpo", masked=True),
+    Provider("tisdpo one pass, torch folds", partial(fused, backend="torch"), package="tisdpo", masked=True),
+    Provider(OUR_OPS, logps=_ours, of_logits=_ours_of_logits, package="tisdpo"),
+    PLAIN,
     Provider(
-        "F.linear_cross_entropy, one chunk",
-        partial(per_token, logps=partial(_torch_linear_cross_entropy, options={"chunking_method": None})),
-        kl=False,
+        "plain torch, float32 logits", partial(plain, upcast=True), masked=True, **_with_logits(partial(plain_logps, upcast=True))
     ),
-    Provider("TRL chunked", partial(per_token, logps=_trl_logps, divergence=_trl_divergence), "trl", note="log-probs and KL composed"),
-    Provider("Liger scaled CE", partial(per_token, logps=_liger_logps), "liger_kernel", GPU, kl=False),
-    Provider("Liger DPO", _liger_dpo, "liger_kernel", task="DPO", modes=(Step(online=True),), note="no token weights, padded batch"),
-    Provider("Cut Cross-Entropy, exact", partial(per_token, logps=_cce_logps), "cut_cross_entropy", GPU, kl=False),
-    Provider("quack", _quack, "quack", GPU, "mean cross-entropy", modes=(Step(),), note="one scalar: no token weights, no pairs"),
-]
+    Provider("torch.compile", partial(compiled, upcast=False), **_with_logits(partial(compiled_logps, upcast=False))),
+    Provider("torch.compile, float32 logits", partial(compiled, upcast=True), **_with_logits(partial(compiled_logps, upcast=True))),
+    Provider("F.cross_entropy", **_with_logits(_torch_cross_entropy)),
+    Provider(
+        "F.linear_cross_entropy", partial(per_token, logps=_torch_linear_cross_entropy), _torch_linear_cross_entropy, kl=False,
+        note="the release's own chunks",
+    ),
+    Provider("F.linear_cross_entropy, one chunk", partial(per_token, logps=_one_chunk), _one_chunk, kl=False),
+    Provider(
+        "TRL chunked", partial(per_token, logps=_trl_logps, divergence=_trl_divergence), _trl_logps, package="trl",
+        note="log-probs and KL composed",
+    ),
+    Provider("TRL selective_log_softmax", package="trl", **_with_logits(_trl_logps_of_logits)),
+    Provider("Liger scaled CE", partial(per_token, logps=_liger_logps), _liger_logps, package="liger_kernel", devices=GPU, kl=False),
+    Provider("Liger CE", of_logits=_liger_logps_of_logits, package="liger_kernel", devices=GPU, note="on a copy: it overwrites its input"),
+    Provider(
+        "Liger DPO", _liger_dpo, package="liger_kernel", task="DPO", modes=(Step(online=True), Step(online=True, frozen=True)),
+        note="no token weights, padded batch",
+    ),
+    Provider(
+        "Cut Cross-Entropy, exact", partial(per_token, logps=_cce_logps), _cce_logps, package="cut_cross_entropy", devices=GPU, kl=False
+    ),
+    Provider(
+        "quack", _quack, package="quack", devices=GPU, task="mean cross-entropy", modes=(Step(),),
+        note="one scalar: no token weights, no pairs",
+    ),
+]  # fmt: skip
+
+# What a provider computes, and how plain torch computes the same
+TASKS = {
+    "TIS-DPO": PLAIN,
+    "DPO": Provider("DPO", partial(plain, weighted=False)),
+    "mean cross-entropy": Provider("mean cross-entropy", _cross_entropy),
+}
 
 
 def relative_error(x: Tensor, truth: Tensor) -> float:

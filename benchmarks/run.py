@@ -3,13 +3,15 @@
     python -m benchmarks.run                                  # all parts on this machine's device; JSON into benchmarks/results/
     python -m benchmarks.run steps --dtype bfloat16 --hidden 896 --vocabulary 151936
     python -m benchmarks.run steps --modes 0 2 --providers tisdpo TRL --rounds 3    # only those with such a name, or such a word in it
+    python -m benchmarks.run ops                              # log-probs alone, for other trainers
     python -m benchmarks.run --list                           # who takes part here, and why somebody doesn't
     python -m benchmarks.run --smoke                          # tiny sizes, to see that it works
 
-Parts: `steps`, every kind of step at one head; `scaling`, time against tokens, vocabulary and the share of ignored positions;
-`roofline`, the machine's ceilings and the folds. `python -m benchmarks.end_to_end` measures whole training steps, `python -m
-benchmarks.plot` makes RESULTS.md of all of it. The tests of the measured functions run first, and nothing is timed on red; a provider
-that differs from float64 by more than its dtype explains stands in the table with its error and without a time.
+Parts: `steps`, every kind of loss step at one head; `ops`, log-probs alone, of hidden states and of logits; `scaling`, time against
+tokens, vocabulary and the share of ignored positions; `roofline`, the machine's ceilings and the folds. `python -m
+benchmarks.end_to_end` measures whole training steps, `python -m benchmarks.plot` makes RESULTS.md of all of it. The tests of the measured
+functions run first, and nothing is timed on red; a provider that differs from float64 by more than its dtype explains stands in the table
+with its error and without a time.
 """
 
 import argparse
@@ -28,16 +30,18 @@ from benchmarks.measure import (
     compare,
     default_path,
     environment,
+    errors,
     fresh_process,
     interleaved,
     op_tests,
     peak_memory,
     save,
     table,
+    unexplained,
 )
-from benchmarks.registry import ALL_MODES, MODES, OURS, PROVIDERS, SMOKE, Problem, Provider, Size, Step
+from benchmarks.registry import ALL_MODES, MODES, OP_STEPS, OURS, PROVIDERS, SMOKE, Problem, Provider, Size, Step
 
-PARTS = ("steps", "scaling", "roofline")
+PARTS = ("steps", "ops", "scaling", "roofline")
 
 # Time over the products: (step): limit on a CPU, docs/design.md G6
 GOALS = {
@@ -84,11 +88,11 @@ def measure_masked(size: Size, shares: tuple[float, ...], providers: list[Provid
     sizes = [replace(size, masked=share) for share in shares]
     problems = [Problem(s, dtype, device) for s in sizes]
     skipped = {p.name: p.missing(device, Step(), sizes[-1]) for p in providers}
-    jobs = {
-        (i, p.name): partial(problem.run, p.loss, Step()) for i, problem in enumerate(problems) for p in providers if not skipped[p.name]
-    }
-    for job in jobs.values():
-        job()
+    jobs = {(i, p.name): partial(problem.run, p, Step()) for i, problem in enumerate(problems) for p in providers if not skipped[p.name]}
+    for (i, name), job in jobs.items():
+        found = errors(job(), problems[i].truth("TIS-DPO", Step()), Step())
+        if wrong := unexplained(found, dtype):
+            raise RuntimeError(f"{name}, {shares[i]:.0%} masked: {wrong}")
     times = interleaved(jobs, max(rounds, 9) if rounds > 2 else rounds, device)
     return [
         {"value": share, "size": asdict(s), "dtype": str(dtype).removeprefix("torch."), "step": Step().name}
@@ -117,11 +121,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (default: all)")
     for name, value in asdict(Size()).items():
-        parser.add_argument(f"--{name}", type=type(value), help=f"of `steps` (default {value})")
+        parser.add_argument(f"--{name}", type=type(value), help=f"of `steps` and `ops` (default {value})")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, bfloat16 on a GPU")
     modes = "; ".join(f"{i}: {m.name}" for i, m in enumerate(ALL_MODES))
     parser.add_argument("--modes", type=int, nargs="+", choices=range(len(ALL_MODES)), help=f"of `steps` (default all): {modes}")
-    parser.add_argument("--providers", nargs="+", default=[""], help="names, or words of names, to take part in `steps` (default: all)")
+    words = "names, or words of names, to take part in `steps` and `ops` (default: all)"
+    parser.add_argument("--providers", nargs="+", default=[""], help=words)
     parser.add_argument("--rounds", type=int, help="repetitions (default 7)")
     parser.add_argument("--threads", type=int, help="threads of torch on a CPU (default: its own choice)")
     parser.add_argument("--no-tests", action="store_true", help="don't run the tests of the measured functions first")
@@ -178,15 +183,17 @@ def main(argv: list[str] | None = None) -> int:
         report["roofline"] = {"size": asdict(size)} | roofline.measure(size, device, dtype, args.rounds)
         print(roofline.table(report["roofline"]), flush=True)
         keep()
-    if "steps" in args.parts:
-        report["steps"] = []
+    for part, steps in (("steps", modes), ("ops", OP_STEPS)):
+        if part not in args.parts:
+            continue
+        report[part] = []
         limits = {(kind, step): x for kind, goals in GOALS.items() for step, x in goals.items()}
-        for step in modes:
+        for step in steps:
             print(f"{step.name} ...", flush=True)
-            report["steps"].append(measure_step(args, size, step, providers, device, dtype))
-            print(table(report["steps"][-1:], limits), flush=True)
+            report[part].append(measure_step(args, size, step, providers, device, dtype))
+            print(table(report[part][-1:], limits), flush=True)
             keep()
-        if args.smoke:
+        if args.smoke and part == "steps":
             peak = fresh_process(peak_memory, OURS, SMOKE_MEMORY, Step(), dtype, 1)
             print(f"peak memory of one pass at N={SMOKE_MEMORY.tokens}, V={SMOKE_MEMORY.vocabulary}: {peak / MIB:.0f} MiB")
     if "scaling" in args.parts:
