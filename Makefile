@@ -30,12 +30,12 @@ kernels: $(INSTALLED)  ## what the compiler makes of the Triton kernels, for GPU
 # The C++ backend with the address and undefined-behaviour sanitizers in a folder of its own; leaks would be Python's.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g
 SANITIZED = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
-	PYTHONPATH=build/sanitize/lib
+	PYTHONPATH="$(CURDIR)/build/sanitize/lib"
 sanitize: $(INSTALLED)  ## the tests of the C++ backend under the compiler's sanitizers
 	rm -rf build/sanitize
 	CFLAGS="$(SANITIZE)" CXXFLAGS="$(SANITIZE)" LDFLAGS="-fsanitize=address,undefined" \
 		$(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
-	$(SANITIZED) $(BIN)/python -c 'from tisdpo.ops import extension as e; assert not e.problem(), e.problem(); \
+	cd build && $(SANITIZED) ../$(BIN)/python -c 'from tisdpo.ops import extension as e; assert not e.problem(), e.problem(); \
 		assert e.PACKAGE.parts[-4:-1] == ("build", "sanitize", "lib"), e.PACKAGE'
 	$(SANITIZED) $(BIN)/pytest -p no:cacheprovider tests/test_cpp.py
 

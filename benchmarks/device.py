@@ -194,9 +194,10 @@ def main(argv: list[str] | None = None) -> int:
                 clock.say(f"{head}, N={n}, {step.name}")
                 size = Size(n, hidden, vocabulary, pairs=max(2, n // 512))
                 first = (head, n) in (ORDER[0], ("smoke", 96)) and not step.frozen
-                providers = [p for p in PROVIDERS if first or p.name not in COMPILED_ANEW]
+                able = [p for p in PROVIDERS if p.function(step)]
+                providers = [p for p in able if first or p.name not in COMPILED_ANEW]
                 result = compare(size, step, providers, args.rounds, device, dtype, check=n <= 8192)  # the truth is time that is not there
-                others = {p.name: {"skipped": "measured at the first head, length and kinds of step only"} for p in PROVIDERS}
+                others = {p.name: {"skipped": "measured at the first head, length and kinds of step only"} for p in able}
                 result["rows"] = {name: result["rows"].get(name, other) for name, other in others.items()}
                 report["steps"].append({"head": head} | result)
                 keep()

@@ -282,12 +282,12 @@ def fresh_process(function, *arguments):
 def peak_memory(provider: str, size: Size, step: Step, dtype: torch.dtype, threads: int) -> int:
     """Bytes of one step on a CPU beyond inputs and gradients; to be called in a fresh process."""
     torch.set_num_threads(threads)
-    loss = next(p for p in PROVIDERS if p.name == provider)
-    Problem(SMOKE, dtype).run(loss, step)  # loads code and starts threads
+    who = next(p for p in PROVIDERS if p.name == provider)
+    Problem(SMOKE, dtype).run(who, step)  # loads code and starts threads
     problem, results = Problem(size, dtype), []
     if step.op == "from logits":
         problem.logits  # noqa: B018 (made when asked for)
-    peak = growth(lambda: results.extend(problem.run(loss, step)))
+    peak = growth(lambda: results.extend(problem.run(who, step)))
     if peak <= 0:
         raise RuntimeError("the step did not raise the high-water mark, so its memory cannot be measured this way")
     return max(peak - sum(x.nbytes for x in results if x is not None), 0)

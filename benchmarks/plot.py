@@ -24,8 +24,8 @@ COLORS = {OURS: "#c2410c", OUR_OPS: "#c2410c", "tisdpo two passes": "#f59e0b", "
 
 # Why a provider is faster than one pass somewhere: (how its name begins, what must hold of the size, the reason)
 WHOLE = ("plain torch", "torch.compile")
-KEEPS = "it keeps all logits for the backward, so the head is multiplied three times; here none are kept, and it is multiplied four times"
-OP_REASONS = {"log-probs": KEEPS}
+KEEPS = "it keeps all logits for the backward, so there are three products; here none are kept, so there are four"
+REASONS_OF_OPS = {"log-probs": [((*WHOLE, "F.cross_entropy", "TRL selective_log_softmax"), KEEPS)]}
 REASONS = [
     (WHOLE, lambda size: size["tokens"] * size["vocabulary"] > 1 << 23,
      "it holds all logits at once, so each product is one call, and of 16 bits it rounds logits and sums; in chunks the head is packed "
@@ -53,11 +53,16 @@ def newest(kind: str) -> dict | None:
 def newest_of_each_size() -> list[dict]:
     """The newest cpu-<dtype>-*.json for every dtype and size of `steps`; the default size first.
 
-    Other parts that it lacks, or some curves of, are those of the file before, whose `machine` then stands in `parts_of`.
+    Other parts that it lacks, or some curves of, are those of the file before, or of a later one without steps, whose `machine` then
+    stands in `parts_of`.
     """
     found = {}
     for path in sorted(RESULTS.glob("cpu-*.json"), key=lambda path: (path.stem[-10:], path.name)):
         report = json.loads(path.read_text()) | {"file": path.name, "parts_of": {}}
+        if not report.get("steps") and (before := found.get((report["dtype"], tuple(report.get("size", {}).values())))):
+            for part in ("ops", "roofline", "scaling"):
+                if report.get(part):
+                    before[part], before["parts_of"][part] = report[part], machine(report)
         if report.get("steps"):
             key = report["dtype"], tuple(report["steps"][0]["size"].values())
             before = found.get(key, {})
@@ -94,7 +99,7 @@ def lost(result: dict) -> list[tuple[str, float]]:
 def why(name: str, result: dict) -> str:
     """The reason for a losing row, or a sentence that there is none yet."""
     if result.get("op"):
-        return OP_REASONS.get(result["op"], "not explained yet")
+        return next((text for who, text in REASONS_OF_OPS.get(result["op"], ()) if name.startswith(who)), "not explained yet")
     return next((text for who, holds, text in REASONS if name.startswith(who) and holds(result["size"])), "not explained yet")
 
 
@@ -112,8 +117,8 @@ def size_text(size: dict) -> str:
     return f"N = {size['tokens']:,} in {size['pairs']} pairs, H = {size['hidden']:,}, V = {size['vocabulary']:,}{masked}"
 
 
-def step_table(result: dict, red: bool = False) -> list[str]:
-    """One kind of step, fastest first; who takes no part stands below with the reason. red: not all tests passed, so no ratios."""
+def step_table(result: dict, ratios: bool = True) -> list[str]:
+    """One kind of step, fastest first; who takes no part stands below with the reason. ratios: whether all tests passed."""
     products = f", {speed(1e12 * result['products_tflops'])}" if result["products"] else ""
     unit = "products" if result["products"] else "copy"
     lines = [
@@ -133,7 +138,7 @@ def step_table(result: dict, red: bool = False) -> list[str]:
         error = f"{max(row['error'].values()):.0e}" if "error" in row else "not compared"
         bold = "**" if name == ours_of(result) else ""
         spread = f"{ms(row['seconds'])} ({ms(row['p20'])} to {ms(row['p80'])})"
-        ratio = "" if red else f"{bold}{row['ratio']:.2f}{bold}"
+        ratio = f"{bold}{row['ratio']:.2f}{bold}" if ratios else ""
         lines.append(f"| {bold}{name}{bold}{note} | {spread} | {ratio} | {memory} | {error} |")
     return [*lines, "", *(["No part: " + "; ".join(absent) + ".", ""] if absent else [])]
 
@@ -285,7 +290,7 @@ def gpu_steps(report: dict) -> list[str]:
     for head in dict.fromkeys(result["head"] for result in report["steps"]):
         lines += [f"### The head of {head}", ""]
         for result in report["steps"]:
-            lines += step_table(result, red(report)) if result["head"] == head else []
+            lines += step_table(result, not red(report)) if result["head"] == head else []
     return lines
 
 

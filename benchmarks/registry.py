@@ -298,7 +298,8 @@ _one_chunk = partial(_torch_linear_cross_entropy, options={"chunking_method": No
 def _trl_logps(hidden, weight, target):
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-    return ChunkedLogProbFunction.apply(hidden, weight, None, target, 1.0, 32768, None, 1.0, ())[0]
+    columns = 8192 if hidden.device.type == "cpu" else 32768  # the fastest of five, NOTES.md; else TRL's own
+    return ChunkedLogProbFunction.apply(hidden, weight, None, target, 1.0, columns, None, 1.0, ())[0]
 
 
 def _trl_logps_of_logits(logits, target):
@@ -327,7 +328,8 @@ def _liger_dpo(p: Problem, step: Step) -> Tensor:
         rows = x.split(p.cu_seqlens.diff().tolist())
         return torch.nn.utils.rnn.pad_sequence([*rows[0::2], *rows[1::2]], batch_first=True, padding_value=fill)
 
-    loss = LigerFusedLinearDPOLoss(beta=objective(step).beta, use_ref_model=True)
+    pairs = max(1, p.size.pairs // 2) if p.hidden.device.type == "cpu" else 1  # the fastest of four, NOTES.md; else Liger's default
+    loss = LigerFusedLinearDPOLoss(beta=objective(step).beta, use_ref_model=True, chunk_size=pairs)
     return loss(p.weight, batch(p.hidden, 0.0), batch(p.target, IGNORED), None, batch(p.ref_hidden, 0.0), p.ref_weight)[0]
 
 
@@ -371,13 +373,14 @@ class Provider:
 
     def __call__(self, p: Problem, step: Step) -> Tensor:
         """Its loss [], or with an `op` the sum of its log-probs times a number a token; of scores the log-probs [N]."""
-        compute = self._of(step)
+        compute = self.function(step)
         if step.op is None:
             return compute(p, step)
         logps = compute(p.logits, p.target) if step.op == "from logits" else compute(p.hidden, p.weight, p.target)
         return logps if step.op == "scores" else (logps * p.token_weights).sum()
 
-    def _of(self, step: Step) -> Callable | None:
+    def function(self, step: Step) -> Callable | None:
+        """What it computes such a step with, or None where it has nothing for it."""
         if step.op is None:
             return self.loss
         return self.of_logits if step.op == "from logits" else self.logps
@@ -390,7 +393,7 @@ class Provider:
             return f"does not run on {device}"
         if self.name.startswith("F.linear_cross_entropy") and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
             return f"torch {torch.__version__} does not have it"
-        if step is not None and self._of(step) is None:
+        if step is not None and self.function(step) is None:
             return "has no such function"
         if step is not None and step.kl is not None and not self.kl:
             return "has no KL"

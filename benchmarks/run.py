@@ -60,43 +60,54 @@ IN_CURVES = (OURS, "tisdpo two passes", "plain torch", "TRL chunked")
 
 
 def measure_step(args, size: Size, step: Step, providers: list[Provider], device: str, dtype: torch.dtype) -> dict:
-    memory = not (args.no_memory or args.smoke)
+    memory, providers = not (args.no_memory or args.smoke), [p for p in providers if p.function(step)]
     result = compare(size, step, providers, args.rounds, device, dtype, not args.no_check, memory)
     return {"head": str(dtype).removeprefix("torch.")} | result
 
 
-def measure_scaling(curve: str, rounds: int, device: str, dtype: torch.dtype, smoke: bool) -> dict:
+def measure_scaling(curve: str, rounds: int, device: str, dtype: torch.dtype, check: bool, smoke: bool) -> dict:
     """Medians of the step without KL at every point of a curve, and each provider's exponent."""
     size, values = CURVES[curve]
     if smoke:
         size, values = replace(SMOKE, masked=0.0), (values[:2] if curve == "masked" else (64, 128))
     providers = [p for p in PROVIDERS if p.name in IN_CURVES]
     if curve == "masked":
-        points = measure_masked(size, values, providers, rounds, device, dtype)
+        points = measure_masked(size, values, providers, rounds, device, dtype, check)
         return {"size": asdict(size), "points": points, "fits": {p.name: fit(curve, points, p.name) for p in providers}}
     points = []
     for value in values:
         print(f"{curve} = {value} ...", flush=True)
-        result = compare(replace(size, **{curve: value}), Step(), providers, rounds, device, dtype, check=value == values[0])
+        result = compare(replace(size, **{curve: value}), Step(), providers, rounds, device, dtype, check)
         points.append({"value": value} | result)
     return {"size": asdict(size), "points": points, "fits": {p.name: fit(curve, points, p.name) for p in providers}}
 
 
-def measure_masked(size: Size, shares: tuple[float, ...], providers: list[Provider], rounds: int, device: str, dtype: torch.dtype):
+def measure_masked(
+    size: Size, shares: tuple[float, ...], providers: list[Provider], rounds: int, device: str, dtype: torch.dtype, check: bool
+) -> list[dict]:
     """The points of the curve `masked`, all of them in turn within every round: their times are compared with each other."""
     print(f"masked = {', '.join(map(str, shares))} ...", flush=True)
     sizes = [replace(size, masked=share) for share in shares]
     problems = [Problem(s, dtype, device) for s in sizes]
     skipped = {p.name: p.missing(device, Step(), sizes[-1]) for p in providers}
-    jobs = {(i, p.name): partial(problem.run, p, Step()) for i, problem in enumerate(problems) for p in providers if not skipped[p.name]}
-    for (i, name), job in jobs.items():
-        found = errors(job(), problems[i].truth("TIS-DPO", Step()), Step())
-        if wrong := unexplained(found, dtype):
-            raise RuntimeError(f"{name}, {shares[i]:.0%} masked: {wrong}")
+    rows = [{p.name: {"skipped": skipped[p.name]} if skipped[p.name] else {"task": p.task} for p in providers} for _ in sizes]
+    jobs = {}
+    for i, problem in enumerate(problems):
+        truth = problem.truth("TIS-DPO", Step()) if check else None
+        for p in (p for p in providers if not skipped[p.name]):
+            job = partial(problem.run, p, Step())
+            results = job()
+            found = errors(results, truth, Step()) if check else {}
+            if wrong := unexplained(found, dtype):
+                rows[i][p.name]["failed"] = wrong
+            else:
+                jobs[i, p.name] = job
+            rows[i][p.name] |= {"error": found} if check else {}
     times = interleaved(jobs, max(rounds, 9) if rounds > 2 else rounds, device)
+    for (i, name), figures in times.items():
+        rows[i][name] |= figures
     return [
-        {"value": share, "size": asdict(s), "dtype": str(dtype).removeprefix("torch."), "step": Step().name}
-        | {"rows": {p.name: {"skipped": skipped[p.name]} if skipped[p.name] else {"task": p.task} | times[i, p.name] for p in providers}}
+        {"value": share, "size": asdict(s), "dtype": str(dtype).removeprefix("torch."), "step": Step().name, "rows": rows[i]}
         for i, (share, s) in enumerate(zip(shares, sizes))
     ]
 
@@ -134,7 +145,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-memory", action="store_true", help="no peak memory, which takes a fresh process a figure on a CPU")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, two rounds, no tests, nothing written without --output")
     parser.add_argument("--list", action="store_true", help="print the providers and whether they run here")
-    parser.add_argument("--output", type=Path, help="JSON file (default: results/cpu-<dtype>[-<size>]-<device>-<date>.json or gpu-...)")
+    parser.add_argument(
+        "--output", type=Path, help="JSON file (default: results/cpu-<dtype>[-<parts>][-<size>]-<device>-<date>.json or gpu-...)"
+    )
     args = parser.parse_args(argv)
     if unknown := set(args.parts) - set(PARTS):
         parser.error(f"there is no part {', '.join(sorted(unknown))}; parts are {', '.join(PARTS)}")
@@ -171,6 +184,9 @@ def main(argv: list[str] | None = None) -> int:
     modes = [ALL_MODES[i] for i in args.modes] if args.modes else (MODES if args.smoke else ALL_MODES)
     report = environment(device) | {"dtype": str(dtype).removeprefix("torch."), "goals": GOALS}
     kind = f"{'gpu' if device == 'cuda' else 'cpu'}-{report['dtype']}"
+    report["size"] = asdict(size)
+    if set(args.parts) != set(PARTS) and "steps" not in args.parts:  # never in the place of a table of steps
+        kind += "-" + "-".join(part for part in PARTS if part in args.parts)
     if size != Size():
         kind += f"-{size.tokens}x{size.hidden}x{size.vocabulary}" + (f"-masked{100 * size.masked:.0f}" if size.masked else "")
     output = args.output or (None if args.smoke else default_path(kind, device, report["date"]))
@@ -183,11 +199,11 @@ def main(argv: list[str] | None = None) -> int:
         report["roofline"] = {"size": asdict(size)} | roofline.measure(size, device, dtype, args.rounds)
         print(roofline.table(report["roofline"]), flush=True)
         keep()
+    limits = {(kind, step): x for kind, goals in GOALS.items() for step, x in goals.items()}
     for part, steps in (("steps", modes), ("ops", OP_STEPS)):
         if part not in args.parts:
             continue
         report[part] = []
-        limits = {(kind, step): x for kind, goals in GOALS.items() for step, x in goals.items()}
         for step in steps:
             print(f"{step.name} ...", flush=True)
             report[part].append(measure_step(args, size, step, providers, device, dtype))
@@ -199,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
     if "scaling" in args.parts:
         report["scaling"] = {}
         for curve in CURVES:
-            report["scaling"][curve] = measure_scaling(curve, args.rounds, device, dtype, args.smoke)
+            report["scaling"][curve] = measure_scaling(curve, args.rounds, device, dtype, not args.no_check, args.smoke)
             for name, found in report["scaling"][curve]["fits"].items():
                 print(f"  {name:<36}" + ", ".join(f"{key} {value:.2f}" for key, value in found.items()), flush=True)
             keep()

@@ -164,7 +164,7 @@ def test_a_forced_backend_that_cannot_run_is_refused_first(calls, config, capsys
     )
     monkeypatch.setenv("TISDPO_BACKEND", "cpp")
     monkeypatch.setattr(backend, "available", lambda device: {"torch": "", "triton": "", "cpp": "it was not built"})
-    assert fails(capsys, "run", config).startswith("TISDPO_BACKEND='cpp' was asked for, but: it was not built")
+    assert fails(capsys, "run", config).startswith("TISDPO_BACKEND='cpp' was asked for, but only torch and triton can do this: it was not")
     assert calls == []
 
 

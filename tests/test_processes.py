@@ -93,16 +93,21 @@ def test_a_head_split_over_the_vocabulary_is_refused(two):
         assert "tensor-parallel heads are not supported" in rank["split vocabulary"]
 
 
+def test_a_head_on_another_device_than_the_tokens_is_refused(monkeypatch):
+    """As device_map places it: there is one device here, so what is told of the head is made up."""
+    accelerator, model = SimpleNamespace(parallelism_config=None), tiny.model()
+    model.hf_device_map = {"model.embed_tokens": 0, "model.layers.0": 1, "lm_head": 0}
+    check_parallelism(model, accelerator)
+    head = SimpleNamespace(weight=torch.empty(3, 2, device="meta"))
+    monkeypatch.setattr(model, "get_output_embeddings", lambda: head)
+    with pytest.raises(InputError, match=r"embeddings are on cpu and its head on meta \(device_map"):
+        check_parallelism(model, accelerator)
+
+
 def test_tensor_and_context_parallel_training_is_refused():
     accelerator = SimpleNamespace(parallelism_config=None)
     model = tiny.model()
     check_parallelism(model, accelerator)
-    model.hf_device_map = {"": 0}
-    check_parallelism(model, accelerator)
-    model.hf_device_map = {"model.embed_tokens": 0, "model.layers.0": 0, "lm_head": 1}
-    with pytest.raises(InputError, match=r"spread over several devices \(0, 1\)"):
-        check_parallelism(model, accelerator)
-    del model.hf_device_map
     model._tp_size = 2
     with pytest.raises(InputError, match="split over 2 processes by tensor or context parallelism"):
         check_parallelism(model, accelerator)

@@ -145,7 +145,6 @@ def check_tokens_per_batch(args, least: int) -> None:
     for name, allowed in (
         ("per_device_train_batch_size", (usual,)),
         ("auto_find_batch_size", (False,)),
-        ("dataloader_drop_last", (False,)),
         ("train_sampling_strategy", ("random", "sequential")),
     ):
         if getattr(args, name, allowed[0]) not in allowed:

@@ -299,8 +299,11 @@ class RunConfig:
                 "contrast.model is to be trained from scratch, but with model.path there is no text for it; give contrast.model.path"
             )
         smaller = self.contrast.model
-        if smaller is not None and (smaller.vocab_size != ModelConfig.vocab_size or (smaller.tokenizer and not smaller.path)):
-            key = "tokenizer" if smaller.tokenizer else "vocab_size"
+        idle = smaller is not None and {
+            "vocab_size": smaller.vocab_size != ModelConfig.vocab_size,
+            "tokenizer": smaller.tokenizer is not None and smaller.path is None,
+        }
+        for key in (key for key, on in (idle or {}).items() if on):
             raise InputError(f"contrast.model.{key} has no effect: its tokens are those of the base model; leave it out")
         if self.contrast.rounds > self.train.steps:
             raise InputError(f"contrast.rounds={self.contrast.rounds} is more than train.steps={self.train.steps}; lower it")

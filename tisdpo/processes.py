@@ -79,13 +79,15 @@ class GlobalBatches:
 
 
 def check_parallelism(model, accelerator) -> None:
-    """InputError where a model lies on several devices, or a model or a launch splits single sequences or the vocabulary over processes."""
-    places = sorted({str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()})
-    if len(places) > 1:
-        raise InputError(
-            f"the model is spread over several devices ({', '.join(places)}), which the loss on its head does not follow; load it with "
-            'device_map={"": 0}, or share the work with accelerate (examples/accelerate: DDP, FSDP2)'
-        )
+    """InputError where the head is not where the tokens are, or a model or a launch splits single sequences or the vocabulary over
+    processes, which the loss does not know."""
+    if getattr(model, "hf_device_map", None):
+        places = [x.weight.device for x in (model.get_input_embeddings(), model.get_output_embeddings())]
+        if places[0] != places[1] or places[1].type == "meta":
+            raise InputError(
+                f"the model's embeddings are on {places[0]} and its head on {places[1]} (device_map; meta: offloaded), but the loss needs "
+                'the head where the tokens are; load it with device_map={"": 0}, or share the work with accelerate (examples/accelerate)'
+            )
     size = getattr(model, "_tp_size", None) or 1
     config = getattr(accelerator, "parallelism_config", None)
     if config is not None:

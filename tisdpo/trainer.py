@@ -72,6 +72,7 @@ class TISDPOConfig(TrainingArguments):
                          an error, by name, where a flat batch would be wrong (convolutions, linear attention, ...). False: padded
     tokens_per_batch     a training batch, per device and accumulation step, is as many whole pairs as have at most so many tokens, with the
                          prompts of both sides and with padding if there is any; takes the place of per_device_train_batch_size
+                         (dataloader_drop_last then concerns evaluation alone)
     disable_dropout      set every dropout probability to 0
     sanity_check         stop at the first step unless the loss there is what it must be when policy == reference (ln 2)
     """
@@ -191,9 +192,8 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, Trainer):
             check_kind(dataset)
         bring = given and all("chosen_ref_logps" in (rows.column_names or ()) for rows in given)
         if args.precompute_ref is False and args.kl is None and bring and ref_model is None and not is_peft_model(model):
-            raise InputError(
-                "precompute_ref=False would keep a copy of the model that nothing reads: all rows carry reference log-probs; leave it out, "
-                "or remove the columns chosen_ref_logps and rejected_ref_logps"
+            log.warning(
+                "precompute_ref=False keeps a copy of the model in memory, which none of these rows needs: all carry reference log-probs"
             )
         self.cache = self._open_cache(train_dataset, eval_dataset) if self.preference and args.kl is not None else None
         self._reference_name = fingerprint_if_here(ref_model if ref_model is not None else model)

@@ -1,7 +1,6 @@
 """Which backend runs the folds, and how much memory a chunk of logits, or of D where there are none, may take."""
 
 import importlib.util
-import inspect
 import logging
 import os
 from functools import cache, wraps
@@ -75,7 +74,7 @@ def resolve(backend: str, device: str, dtype: torch.dtype = torch.float32) -> st
             reason = "its kernels compute in float32, not in float64"
         if reason:
             able = " and ".join(name for name in available(device) if _serves(name, device, dtype))
-            raise RuntimeError(f"{source}={forced!r} was asked for, but: {reason}. What can: {able}")
+            raise RuntimeError(f"{source}={forced!r} was asked for, but only {able} can do this: {reason}")
         return forced
     chosen, why = _fastest(device)
     _announce(chosen, why, device)
@@ -127,9 +126,8 @@ def chunk_bytes(device: str, models: int, later: bool = False) -> int:
 def operator(name: str):
     """A custom operator of this name whose host reads values of its inputs: `torch.compile` leaves it outside of its own CUDA graphs,
     which would repeat what the first values made it launch. Its out-of-memory says what the budget governs."""
-    tagged = "tags" in inspect.signature(torch.library.custom_op).parameters
-    tags = {"tags": (torch.Tag.cudagraph_unsafe,)} if tagged else {}
-    return lambda function: torch.library.custom_op(name, names_the_budget(function), mutates_args=(), **tags)
+    tags = (torch.Tag.cudagraph_unsafe,)
+    return lambda function: torch.library.custom_op(name, names_the_budget(function), mutates_args=(), tags=tags)
 
 
 def names_the_budget(function):
