@@ -32,7 +32,7 @@ INLINE Float exp(Float x) {
   p = p * r + 0x1.fffffcp-2f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  Float y = (Float)((Bits)p + ((Bits)shifted << 23));
+  Float y = p * (Float)(((Bits)shifted << 23) + 0x3f800000u);  // times 2^n: what is no number stays none, whatever its bits
   return x < -0x1.5d589ep6f ? Float{} : y;
 }
 
@@ -236,7 +236,7 @@ void gradient(const Fold& f, const Statistics& stats, const Upstream& upstream, 
         for (int64_t i = 0; i < n; i += LANES) {
           Float x = load<Float>(z + i);
           Float p = exp(x - lse);
-          store(d + i, p > 0.0f ? p * (g_kl * (x - load<Float>(q + i)) + factor) : Float{});
+          store(d + i, p > 0.0f ? p * (g_kl * (x - load<Float>(q + i)) + factor) : p);
         }
       } else {
         for (int64_t i = 0; i < n; i += LANES)

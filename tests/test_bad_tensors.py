@@ -306,6 +306,7 @@ BAD = [
     (logps, dict(softcap=math.inf), ValueError, "softcap must be positive and finite, or None, got inf"),
     (logps, dict(logit_scale=math.inf), ValueError, "logit_scale must be positive and finite, got inf"),
     (logps, dict(logit_scale=math.nan), ValueError, "logit_scale must be positive and finite, got nan"),
+    (logps, dict(logits=torch.zeros(1, V).expand(N, V), overwrite_logits=True), ValueError, "overwrite_logits needs rows with memory of"),
     (logps, dict(logit_scale=0.0), ValueError, "logit_scale must be positive and finite, got 0.0"),
 ]
 

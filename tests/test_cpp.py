@@ -196,8 +196,13 @@ def test_extreme_logits(name):
             assert d.isfinite().all() and (d[2, :1500] == 0).all()
         assert statistics(q[2:3], target[2:3], z[2:3], kl="forward")[4].isfinite().all()
         assert statistics(z, target, q, kl="forward")[4][3] == math.inf
-        z[0, 1700] = math.nan
-        assert statistics(z, target, q, kl="reverse")[4][0].isnan() and statistics(z, target)[1][0].isnan()
+        for bits in (0x7FC00000, 0x7FC00001, 0x7FFFFFFF):  # Python's NaN, one with another payload, CUDA's
+            z[0, 1700] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+            stats = statistics(z, target, q, kl="reverse")
+            assert stats[4][0].isnan() and statistics(z, target)[1][0].isnan()
+            assert gradient(z.clone(), target, q, stats, None, torch.ones(4), kl="reverse")[0].isnan().any()
+            for cap in (None, 5.0):
+                assert tisdpo.token_logps(z, target, softcap=cap, backend="cpp").logps[0].isnan()
 
 
 @needs_extension

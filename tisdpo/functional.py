@@ -71,6 +71,8 @@ def token_logps(
     arguments.kl_and_reference(kl, ref_logits, "ref_logits")
     checks.same("ref_logits", ref_logits, "logits", logits)
     checks.constants(ref_logits=ref_logits)
+    if overwrite_logits and any(step == 0 and size > 1 for step, size in zip(logits.stride(), logits.shape)):
+        raise ValueError(f"overwrite_logits needs rows with memory of their own, got strides {logits.stride()}; leave it out")
     logits, ref_logits = arguments.matrices(logits), arguments.matrices(ref_logits)
     out = token_stats.token_stats(logits, target.reshape(-1), ref_logits, kl, *transform, ignore_index, overwrite_logits, backend)
     return _token_stats(out, target.shape, ref_logits is not None, kl)
