@@ -18,7 +18,7 @@ import tiny
 from tisdpo.batches import TokenBatches, first_sequences, flatten_batch
 from tisdpo.data import PairCollator
 from tisdpo.errors import InputError
-from tisdpo.processes import check_parallelism, check_whole_weights
+from tisdpo.processes import REPEATED, GlobalBatches, check_parallelism, check_whole_weights
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "examples" / "accelerate").glob("*.yaml"))
@@ -91,6 +91,34 @@ def test_a_freed_head_is_gathered_forward_and_backward(tied, layout, two):
 def test_a_head_split_over_the_vocabulary_is_refused(two):
     for rank in two:
         assert "tensor-parallel heads are not supported" in rank["split vocabulary"]
+
+
+@pytest.mark.parametrize("rank, expected", [(0, 3), (1, 0)])
+def test_rows_repeated_at_the_end_of_a_resumed_epoch_count_nothing(rank, expected):
+    """accelerate does not tell how many there are when it skips batches (remainder -1): 11 rows, batches of 4 on two processes."""
+
+    class Trainer(GlobalBatches):
+        train_dataset, _train_batch_size = range(11), 4
+        args = SimpleNamespace(dataloader_drop_last=False, accelerator_config=SimpleNamespace(split_batches=False))
+
+        def _rows(self, batch):
+            return len(batch["rows"])
+
+        def _first(self, batch, rows):
+            return {"rows": batch["rows"][:rows]}
+
+    trainer = Trainer()
+    for remainder in (3, -1):
+        state = SimpleNamespace(end_of_dataloader=True, remainder=remainder)
+        trainer.accelerator = SimpleNamespace(gradient_state=state, process_index=rank, num_processes=2)
+        left = trainer._unrepeated({"rows": [1, 2, 3, 4]}, remainder=trainer._remainder())
+        assert (0 if REPEATED in left else len(left["rows"])) == expected
+
+
+def test_batches_move_without_a_cast():
+    """DeepSpeed has `Trainer` cast every number to the format of the weights: log-probs and token weights are float32."""
+    trainer = type("T", (GlobalBatches,), {"args": SimpleNamespace(device="cpu")})()
+    assert trainer._prepare_input(torch.tensor([0.1])).dtype == torch.float32
 
 
 def test_a_head_on_another_device_than_the_tokens_is_refused(monkeypatch):

@@ -72,7 +72,7 @@ def test_batches_by_tokens_give_the_step_of_one_batch_of_all_rows(tmp_path, opti
 
 
 @pytest.mark.parametrize("flat", [True, False], ids=["flat", "padded"])
-def test_resuming_within_an_epoch_sees_the_same_token_batches(tmp_path, flat):
+def test_resuming_within_an_epoch_sees_the_same_token_batches(tmp_path, flat, caplog):
     def run(directory, **options):
         options = {**dict(max_length=64, tokens_per_batch=250, padding_free=flat, per_device_train_batch_size=8), **options}
         return trainer(tmp_path / directory, uneven(10), llama(), num_train_epochs=2, max_steps=-1, **options)
@@ -86,6 +86,9 @@ def test_resuming_within_an_epoch_sees_the_same_token_batches(tmp_path, flat):
     resumed = run("b")
     resumed.train(resume_from_checkpoint=str(tmp_path / "b" / f"checkpoint-{per_epoch + 1}"))
     assert [h["loss"] for h in resumed.state.log_history if "loss" in h] == expected
+    caplog.clear()
+    run("b", tokens_per_batch=260).train(resume_from_checkpoint=str(tmp_path / "b" / f"checkpoint-{per_epoch + 1}"))
+    assert "formed by other tokens_per_batch" in caplog.text and "pairs of the interrupted epoch may be seen twice" in caplog.text
 
 
 @pytest.mark.parametrize(

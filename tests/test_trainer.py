@@ -12,6 +12,7 @@ from tisdpo import TISDPOConfig, TISDPOTrainer, reference
 from tisdpo.batches import flatten_batch, unflatten
 from tisdpo.data import Counts
 from tisdpo.errors import InputError
+from tisdpo.fingerprints import model_fingerprint
 from tisdpo.hf import load_model, model_inputs
 from tisdpo.ops.rows import Tiles
 from tisdpo.rows import apply_weighting
@@ -110,9 +111,67 @@ def test_an_nll_is_logged_and_left_out_of_the_check_of_the_first_loss(tmp_path):
 
 def test_a_reference_of_another_model_stops_at_the_first_step(tmp_path):
     other = trainer(tmp_path, method="dpo", model=tiny.model(seed=5)).train_dataset
-    with pytest.raises(RuntimeError, match=r"must be 0\.693147"):
+    with pytest.raises(RuntimeError, match=r"they differ by 0\.016 nats a token \(the loss is 0\.687"):
         trainer(tmp_path, other, method="dpo").train()
     trainer(tmp_path, other, method="dpo", sanity_check=False).train()
+
+
+@pytest.mark.parametrize("beta", [0.01, 1.0])
+def test_the_first_step_is_judged_by_its_log_probs_whatever_the_loss(tmp_path, beta):
+    """Of IPO with a small beta a rounding of 1e-3 nat a token moves the loss by ten times that a token."""
+    options = dict(method="dpo", loss_type="ipo", beta=beta)
+    rows = trainer(tmp_path, **options).train_dataset
+    for noise, stops in ((1e-4, False), (1e-2, True)):
+        moved = {side: [[x + noise for x in logps] for logps in rows[f"{side}_ref_logps"]] for side in ("chosen", "rejected")}
+        noisy = rows.remove_columns([f"{side}_ref_logps" for side in moved])
+        for side, logps in moved.items():
+            noisy = noisy.add_column(f"{side}_ref_logps", logps)
+        t = trainer(tmp_path, noisy, **options)
+        if stops:
+            with pytest.raises(RuntimeError, match="the same model"):
+                t.train()
+        else:
+            t.train()
+
+
+def test_predict_prepares_its_rows_and_has_the_metrics_of_an_evaluation(tmp_path):
+    rows = tiny.rows()
+    t = trainer(tmp_path, rows, method="dpo", ref_model=tiny.model(seed=1))
+    t.train()
+    output = t.predict(rows)
+    expected = t.evaluate(rows)
+    assert output.predictions is None and abs(output.metrics["test_loss"] - math.log(2)) > 1e-4
+    for name in ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen"):
+        assert output.metrics[f"test_{name}"] == pytest.approx(expected[f"eval_{name}"], rel=1e-6)
+    alone = trainer(tmp_path, rows, method="dpo")
+    alone.train()
+    with pytest.raises(InputError, match="the reference was the policy before training"):
+        alone.predict(rows)
+    with pytest.raises(InputError, match="have no reference log-probs, and there is no reference model"):  # never the policy itself
+        alone.compute_loss(alone.model, alone.data_collator([dict(row) for row in rows.select(range(2))]))
+
+
+def test_a_reference_that_has_said_all_leaves_the_device(tmp_path, monkeypatch):
+    moved, ref = [], tiny.model(seed=1)
+    monkeypatch.setattr(ref, "to", lambda device: moved.append(str(device)) or ref)
+    t = trainer(tmp_path, method="dpo", ref_model=ref)
+    assert "chosen_ref_logps" in t.train_dataset.column_names and moved == ["cpu", "cpu"]  # there, and back to where it was
+
+
+def test_ligers_own_loss_does_not_take_the_place_of_the_head(tmp_path):
+    pytest.importorskip("liger_kernel")
+    args = TISDPOConfig(str(tmp_path), use_cpu=True, use_liger_kernel=True, liger_kernel_config={"rope": False})
+    assert args.liger_kernel_config == {"rope": False, "fused_linear_cross_entropy": False}
+    with pytest.raises(InputError, match="replaces the loss on the head"):
+        TISDPOConfig(str(tmp_path), use_cpu=True, use_liger_kernel=True, liger_kernel_config={"fused_linear_cross_entropy": True})
+
+
+def test_adapters_of_a_given_reference_belong_to_its_name():
+    peft = pytest.importorskip("peft")
+    base = tiny.model()
+    plain = model_fingerprint(base)
+    ref = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    assert model_fingerprint(ref) == plain != model_fingerprint(ref, adapters=True)
 
 
 def test_weights_1_equal_dpo(tmp_path):
@@ -186,6 +245,7 @@ def test_resume_on_other_rows_or_weights_is_refused(tmp_path):
     trainer(tmp_path, rows, **options).train()
     trainer(tmp_path, rows, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     for other, changed, what in (
+        (rows, dict(swap_pairs=True), "order of the pairs"),
         (rows, dict(weighting={"upper": 0.5}), "weights and weighting"),
         (rows.select(range(20)), {}, "token ids and weights"),
         (rows.select(range(len(rows) - 1, -1, -1)), {}, "token ids and weights"),
@@ -337,6 +397,7 @@ def test_a_copy_of_the_reference_that_no_row_needs_is_told(tmp_path, caplog):
             None,
             "loss_type must be one of .*, got sigmoid, sft; for 'sft' beside one of them set nll_coef",
         ),
+        (dict(train_sampling_strategy="group_by_length"), None, "looks for input_ids, which pairs do not have; use tokens_per_batch"),
         (dict(compute_metrics=len), None, "compute_metrics has no effect: there are no logits"),
         (dict(compute_loss_func=len), None, "compute_loss_func has no effect"),
     ],

@@ -14,7 +14,7 @@ import tisdpo  # noqa: E402
 from tisdpo import Objective  # noqa: E402
 from tisdpo.errors import InputError  # noqa: E402
 from tisdpo.hf import attach_head  # noqa: E402
-from tisdpo.integrations.trl import TISDPOConfig, TISDPOTrainer  # noqa: E402
+from tisdpo.integrations.trl import TISDPOConfig, TISDPOTrainer, WeightedCollator  # noqa: E402
 from tisdpo.rows import add_reference_logps  # noqa: E402
 from tisdpo.scored import load_scored, make_provenance, save_scored  # noqa: E402
 
@@ -290,6 +290,23 @@ def test_policy_and_reference_have_one_number_format(options, tmp_path):
     logged = trained(run)[0]
     assert logged["loss"] == pytest.approx(0.693147, abs=1e-3 if "precompute_ref_log_probs" in options else 1e-6)
     assert logged.get("kl/chosen", 0.0) == 0.0
+
+
+def test_a_collator_that_would_lose_the_weights_is_refused(tmp_path):
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+    class Other(DataCollatorForPreference):
+        pass
+
+    class Own(WeightedCollator):
+        pass
+
+    args = TISDPOConfig(**arguments(tmp_path))
+    make = [TISDPOTrainer, oracle.tiny_model(1), oracle.tiny_model(2), args]
+    with pytest.raises(InputError, match="data_collator is a Other, which leaves out token weights"):
+        make[0](*make[1:], train_dataset=weighted(), processing_class=tokenizer(), data_collator=Other(pad_token_id=0))
+    run = make[0](*make[1:], train_dataset=weighted(), processing_class=tokenizer(), data_collator=Own(pad_token_id=0))
+    assert "token_weights" in run.data_collator(list(run.train_dataset))
 
 
 @pytest.mark.parametrize("mode", ["keep_start", "keep_end"])

@@ -15,10 +15,11 @@ _VOLATILE = {
 }  # fmt: skip
 
 
-def model_fingerprint(model: torch.nn.Module) -> str:
+def model_fingerprint(model: torch.nn.Module, adapters: bool = False) -> str:
     """16 hexadecimal digits that tell whether two models compute the same: configuration, and shape, type and a sample of every parameter.
 
-    Deterministic, independent of the device, the same after saving and loading. Of a PEFT model it is that of its base, adapters off.
+    Deterministic, independent of the device, the same after saving and loading. Of a PEFT model it is that of its base, adapters off,
+    or with its `adapters`.
     Costs one read of SAMPLED values per parameter, so a change of a few single values may go unseen; a step of training does not.
 
     >>> model_fingerprint(model) == model_fingerprint(copy.deepcopy(model))
@@ -28,7 +29,7 @@ def model_fingerprint(model: torch.nn.Module) -> str:
     config = getattr(model, "config", None)
     if config is not None:
         digest.update(_canonical(_without_volatile(config.to_dict())))
-    for name, parameter in sorted(_base_parameters(model)):
+    for name, parameter in sorted(list(model.named_parameters()) if adapters else _base_parameters(model)):
         flat = parameter.detach().reshape(-1)
         where = torch.linspace(0, max(flat.numel() - 1, 0), min(SAMPLED, flat.numel()), dtype=torch.float64).long()
         digest.update(_canonical([name, list(parameter.shape), str(parameter.dtype)]))

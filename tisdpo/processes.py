@@ -25,26 +25,40 @@ class GlobalBatches:
     """
 
     loss_is_scaled_for_ga = True  # divided by the items of the whole accumulated, global batch
+    _forms_batches = False  # whether training batches are formed by tokens, and not by accelerate
     _ends_repeated = False  # whether this process's last training batch of an epoch is a repeated one, where accelerate does not know
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of one optimiser step, without repeated rows, and how many items they hold over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches:
-            batches[-1] = self._unrepeated(batches[-1], self._ends_repeated)
+            batches[-1] = self._unrepeated(batches[-1], self._ends_repeated, self._remainder())
         items = torch.tensor(float(sum(self._items(batch) for batch in batches if REPEATED not in batch)), device=device)
         return batches, self.accelerator.reduce(items, "sum")
 
-    def _unrepeated(self, batch: dict, ends_repeated: bool = False) -> dict:
+    def _remainder(self) -> int | None:
+        """Rows in the last global training batch where accelerate does not know: of an epoch that goes on in its middle. Else None."""
+        if self.accelerator.gradient_state.remainder >= 0 or self._forms_batches or self.args.dataloader_drop_last:
+            return None
+        split = self.args.accelerator_config.split_batches
+        together = self._train_batch_size * (1 if split else self.accelerator.num_processes)
+        return len(self.train_dataset) % together if hasattr(self.train_dataset, "__len__") else None
+
+    def _prepare_input(self, data):
+        """Moved to the device and not cast: DeepSpeed's format is that of the weights, while log-probs and token weights are float32."""
+        return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
+
+    def _unrepeated(self, batch: dict, ends_repeated: bool = False, remainder: int | None = None) -> dict:
         """The last batch of an epoch without the rows that accelerate appended; other batches as they are."""
         state = self.accelerator.gradient_state
         if not state.end_of_dataloader:
             return batch
         rows = real = self._rows(batch)
+        remainder = state.remainder if remainder is None else remainder
         if ends_repeated:
             real = 0
-        elif state.remainder > 0:  # rows of the dataset in the last global batch, of which the processes hold one part after the other
-            real = min(max(state.remainder - self.accelerator.process_index * rows, 0), rows)
+        elif remainder > 0:  # rows of the dataset in the last global batch, of which the processes hold one part after the other
+            real = min(max(remainder - self.accelerator.process_index * rows, 0), rows)
         if real == rows:
             return batch
         return self._first(batch, real) if real else {**self._first(batch, 1), REPEATED: True}

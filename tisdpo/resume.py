@@ -1,6 +1,7 @@
 """What a checkpoint was trained on, written into it, and compared when training goes on from there."""
 
 import json
+import logging
 import math
 import os
 from dataclasses import asdict
@@ -14,6 +15,8 @@ from tisdpo.data import ids_fingerprint, token_sums
 from tisdpo.errors import InputError
 from tisdpo.files import write_json
 from tisdpo.weighting import Weighting
+
+log = logging.getLogger("tisdpo")
 
 FILE = "tisdpo_rows.json"
 
@@ -45,6 +48,13 @@ def check_rows_of_checkpoint(checkpoint: str | os.PathLike | bool | None, output
         return
     before = json.loads(file.read_text())
     different = [name for name in rows if name in before and not _same(before[name], rows[name])]
+    if "tokens_per_batch" in different:  # out of memory, perhaps: it goes on, but the batches it has seen are not those of now
+        different.remove("tokens_per_batch")
+        log.warning(
+            "batches were formed by other tokens_per_batch or padding (%s, now %s): pairs of the interrupted epoch may be seen twice, or "
+            "not at all",
+            before["tokens_per_batch"], rows["tokens_per_batch"],
+        )  # fmt: skip
     if "kl" in different:  # with it goes what the reference is
         different = [name for name in different if not name.startswith("reference")]
     if different:
@@ -60,9 +70,9 @@ class RemembersRows:
 
     _trained_on: dict | None = None
 
-    def _remember_rows(self, kl: str | None, weighting: Weighting | None, reference: str | None) -> None:
+    def _remember_rows(self, kl: str | None, weighting: Weighting | None, reference: str | None, more: dict | None = None) -> None:
         """What checkpoints say of `train_dataset`; nothing of a stream. weighting: None where weights are 1; reference: fingerprint of the
-        model, None where the rows bring its log-probs, which `kl` does not use."""
+        model, None where the rows bring its log-probs, which `kl` does not use; more: what else checkpoints say."""
         rows = self.train_dataset
         if not isinstance(rows, Dataset):
             return
@@ -73,6 +83,7 @@ class RemembersRows:
             "weighting": None if weighting is None else asdict(weighting),
             "reference log-probs": token_sums(rows, "ref_logps") if reference is None else None,
             "reference model": reference,
+            **(more or {}),
         }
         self.add_callback(RowsInCheckpoints(self._trained_on))
 

@@ -11,7 +11,6 @@ the rewards (one coefficient here, so that the margin is the loss logit), logged
 
 import copy
 import logging
-import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 
@@ -39,7 +38,7 @@ from tisdpo.hf import (
     reference_inputs,
     verify_head,
 )
-from tisdpo.losses import Objective, loss_of, pairwise_losses
+from tisdpo.losses import Objective, loss_of
 from tisdpo.processes import GlobalBatches, check_parallelism, check_whole_weights
 from tisdpo.provenance import check_rows, home_of
 from tisdpo.resume import RemembersRows
@@ -74,7 +73,7 @@ class TISDPOConfig(TrainingArguments):
                          prompts of both sides and with padding if there is any; takes the place of per_device_train_batch_size
                          (dataloader_drop_last then concerns evaluation alone)
     disable_dropout      set every dropout probability to 0
-    sanity_check         stop at the first step unless the loss there is what it must be when policy == reference (ln 2)
+    sanity_check         stop at the first step unless policy and reference have the same log-probs there (the loss is ln 2)
     """
 
     method: str = "tis-dpo"
@@ -107,6 +106,17 @@ class TISDPOConfig(TrainingArguments):
             raise InputError(f"sft_side must be 'chosen' or 'rejected', got {self.sft_side!r}")
         if self.label_smoothing_factor:
             raise InputError(f"label_smoothing_factor={self.label_smoothing_factor} has no effect; use label_smoothing")
+        if self.use_liger_kernel:  # Liger's own loss would take the place of the forward that has the head in it
+            asked = dict(self.liger_kernel_config or {})
+            if asked.get("fused_linear_cross_entropy"):
+                raise InputError("fused_linear_cross_entropy of liger_kernel_config replaces the loss on the head; leave it out")
+            self.liger_kernel_config = asked | {"fused_linear_cross_entropy": False}
+        by_length = getattr(self, "train_sampling_strategy", None) in ("group_by_length", "batch_rebalance")
+        if by_length and self.tokens_per_batch is None:
+            raise InputError(
+                f"train_sampling_strategy={self.train_sampling_strategy!r} looks for input_ids, which pairs do not have; use "
+                "tokens_per_batch"
+            )
         if self.remove_unused_columns:
             raise InputError("remove_unused_columns must stay False: it would drop the token weights before the collator sees them")
         if self.method != "tis-dpo" and self.weighting is not None:
@@ -196,7 +206,7 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, Trainer):
                 "precompute_ref=False keeps a copy of the model in memory, which none of these rows needs: all carry reference log-probs"
             )
         self.cache = self._open_cache(train_dataset, eval_dataset) if self.preference and args.kl is not None else None
-        self._reference_name = fingerprint_if_here(ref_model if ref_model is not None else model)
+        self._reference_name = fingerprint_if_here(model) if ref_model is None else fingerprint_if_here(ref_model, adapters=True)
         scorer = None
         if self.preference:
             scorer = (ref_model or model) if precompute else None
@@ -243,14 +253,16 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, Trainer):
             check_parallelism(ref_model, self.accelerator)
         self.train_dataset, self.eval_dataset = (each(self._with_reference, rows) for rows in (self.train_dataset, self.eval_dataset))
         self.label_names = []
-        if self.preference:
-            weighting = Weighting.of(args.weighting) if args.method == "tis-dpo" else None
-            self._remember_rows(args.kl, weighting, None if brought else self._reference_name)
         if self.ref_model is not None and not self.accelerator.state.is_fsdp2:  # sharded below, layer by layer, like the policy
             self.ref_model.to(self.args.device)
         with self.accelerator.autocast():  # `choose` asks for devices and number formats: those of the training
             models = [m for m in (model, self.ref_model) if m is not None]
             self.data_collator.flat = choose(models, args.padding_free, self.args.device)
+        if self.preference:
+            weighting = Weighting.of(args.weighting) if args.method == "tis-dpo" else None
+            tokens = args.tokens_per_batch and [args.tokens_per_batch, "padding-free" if self.data_collator.flat else "padded"]
+            more = {"order of the pairs": "swapped" if args.swap_pairs else "as given", "tokens_per_batch": tokens}
+            self._remember_rows(args.kl, weighting, None if brought else self._reference_name, more)
         if self.ref_model is not None and self.accelerator.state.is_fsdp2:
             self.ref_model = fsdp2_prepare_model(self.accelerator, self.ref_model)
         if self.cache is not None:
@@ -274,10 +286,13 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, Trainer):
         scorer = self._scorer
         if dataset is not None and scorer is not None and "chosen_ref_logps" not in dataset.column_names:
             placed = getattr(scorer, "hf_device_map", None) is not None or getattr(scorer, "is_quantized", False) or is_sharded(scorer)
+            before = next(scorer.parameters()).device
             if not placed:
                 scorer.to(self.args.device)
             with adapters_off(scorer) if self._policy_scores else nullcontext():
                 dataset = add_reference_logps(dataset, scorer, self.pad_token_id, self.accelerator)
+            if not (placed or self._policy_scores):
+                scorer.to(before)  # a reference that has said all must not take the memory of the training
         return dataset
 
     def _open_cache(self, *given) -> ReferenceCache | None:
@@ -302,6 +317,7 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, Trainer):
         if self.args.tokens_per_batch is None:
             return super().get_train_dataloader()
         sides = ("chosen", "rejected") if self.preference else (self.args.sft_side,)
+        self._forms_batches = True
         loader, self._ends_repeated = token_loader(
             self.train_dataset, sides, self.data_collator, self.args, self.accelerator, lambda: int(self.state.epoch or 0)
         )
@@ -353,7 +369,7 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, Trainer):
 
         output, *aux = model(**model_inputs(inputs), head=preference)
         if self._starts_at_reference and model.training:
-            self._check_first_loss(output)
+            self._check_first_loss(output, flat)
         return self._add_aux_loss(output.loss, preference_metrics(output, flat), *aux, self._items(inputs) / items)
 
     @staticmethod
@@ -369,26 +385,31 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, Trainer):
             return {"ref_logps": flat.ref_logps}
         if self.cache is not None:
             return {"ref_hidden": inputs["ref_hidden"].to(self.ref_head["ref_weight"]), **self.ref_head}
-        off = nullcontext() if self.ref_model is not None else adapters_off(self.accelerator.unwrap_model(self.model))
+        policy = self.accelerator.unwrap_model(self.model)
+        if self.ref_model is None and not is_peft_model(policy):
+            raise InputError(
+                "these rows have no reference log-probs, and there is no reference model to make them; give the rows to the constructor, "
+                "to evaluate() or to predict(), or give the constructor a ref_model and precompute_ref=False"
+            )
+        off = nullcontext() if self.ref_model is not None else adapters_off(policy)
         with self.accelerator.autocast(), off:  # accelerate's own is around forwards it has prepared, and those without `head`
             return reference_inputs(self.ref_model if self.ref_model is not None else self.model, inputs, flat)
 
-    def _check_first_loss(self, output) -> None:
-        """Policy == reference: every pair's logit is 0 and its loss ln 2 (sigmoid), without the NLL and whatever the weights."""
+    def _check_first_loss(self, output, flat) -> None:
+        """Policy == reference: every log-ratio and KL is 0, and so the rewards, whatever the weights (sigmoid: a loss of ln 2)."""
         self._starts_at_reference = False
         if self.state.global_step > 0:
             return  # a resumed run has moved away from the reference
-        zeros = torch.zeros(2)
-        expected = pairwise_losses(zeros, zeros, self.objective).item()
-        nll = 0.0 if output.chosen_nll is None else self.objective.nll_coef * output.chosen_nll
-        found = (output.losses - nll).mean().item()
-        exact = all(p.dtype == torch.float32 for p in self.model.parameters()) and not (self.args.bf16 or self.args.fp16)
+        tokens = flat.cu_seqlens.diff().clamp(min=1).to(output.losses.device)
+        rewards = torch.stack([output.chosen_rewards, output.rejected_rewards], 1).flatten()
+        found = (rewards.abs() / (self.objective.beta * tokens)).mean().item()  # nats a token
+        exact = all(p.dtype == torch.float32 for p in self.model.parameters()) and not (self.args.bf16 or self.args.fp16 or self.args.tf32)
         exact = exact and (self.cache is None or self.cache.dtype == torch.float32)
-        tolerance = 1e-3 if exact else 5e-2  # 16-bit hidden states depend on the padding of their batch
-        if not math.isclose(found, expected, abs_tol=tolerance):
+        if not found <= (1e-3 if exact else 5e-2):  # 16-bit hidden states depend on the padding of their batch
             raise RuntimeError(
-                f"at the first step policy and reference are the same model, so the loss must be {expected:.6f}, but it is {found:.6f}: "
-                "are the reference log-probs those of this model, tokenizer and max_length? (sanity_check=False turns this check off)"
+                "at the first step policy and reference are the same model, so their log-probs must be the same, but they differ by "
+                f"{found:.2g} nats a token (the loss is {output.losses.mean().item():.6f}): are the reference log-probs those of this "
+                "model, tokenizer and max_length? (sanity_check=False turns this check off)"
             )
 
     # Metrics
@@ -403,20 +424,31 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """`Trainer.evaluate`; rows given here are prepared like those of the constructor."""
         if eval_dataset is not None and not isinstance(eval_dataset, (str, dict)):
-            check_kind(eval_dataset)
-            known = "chosen_ref_logps" in (eval_dataset.column_names or ())
-            if self._policy_scores and not is_peft_model(self._scorer) and not known and self.state.global_step > 0:
-                raise InputError(
-                    "these rows have no reference log-probs, and the reference was the policy before training; give them to the "
-                    "constructor as eval_dataset, or give it a ref_model"
-                )
-            eval_dataset = self._with_reference(self._prepared(eval_dataset, self.processing_class, self.args))
+            eval_dataset = self._ready(eval_dataset)
         outer, self._eval_prefix = self._eval_prefix, metric_key_prefix
         self._sums["eval"].clear()
         try:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         finally:
             self._eval_prefix = outer
+
+    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix: str = "test"):
+        """`Trainer.predict`; rows are prepared like those of the constructor. No predictions, but all metrics of an evaluation."""
+        self._sums["eval"].clear()
+        output = super().predict(self._ready(test_dataset), ignore_keys, metric_key_prefix)
+        output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in self._mean_metrics("eval").items()})
+        return output
+
+    def _ready(self, dataset):
+        """Rows that come after the constructor, like those that came with it."""
+        check_kind(dataset)
+        known = "chosen_ref_logps" in (dataset.column_names or ())
+        if self._policy_scores and not is_peft_model(self._scorer) and not known and self.state.global_step > 0:
+            raise InputError(
+                "these rows have no reference log-probs, and the reference was the policy before training; give them to the "
+                "constructor as eval_dataset, or give it a ref_model"
+            )
+        return self._with_reference(self._prepared(dataset, self.processing_class, self.args))
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._unrepeated(self._prepare_inputs(inputs))
@@ -454,7 +486,7 @@ def _check_base(model) -> None:
     """InputError for adapters that change the base they are put on: it is no reference then."""
     for config in model.peft_config.values() if is_peft_model(model) else ():
         how = getattr(config, "init_lora_weights", True)
-        if isinstance(how, str) and how.lower().startswith(("pissa", "olora", "corda", "loftq")):
+        if isinstance(how, str) and how.lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
             raise InputError(
                 f"init_lora_weights={how!r} changes the weights of the base, so with its adapters off it is no longer the reference; pass "
                 "the model as it was before as ref_model"
@@ -469,7 +501,7 @@ def is_its_base(model) -> bool:
     return bool(added) and not any(p.any() for p in added)
 
 
-def fingerprint_if_here(model) -> str | None:
-    """Fingerprint of a model, or None where its weights are not all here (meta device, sharded)."""
+def fingerprint_if_here(model, adapters: bool = False) -> str | None:
+    """Fingerprint of a model, with its adapters or of the base alone; None where its weights are not all here (meta device, sharded)."""
     elsewhere = any(p.is_meta or not p.numel() or hasattr(p, "placements") for p in model.parameters())
-    return None if elsewhere else model_fingerprint(model)
+    return None if elsewhere else model_fingerprint(model, adapters and is_peft_model(model))

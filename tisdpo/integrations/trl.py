@@ -145,13 +145,18 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, DPOTrainer):
         self.objective = args.objective
         self._start_metrics()
         # before TRL shards it, and which log-probs were made here and not read
-        self._given_reference = fingerprint_if_here(ref_model) if isinstance(ref_model, torch.nn.Module) else None
+        self._given_reference = fingerprint_if_here(ref_model, adapters=True) if isinstance(ref_model, torch.nn.Module) else None
         self._computed_here: list = []
         super().__init__(model, ref_model, args, *more, **kwargs)
         if self._is_vision_dataset:
             raise ValueError("vision-language pairs are not supported: their collation happens elsewhere in TRL; use trl.DPOTrainer")
         if type(self.data_collator) is DataCollatorForPreference:
             self.data_collator = WeightedCollator(**vars(self.data_collator))
+        if not isinstance(self.data_collator, WeightedCollator):
+            raise InputError(
+                f"data_collator is a {type(self.data_collator).__name__}, which leaves out token weights and reference log-probs; derive "
+                "it from tisdpo.integrations.trl.WeightedCollator, or leave it out"
+            )
         check_parallelism(self.model, self.accelerator)
         if self.ref_model is not None:
             check_parallelism(self.accelerator.unwrap_model(self.ref_model), self.accelerator)
