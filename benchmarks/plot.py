@@ -358,6 +358,7 @@ def figures(reports: list[dict], end_to_end: dict | None, gpu: dict | None, late
             "",
             f"Largest error of bfloat16 gradients, against float64: {ours}; plain torch, which rounds its logits, {plain}.",
         ]
+    lines += [text for report in reports if report.get("ops") for text in ("", log_probs(report))]
     lines += gpu_figures(gpu, later) if gpu else ["", "On a GPU: not yet measured."]
     if end_to_end is not None:
         step = end_to_end["steps"][0]
@@ -374,6 +375,23 @@ def figures(reports: list[dict], end_to_end: dict | None, gpu: dict | None, late
             f"([data](benchmarks/results/{end_to_end['file']})).",
         ]
     return "\n".join(lines) + "\n"
+
+
+def log_probs(report: dict) -> str:
+    """README's sentence on log-probs alone, beside what other trainers use."""
+    rows = {result["op"]: result["rows"] for result in report["ops"]}
+
+    def told(op: str, name: str) -> str:
+        row = rows[op][name]
+        return f"{ms(row['seconds'])} ms and {row['extra_bytes'] / MIB:,.0f} MiB"
+
+    logits, hidden = "from logits", "scores"
+    return (
+        f"Log-probs alone, for other trainers ({report['dtype']}, same sizes): `token_logps` from logits, forward and backward, "
+        f"{told(logits, OUR_OPS)} (`F.cross_entropy` {told(logits, 'F.cross_entropy')}, TRL's `selective_log_softmax` "
+        f"{told(logits, 'TRL selective_log_softmax')}); `linear_token_logps` from hidden states without gradients {told(hidden, OUR_OPS)} "
+        f"(plain torch {told(hidden, 'plain torch')}, TRL's chunked operator {told(hidden, 'TRL chunked')})."
+    )
 
 
 def _where(report: dict) -> str:

@@ -124,6 +124,18 @@ def test_diagnostics_by_hand():
     assert d["tokens"] == 3
 
 
+def test_clipping_is_that_of_the_rule():
+    """exp clamps the contrast, scale the signed one, ranks nothing."""
+    rows = scored_rows([[3.0, -3.0, 3.0]], [[3.0, 0.0, 0.0]])
+    found = {}
+    for name in ("exp", "scale", "rank", "equal"):
+        d = weight_diagnostics(rows, Weighting(transform=name))
+        found[name] = [(round(3 * d[side]["clipped_low"]), round(3 * d[side]["clipped_high"])) for side in ("chosen", "rejected")]
+        assert any("at the clamp" in text for text in d["findings"]) == (name in ("exp", "scale"))
+    assert found["exp"] == [(1, 2), (0, 1)] and found["scale"] == [(1, 2), (1, 0)]
+    assert found["rank"] == found["equal"] == [(0, 0), (0, 0)]
+
+
 def test_rank_correlation():
     scipy = pytest.importorskip("scipy.stats")
     a, b = torch.randn(40).round(decimals=1), torch.randn(40).round(decimals=1)

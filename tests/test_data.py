@@ -229,6 +229,22 @@ def test_implicit_prompts():
     assert split(dialogue + " I do not", dialogue + " I know") == (dialogue, " I do not", " I know")  # both begin with I
 
 
+def test_a_prompt_of_messages_beside_whole_conversations():
+    """It is not said twice."""
+    tokenizer = bpe()
+    whole = {**TALK, "chosen": [*TALK["prompt"], *TALK["chosen"]], "rejected": [*TALK["prompt"], *TALK["rejected"]]}
+    assert one(whole, tokenizer) == one(TALK, tokenizer)
+
+
+def test_tools_may_come_as_json():
+    template = "{% if tools %}{{ tools | map(attribute='name') | join(' ') }} {% endif %}" + CHAT_TEMPLATE
+    tokenizer, tools = bpe(template=template), [{"name": "kind"}, {"name": "two"}]
+    assert one({**TALK, "tools": json.dumps(tools)}, tokenizer) == one({**TALK, "tools": tools}, tokenizer) != one(TALK, tokenizer)
+    assert one({**TALK, "tools": ""}, tokenizer) == one(TALK, tokenizer)
+    with pytest.raises(InputError, match="pair 0: tools is no JSON"):
+        one({**TALK, "tools": "kind, two"}, tokenizer)
+
+
 def test_system_prompts():
     tokenizer = bpe(bos=True)
     system = "You are a kind helper."

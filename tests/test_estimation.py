@@ -118,6 +118,53 @@ def test_rounds_estimate_anew_and_go_on_after_an_interruption(start, monkeypatch
     assert once[0] == twice[0] and once[1] != twice[1]
 
 
+def test_a_round_that_was_killed_before_its_model_was_saved(start, monkeypatch):
+    """The checkpoint of its last step is there: the weights are estimated from that, and nothing is trained on with those of before."""
+    more, real, killed = ["contrast.rounds=2", "methods=[S]", "train.learning_rate=1e-2"], pipeline.save_model, []
+
+    def killed_once(model, tokenizer, path):
+        if "round-1" in str(path) and not killed:
+            killed.append(path)
+            raise KeyboardInterrupt
+        real(model, tokenizer, path)
+
+    expected = start("straight", *more).policy("S")["points"]
+    run = start("killed", *more)
+    monkeypatch.setattr(pipeline, "save_model", killed_once)
+    with pytest.raises(KeyboardInterrupt):
+        run.policy("S")
+    assert killed and run.policy("S")["points"] == expected
+
+
+def test_pairs_of_a_prompt_are_in_one_fold(start, tmp_path):
+    """Of text: they may share a response, which the models of a fold must not have seen."""
+    pairs = [{"prompt": f"what is {word}", "chosen": " a", "rejected": f" {n}"} for word in ("sun", "moon", "rain", "snow") for n in "bcd"]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    source = f"data={{source: {tmp_path / 'pairs.jsonl'}, heldout: 3, max_length: 64}}"
+    run = start("text", "contrast.pairs=2", "contrast.crossfit=true", source, "data.limit=null", "model.vocab_size=300", "methods=[S]")
+    folds = [run.fold(pair) for pair in (0, 1)]
+    prompts = [{tuple(run.source.train["prompt_ids"][n]) for n in fold} for fold in folds]
+    assert sorted(folds[0] + folds[1]) == list(range(9)) and not prompts[0] & prompts[1] and min(map(len, folds)) == 3
+
+
+def test_longer_data_of_the_evaluation_do_not_bind_the_training(start):
+    """The batches of a stage have to hold the pairs that it trains on, not those that others are evaluated on."""
+    longer = "evaluation.data={source: synthetic, limit: 8, heldout: 4, max_length: 400}"
+    run = start("longer", longer, "train.batch_size=32", "train.tokens_per_batch=200")
+    assert len(run.evaluation_source.heldout) == 4
+
+
+def test_contrast_data_have_a_length_of_their_own(start, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(estimation, "train_stage", lambda *args, options, **more: seen.update(options) or 1 / 0)
+    run = start("own", "contrast.data={source: synthetic, limit: 8, heldout: 4, max_length: 80}")
+    run.base  # noqa: B018
+    monkeypatch.setattr(run, "contrast_base", lambda: None)
+    with pytest.raises(ZeroDivisionError):
+        run.contrastive_model("sft-chosen")
+    assert seen["max_length"] == 80
+
+
 @pytest.mark.parametrize(
     "override, message",
     [

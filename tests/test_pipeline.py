@@ -4,13 +4,16 @@ import json
 import math
 
 import pytest
+import torch
 
 from tisdpo import estimation, pipeline, stages
 from tisdpo.batches import sequences
 from tisdpo.config import load_config
 from tisdpo.errors import InputError
+from tisdpo.rows import apply_weighting
 from tisdpo.stages import last_complete_checkpoint
 from tisdpo.summary import at_equal_kl, compare, interpolated, notes, pieces
+from tisdpo.weighting import Weighting
 
 SMALL = """
 name: small
@@ -154,6 +157,50 @@ def test_a_model_of_ones_own_on_pairs_from_a_file(tmp_path):
     from tisdpo.prompts import PROMPTS
 
     assert [(how["positive_prompt"], how["negative_prompt"]) for how in prompts] == [PROMPTS["helpful"]]
+
+
+def test_a_run_without_constructions_goes_on(tmp_path):
+    none = ["contrast.constructions=[]", "methods=[dpo]"]
+    for more in ([], ["seeds=2"]):
+        pipeline.run(config(tmp_path, *none, *more), until="train")
+    assert (tmp_path / "run/seed-1/policy/dpo/result.json").exists()
+
+
+def test_a_stage_that_keeps_models_begins_anew_after_it_was_killed(tmp_path, monkeypatch):
+    real = stages.save_model
+
+    def dies_at_the_last(model, tokenizer, path):
+        if path.name == "model" and path.parent.name == "sft-chosen":
+            raise KeyboardInterrupt
+        real(model, tokenizer, path)
+
+    run = config(tmp_path, "contrast.checkpoints=2", "contrast.sft.steps=4")
+    monkeypatch.setattr(stages, "save_model", dies_at_the_last)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(run, until="weights")
+    assert (tmp_path / "run/seed-0/contrastive/sft-chosen/model-1").is_dir()
+    monkeypatch.setattr(stages, "save_model", real)
+    pipeline.run(run, until="weights")
+    assert (tmp_path / "run/seed-0/scored/S-1").is_dir()
+
+
+@pytest.mark.parametrize("transform", ["exp", "rank", "scale"])
+def test_controls_follow_the_rule_of_the_run(tmp_path, transform):
+    """random: the same weights, dealt out anew (of a rule by ranks the same set of them); swapped: those of the other side's sign."""
+    run = config(tmp_path, f"weighting.transform={transform}", "methods=[S, random, swapped]")
+    seed_run = pipeline.SeedRun(run, 0, tmp_path / "run" / "seed-0")
+    made = {}
+    for method in ("S", "random", "swapped"):
+        rows, options = seed_run.method_rows(method)
+        rows = apply_weighting(rows, Weighting(**options["weighting"]), seed_run.tokenizer.eos_token_id)
+        made[method] = {side: torch.tensor([x for w in rows[f"{side}_weights"] for x in w]) for side in ("chosen", "rejected")}
+    for side in ("chosen", "rejected"):
+        assert not torch.equal(made["random"][side], made["S"][side])
+        assert made["random"][side].min() >= made["S"][side].min() - 1e-6 and made["random"][side].max() <= made["S"][side].max() + 1e-6
+        if transform != "rank":
+            torch.testing.assert_close(made["random"][side].sort().values, made["S"][side].sort().values)
+        if transform == "rank":  # the order turned around: 0.7 .. 1.3
+            torch.testing.assert_close(made["swapped"][side], 2.0 - made["S"][side])
 
 
 def test_training_on_scores_of_another_run(tmp_path):

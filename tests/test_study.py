@@ -321,15 +321,18 @@ def test_costs_are_tokens_times_parameters(tmp_path):
     sft, scoring, dpo, asked = 8 * 50 * 6 * 10, 2 * 5 * 50 * 2 * 10, 12 * 50 * 6 * 10, 5 * 50 * 2 * 10
     assert total(tmp_path, "dpo") == {"contrastive": 0, "scoring": 0, "policy": policy}
     assert total(tmp_path, "S") == total(tmp_path, "random") == {"contrastive": sft, "scoring": scoring, "policy": policy}
-    assert total(tmp_path, "D") == {"contrastive": 2 * dpo + asked, "scoring": scoring, "policy": policy}
-    assert total(tmp_path, "R") == {"contrastive": dpo + asked, "scoring": scoring, "policy": policy}
+    assert total(tmp_path, "D") == {"contrastive": 2 * dpo, "scoring": scoring, "policy": policy}  # its reference is asked already
+    assert total(tmp_path, "R") == {"contrastive": dpo, "scoring": scoring, "policy": policy}
+    assert total(tmp_path, "R", "objective.kl=reverse")["contrastive"] == dpo + asked
+    small = "contrast.model={hidden_size: 8, heads: 2, layers: 1, pretrain: {steps: 2, batch_size: 4, learning_rate: 1e-3}}"
+    assert total(tmp_path, "D", small) == {"contrastive": 2 * dpo + asked, "scoring": scoring, "policy": policy}
     assert total(tmp_path, "P") == {"contrastive": 0, "scoring": (2 * 5 * 50 + 5 * 2 * 5) * 2 * 10, "policy": policy}
     assert total(tmp_path, "S", "objective.kl=reverse")["policy"] == 16 * 50 * (6 + 2) * 100
     assert total(tmp_path, "S", "contrast.pairs=3") == {"contrastive": 3 * sft, "scoring": 3 * scoring, "policy": policy}
     assert total(tmp_path, "S", "contrast.checkpoints=3") == {"contrastive": sft, "scoring": 3 * scoring, "policy": policy}
     folds = total(tmp_path, "S", "contrast.pairs=3", "contrast.crossfit=true")
     assert folds["contrastive"] == 3 * sft and folds["scoring"] == pytest.approx(scoring)
-    assert total(tmp_path, "D", "contrast.rounds=2") == {"contrastive": 4 * dpo + 2 * asked, "scoring": 2 * scoring, "policy": policy}
+    assert total(tmp_path, "D", "contrast.rounds=2") == {"contrastive": 4 * dpo + asked, "scoring": 2 * scoring, "policy": policy}
 
 
 # What is shared

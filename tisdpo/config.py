@@ -361,9 +361,9 @@ class RunConfig:
         return {place: stage for place, stage in stages.items() if stage is not None}
 
     @property
-    def control(self) -> str:
-        """The construction whose weights the controls `random` and `swapped` are made of: the first."""
-        return self.contrast.constructions[0]
+    def control(self) -> str | None:
+        """The construction whose weights the controls `random` and `swapped` are made of: the first, if there is one."""
+        return next(iter(self.contrast.constructions), None)
 
     @property
     def seed_list(self) -> list[int]:

@@ -120,7 +120,8 @@ def weight_diagnostics(rows, weighting: Weighting | None = None) -> dict:
     """What the weights of a scored set look like, per side, and plain sentences where they show a known failure.
 
     {"chosen": {...}, "rejected": {...}, "findings": [str]}; a side has, over its tokens: mean and std of the weight, clipped_low and
-    clipped_high (share of contrasts at L and at U), ess (effective sample size (sum w)^2 / (n sum w^2), 1 = uniform),
+    clipped_high (share of contrasts at L and at U, 0 where the rule has no clamp), ess (effective sample size (sum w)^2 / (n sum w^2),
+    1 = uniform),
     position_correlation (Spearman, weight against position in the completion), contrast_std (nats), tokens.
     """
     weighting = weighting or Weighting()
@@ -135,12 +136,14 @@ def _side_diagnostics(contrasts, is_chosen: bool, weighting: Weighting) -> dict:
     plain = Weighting(**{**weighting.__dict__, "eos_weight": None})  # EOS is looked at like any other token
     w = contrast_weights(flat, torch.full(flat.shape, is_chosen), plain, cu_seqlens=cu_seqlens).double()
     n = max(len(w), 1)
+    mu = weighting.mu_chosen if is_chosen else weighting.mu_rejected
+    clamped = {"exp": flat, "random": flat, "swapped": flat, "scale": mu * flat, "threshold": mu * flat}.get(weighting.transform, flat[:0])
     return {
         "tokens": len(w),
         "mean": w.mean().item(),
         "std": w.std(correction=0).item(),
-        "clipped_low": (flat <= weighting.lower).sum().item() / n,
-        "clipped_high": (flat >= weighting.upper).sum().item() / n,
+        "clipped_low": (clamped <= weighting.lower).sum().item() / n,
+        "clipped_high": (clamped >= weighting.upper).sum().item() / n,
         "ess": (w.sum() ** 2 / (n * (w**2).sum())).item(),
         "position_correlation": rank_correlation(w, positions(cu_seqlens)),
         "contrast_std": flat.std(correction=0).item(),

@@ -4,7 +4,6 @@ import itertools
 import json
 import time
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -76,7 +75,7 @@ class Estimation:
         """The source of the settings under a key such as contrast.data, which must share the tokenizer; None: that of the run."""
         if data is None:
             return self.source
-        source = load_source(replace(self.config, data=data), self.seed)
+        source = load_source(self.config, self.seed, data)
         self._check_tokenizer(source.tokenizer, f"{key}, source={data.source},")
         return source
 
@@ -162,9 +161,16 @@ class Estimation:
         return self.reference if self.config.contrast.model is None else ready(self.contrast_base())
 
     def fold(self, pair: int) -> list[int]:
-        """Numbers of the training rows that the contrastive pair of this number scores: all, or with `crossfit` every n-th."""
-        contrast = self.config.contrast
-        return list(range(pair, len(self.source.train), contrast.pairs) if contrast.crossfit else range(len(self.source.train)))
+        """Numbers of the training rows that the contrastive pair of this number scores: all, or with `crossfit` every n-th, of text those
+        of every n-th prompt: the pairs of a prompt may share a response."""
+        contrast, rows = self.config.contrast, self.source.train
+        if not contrast.crossfit:
+            return list(range(len(rows)))
+        if self.source.kind != "text":
+            return list(range(pair, len(rows), contrast.pairs))
+        prompts = [tuple(ids) for ids in rows["prompt_ids"][:]]
+        places = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompts))}
+        return [number for number, prompt in enumerate(prompts) if places[prompt] % contrast.pairs == pair]
 
     def contrastive_model(self, name: str, pair: int = 0, checkpoint: int = 0):
         """`base`, `sft-chosen`, `sft-rejected`, `dpo` or `dpo-swapped`; of the pair of this number, as many checkpoints before its end.
@@ -179,7 +185,7 @@ class Estimation:
         path = self.place(f"contrastive/{numbered}")
         if not (path / "model").is_dir():
             contrast = self.config.contrast
-            options = {"max_length": self.config.data.max_length}
+            options = {"max_length": (contrast.data or self.config.data).max_length}
             if name.startswith("sft"):
                 stage, rows, side = contrast.sft, self.contrast_source.train, name.removeprefix("sft-")
                 options |= {"method": "sft", "sft_side": side}

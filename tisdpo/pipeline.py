@@ -128,7 +128,9 @@ class SeedRun(Estimation):
             return self.rows, options | {"method": "dpo"}
         if method == "scored":  # its rows bring their reference along
             return self.scored(method), options | {"weighting": asdict(weighting)}
-        if method in ("random", "equal", "swapped"):
+        if method == "swapped" and weighting.transform != "exp":  # the same as its own transform, of any rule
+            weighting = replace(weighting, mu_chosen=weighting.mu_rejected, mu_rejected=weighting.mu_chosen)
+        elif method == "equal" or (method in ("random", "swapped") and weighting.transform == "exp"):
             weighting = replace(weighting, transform=method, **({"seed": self.seed} if method == "random" else {}))
         if method == "equal":  # the rule does not look at the contrast
             contrast = {side: [[0.0] * len(ids) for ids in self.rows[f"{side}_ids"]] for side in ("chosen", "rejected")}
@@ -138,6 +140,8 @@ class SeedRun(Estimation):
         else:
             rows = (scored or self.scored)(self.config.construction(method) or method)  # or "scored", a set made elsewhere
             contrast = {side: rows[f"{side}_contrast"][:] for side in ("chosen", "rejected")}  # a lazy column is read row by row
+            if method == "random" and weighting.transform != "random":
+                contrast = {side: _shuffled(values, self.seed) for side, values in contrast.items()}
         rows = self.rows
         for side, values in contrast.items():
             rows = rows.add_column(f"{side}_contrast", values)
@@ -265,6 +269,13 @@ class Round(Estimation):
 
     def place(self, stage: str) -> Path:
         return self.path / stage
+
+
+def _shuffled(contrasts: list[list[float]], seed: int) -> list[list[float]]:
+    """The contrasts of one side, of all its tokens, dealt out anew."""
+    flat = torch.tensor([x for values in contrasts for x in values], dtype=torch.float64)
+    order = torch.randperm(len(flat), generator=torch.Generator().manual_seed(seed))
+    return [part.tolist() for part in flat[order].split([len(values) for values in contrasts])]
 
 
 def _only_where_it_counts(row: dict) -> dict:

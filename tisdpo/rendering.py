@@ -1,5 +1,6 @@
 """One preference pair, whatever its form, to the three texts that are tokenised, and their ids to prompt and completions."""
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -111,6 +112,8 @@ class Renderer:
                     "remove the prompt column or correct the pair"
                 )
             prompt = shared
+        elif prompt and all(side[: len(prompt)] == prompt for side in (chosen, rejected)):  # whole conversations beside their start
+            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
         if not prompt:
             return Rendered(index, row, drop=NO_PROMPT)
         drop = _no_signal(any(m["content"].strip() for m in chosen), any(m["content"].strip() for m in rejected), chosen == rejected)
@@ -127,12 +130,21 @@ class Renderer:
             raise InputError(
                 "the pairs are conversations, but the tokenizer has no chat template; set tokenizer.chat_template or give the pairs as text"
             )
-        options = {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
+        options = {"tools": self._tools(index, row.get("tools")), **(row.get("chat_template_kwargs") or {})}
         messages = [{key: value for key, value in message.items() if value is not None} for message in messages]  # Arrow fills up with None
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt, **options)
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError) as error:
             raise InputError(f"pair {index}: the chat template refuses the conversation ({error}); correct or remove the pair") from error
+
+    def _tools(self, index: int, tools):
+        """Schemas of functions for the chat template: a list, or its JSON, as columns of files have it; None where there are none."""
+        if not isinstance(tools, str):
+            return tools
+        try:
+            return json.loads(tools) if tools.strip() else None
+        except ValueError as error:
+            raise InputError(f"pair {index}: tools is no JSON ({error}); correct it, or remove the column") from error
 
     def _with_system(self, index: int, messages: list[dict]) -> list[dict]:
         """The system prompt as a system message, joined with one that is there.

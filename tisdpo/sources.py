@@ -7,7 +7,7 @@ from typing import Any
 
 import datasets
 
-from tisdpo.config import WORLDS, RunConfig
+from tisdpo.config import WORLDS, DataConfig, RunConfig
 from tisdpo.data import holdout, load_pairs, tokenize_pairs
 from tisdpo.errors import InputError
 from tisdpo.hf import load_tokenizer, train_bpe
@@ -43,20 +43,22 @@ class Source:
     dropped: dict[str, int] = field(default_factory=dict)
 
 
-def load_source(config: RunConfig, seed: int) -> Source:
-    """The source of one seed. A known-truth world is drawn anew for every seed; text is split the same way for all of them."""
-    return _world(config, seed) if config.data.source in WORLDS else _text(config)
+def load_source(config: RunConfig, seed: int, data: DataConfig | None = None) -> Source:
+    """The source of one seed, of other `data` than the run's where they are given. A known-truth world is drawn anew for every seed; text
+    is split the same way for all of them."""
+    data = data or config.data
+    return _world(config, data, seed) if data.source in WORLDS else _text(config, data)
 
 
-def _world(config: RunConfig, seed: int) -> Source:
-    kind, settings = WORLDS[config.data.source]
-    world = kind(build(settings, {**config.data.world, "seed": seed}, place="data.world"))
+def _world(config: RunConfig, data: DataConfig, seed: int) -> Source:
+    kind, settings = WORLDS[data.source]
+    world = kind(build(settings, {**data.world, "seed": seed}, place="data.world"))
     tokenizer = world.tokenizer()
-    count = config.data.limit or DEFAULT_PAIRS
-    sets = {"train": world.pairs(count), "heldout": world.pairs(_heldout_count(config.data.heldout, count), "heldout")}
+    count = data.limit or DEFAULT_PAIRS
+    sets = {"train": world.pairs(count), "heldout": world.pairs(_heldout_count(data.heldout, count), "heldout")}
     rows, dropped = {}, {}
     for split, pairs in sets.items():
-        rows[split], counts = tokenize_pairs(pairs, tokenizer, max_length=config.data.max_length)
+        rows[split], counts = tokenize_pairs(pairs, tokenizer, max_length=data.max_length)
         for side in ("chosen", "rejected"):
             truth = [world.token_rewards(ids, prompt) for ids, prompt in zip(rows[split][f"{side}_ids"], rows[split]["prompt_ids"])]
             rows[split] = rows[split].add_column(f"{side}_truth", truth)
@@ -65,7 +67,7 @@ def _world(config: RunConfig, seed: int) -> Source:
     prompts = [tokenizer(questions[i % len(questions)])["input_ids"] for i in range(config.evaluation.prompts)]
     pretrain = config.model.pretrain
     return Source(
-        kind=config.data.source,
+        kind=data.source,
         tokenizer=tokenizer,
         train=rows["train"],
         heldout=rows["heldout"],
@@ -87,8 +89,8 @@ def _world_documents(world: KnownTruth, tokenizer, count: int) -> datasets.Datas
     return datasets.Dataset.from_dict({"prompt_ids": prompts, "chosen_ids": [[*c, tokenizer.eos_token_id] for c in completions]})
 
 
-def _text(config: RunConfig) -> Source:
-    data, model = config.data, config.model
+def _text(config: RunConfig, data: DataConfig) -> Source:
+    model = config.model
     pairs = load_pairs(data.source, split=data.split, streaming=data.streaming, limit=data.limit)
     pairs = list(pairs) if data.streaming else pairs
     if model.tokenizer or model.path:

@@ -11,8 +11,8 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from tisdpo.config import StageConfig
-from tisdpo.files import write_json
-from tisdpo.hf import save_model
+from tisdpo.files import remove, write_json
+from tisdpo.hf import load_model, save_model
 from tisdpo.resume import forget_rows
 from tisdpo.trainer import TISDPOConfig, TISDPOTrainer
 
@@ -73,6 +73,7 @@ class KeepModels(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         for number in range(1, self.kept):
             if state.global_step == max(1, round(state.max_steps * (1 - number / (2 * self.kept)))):
+                remove(self.directory / kept_model(number))  # of a run that was killed before its end, and began anew
                 save_model(model, self.tokenizer, self.directory / kept_model(number))
 
 
@@ -97,12 +98,17 @@ def read_points(path: Path) -> list[dict]:
     return json.loads(path.read_text()) if path.exists() else []
 
 
+def _state(checkpoint: str | Path) -> dict:
+    """What the Trainer wrote of itself into a checkpoint."""
+    return json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
+
+
 def last_complete_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint that was written to its end (trainer_state.json comes last); newer, half-written ones are removed."""
     numbered = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
     for path in numbered:
         try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            _state(path)
             return str(path)
         except (FileNotFoundError, ValueError):  # killed before the file, or within it
             shutil.rmtree(path)
@@ -164,14 +170,19 @@ def train_stage(
     unfinished = until is not None and until < stage.steps
     if unfinished:
         callbacks.append(StopAt(until))
-    trainer = TISDPOTrainer(model, args, train_dataset=rows, processing_class=tokenizer, callbacks=callbacks)
-    trainer.remove_callback(PrinterCallback)
     checkpoint = last_complete_checkpoint(saved)
-    if new_rows:
-        forget_rows(checkpoint)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    # without the Trainer's summary, whose train_loss counts from the last resume on
-    history = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
+    if unfinished and checkpoint is not None and (state := _state(checkpoint))["global_step"] >= until:
+        # killed after it had come so far, and before its caller had the model
+        model.load_state_dict(load_model(checkpoint).state_dict())
+        history = state["log_history"]
+    else:
+        trainer = TISDPOTrainer(model, args, train_dataset=rows, processing_class=tokenizer, callbacks=callbacks)
+        trainer.remove_callback(PrinterCallback)
+        if new_rows:
+            forget_rows(checkpoint)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        history = trainer.state.log_history
+    history = [entry for entry in history if "train_runtime" not in entry]  # the Trainer's summary counts from the last resume on
     write_json(directory / "log.json", history)
     if not unfinished:
         save_model(model, tokenizer, directory / "model")  # last: the stage is done when its model is there

@@ -61,8 +61,10 @@ def costs(config, tokens: Tokens, learned: Tokens, parameters: int, contrast_par
             share = 1 / pairs if contrast.crossfit else 1
             stage = f"{before}scored/{numbered_stage(construction, pair, checkpoint)}"
             add(stage, "scoring", share * tokens.pairs * scored * FORWARD * contrast_parameters)
-        if construction in "DR" and contrast.models_from is None:  # contrastive DPO has no KL term: its reference is asked once
-            for number in range(contrast.rounds):
+        if construction in "DR" and contrast.models_from is None:  # contrastive DPO has no KL term: its reference is asked once,
+            # and is that of the policy where both learn from the same rows, start from the same model and need log-probs alone
+            same = contrast.model is None and contrast.data is None and config.objective.kl is None
+            for number in range(int(same), contrast.rounds):
                 stage = f"policy/round-{number}/reference" if number else "contrast-reference"
                 add(stage, "contrastive", learned.pairs * learned.both * FORWARD * contrast_parameters)
     seen = _seen(config.train) * tokens.both

@@ -55,6 +55,7 @@ def _page(results: dict) -> dict:
         "data": results["data"],
         "seeds": results["seeds"],
         "points": [", ".join(f"{key} = {value}" for key, value in point.items()) for point in results["points"] if point],
+        "own_search": any(arm.get("search") for arm in arms),
         "best": best_settings(results),
         "baseline": results["baseline"],
         "policies": len({p["id"] for p in results["policies"]}),
