@@ -1,5 +1,6 @@
 """Evaluation against plain computations on full logits, brute-force counts and scipy; generation against itself."""
 
+import dataclasses
 import math
 import random
 
@@ -387,6 +388,9 @@ def test_reward_model_with_a_chat_template_reads_messages(tmp_path):
     model = save_classifier(tmp_path, tokenizer=tokenizer)
     reward = evaluate.load_reward_model(str(tmp_path))
     assert reward(response([8, 9, EOS])) == pytest.approx(logits_of(model, [BOS, 6, 7, SEP, 8, 9]).item(), abs=1e-5)
+    talk = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2", "name": None}, {"role": "user", "content": "w1 w1"}]
+    asked = dataclasses.replace(response([8, 9, EOS]), messages=talk)  # what the policy read, not its text without the special tokens
+    assert reward(asked) == pytest.approx(logits_of(model, [BOS, 6, SEP, 7, BOS, 6, 6, SEP, 8, 9]).item(), abs=1e-5)
 
 
 def test_encoder_reward_model_reads_a_pair_of_texts(tmp_path):

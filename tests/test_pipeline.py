@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from pair_tokenizers import CHAT_TEMPLATE, bpe
 
 from tisdpo import estimation, pipeline, stages
 from tisdpo.batches import sequences
@@ -157,6 +158,33 @@ def test_a_model_of_ones_own_on_pairs_from_a_file(tmp_path):
     from tisdpo.prompts import PROMPTS
 
     assert [(how["positive_prompt"], how["negative_prompt"]) for how in prompts] == [PROMPTS["helpful"]]
+
+
+def test_conversations_reach_the_reward_model_as_messages(tmp_path):
+    words = ("cook", "swim", "sing", "run")
+    bpe(template=CHAT_TEMPLATE).save_pretrained(tmp_path / "words")
+    asked = [[{"role": "system", "content": "Hi."}, {"role": "user", "content": f"how do I {word}?"}] for word in words]
+    sides = {"chosen": [{"role": "assistant", "content": "slowly"}], "rejected": [{"role": "assistant", "content": "no"}]}
+    rows = [{side: [*talk, *answer] for side, answer in sides.items()} for talk in asked]  # the prompt is what both share
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    own = [f"data={{source: {tmp_path / 'pairs.jsonl'}, heldout: 2, max_length: 96}}", "data.limit=null", "methods=[dpo]"]
+    run = config(tmp_path, *own, f"model.tokenizer={tmp_path / 'words'}", "contrast.constructions=[]")
+    seed_run = pipeline.SeedRun(run, 0, tmp_path / "run" / "seed-0")
+    found = seed_run.generations(seed_run.base())
+    assert len(found) == 2 and all(one.messages in asked and one.messages[1]["content"] in one.prompt for one in found)
+
+
+def test_a_file_of_pairs_that_has_changed_is_told(tmp_path):
+    rows = [{"prompt": f"Question {i}?", "chosen": f" A fine answer, number {i}.", "rejected": f" No {i}."} for i in range(12)]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    own = [f"data={{source: {file}, heldout: 2, max_length: 64}}", "data.limit=null", "model.vocab_size=300", "contrast.constructions=[]"]
+    run = config(tmp_path, *own, "methods=[dpo]")
+    for _ in range(2):
+        pipeline.run(run, until="train")
+    file.write_text("\n".join(map(json.dumps, [dict(row, chosen=row["rejected"], rejected=row["chosen"]) for row in rows])))
+    with pytest.raises(InputError, match=r"holds a run on what .*pairs\.jsonl held before it was changed"):
+        pipeline.run(run, until="train")
 
 
 def test_a_run_without_constructions_goes_on(tmp_path):

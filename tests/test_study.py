@@ -19,7 +19,7 @@ from tisdpo.study.config import PLACES, load_study
 from tisdpo.study.costs import Tokens, costs
 from tisdpo.study.page import best_settings, claim_as_text
 from tisdpo.study.results import _wall, note_wall
-from tisdpo.study.shared import StudyRun
+from tisdpo.study.shared import StudyRun, data_settings, identity
 
 STUDIES = sorted(path.stem for path in PLACES[1].glob("*.yaml"))
 STUDY = {
@@ -358,6 +358,17 @@ def test_a_stage_is_shared_exactly_where_nothing_it_depends_on_differs(tmp_path,
     runs = [StudyRun(load_config(tmp_path / "small.yaml", ["methods=[S]", *more]), 0, tmp_path / "out") for more in ([], [change])]
     stages = ("base", "contrastive/base", "contrastive/sft-chosen", "scored/S", "weights/S", "policy/S")
     assert {stage for stage in stages if runs[0].place(stage) != runs[1].place(stage)} == apart
+
+
+def test_another_content_of_a_file_is_another_policy(tmp_path):
+    (tmp_path / "small.yaml").write_text(SMALL)
+    file, names = tmp_path / "pairs.jsonl", []
+    for content in ("a", "b", "a"):
+        file.write_text(content)
+        run = load_config(tmp_path / "small.yaml", ["methods=[S]", f"data={{source: {file}, max_length: 64}}"])
+        names.append((identity(run, 0), data_settings(run.data)["content"]))
+    assert names[0] == names[2] and names[0][0] != names[1][0] and names[0][1] != names[1][1]
+    assert "content" not in data_settings(load_config(tmp_path / "small.yaml").data)  # of a world there is no file
 
 
 def test_every_named_study_is_where_it_is_looked_for():

@@ -26,13 +26,15 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Generation:
-    """A response of a model: the prompt and the response as text and as ids (with the EOS if it came); `finished` if it did."""
+    """A response of a model: the prompt and the response as text and as ids (with the EOS if it came); `finished` if it did; the prompt's
+    `messages` where it is a conversation."""
 
     prompt: str
     prompt_ids: list[int]
     ids: list[int]
     text: str
     finished: bool
+    messages: list[dict] | None = None
 
 
 Reward = Callable[[Generation], float]
@@ -430,7 +432,9 @@ def _reason(error: Exception) -> str:
 def _reward_inputs(tokenizer, generation: Generation) -> dict[str, Tensor]:
     """Prompt and response as the reward model reads them, [1, T] each."""
     if tokenizer.chat_template is not None:
-        messages = [{"role": "user", "content": generation.prompt}, {"role": "assistant", "content": generation.text}]
+        before = generation.messages or [{"role": "user", "content": generation.prompt}]
+        messages = [{key: value for key, value in m.items() if value is not None} for m in before]  # Arrow fills up with None
+        messages.append({"role": "assistant", "content": generation.text})
         return dict(tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True))
     if tokenizer.sep_token_id is not None:
         return dict(tokenizer(generation.prompt, generation.text, return_tensors="pt"))

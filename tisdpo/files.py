@@ -2,11 +2,13 @@
 
 import errno
 import glob
+import hashlib
 import json
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 from tisdpo.errors import InputError
@@ -52,6 +54,26 @@ def remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def content_digest(path: str | Path) -> str | None:
+    """16 hexadecimal digits of the content of a file, or of all files below a directory; None where there is neither."""
+    path = Path(path)
+    if not path.exists():
+        return None
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    return _digest_of(tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files))
+
+
+@lru_cache
+def _digest_of(files: tuple[tuple[str, int, int], ...]) -> str:
+    """Read once, as long as sizes and times stay."""
+    digest = hashlib.sha256()
+    for name, _, _ in files:
+        with open(name, "rb") as file:
+            while part := file.read(1 << 20):
+                digest.update(part)
+    return digest.hexdigest()[:16]
 
 
 def write_json(path: str | Path, content, *, ensure_ascii: bool = True) -> None:

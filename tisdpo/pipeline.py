@@ -3,7 +3,7 @@
 A run is a directory. Every stage leaves files that appear complete or not at all, so that an interrupted run goes on where it was when
 the same command is given again:
 
-    <output_dir>/config.yaml  metrics.json  report.html
+    <output_dir>/config.yaml  data.json (digests of the files of pairs)  metrics.json  report.html
     <output_dir>/seed-<n>/base/  contrastive/<model>/  scored/<construction>/  policy/<method>/
 """
 
@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 
 from tisdpo import evaluate
-from tisdpo.config import ModelConfig, RunConfig, dump, load_config, to_dict
+from tisdpo.config import WORLDS, ModelConfig, RunConfig, dump, load_config, to_dict
 from tisdpo.errors import InputError
 from tisdpo.estimation import Estimation, ready
-from tisdpo.files import write_json
+from tisdpo.files import content_digest, write_json
 from tisdpo.hf import load_model, save_model
 from tisdpo.rows import apply_weighting
 from tisdpo.scored import load_provenance
@@ -80,7 +80,9 @@ def _prepare(config: RunConfig) -> Path:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     directory = Path(config.output_dir)
-    path = directory / "config.yaml"
+    path, contents = directory / "config.yaml", directory / "data.json"
+    sources = {data.source for data in (config.data, config.contrast.data, config.evaluation.data) if data is not None} - set(WORLDS)
+    here = {source: content for source in sorted(sources) if (content := content_digest(source)) is not None}
     # a configuration of which nothing was done yet (its data could not be read, say) binds nobody
     if path.exists() and any(directory.glob("seed-*/*")):
         earlier, now = to_dict(load_config(path, [])), to_dict(config)
@@ -106,8 +108,16 @@ def _prepare(config: RunConfig) -> Path:
                 f"{directory} holds a run with other settings ({', '.join(changed)} differ); "
                 "give another output_dir, or remove that directory to start again"
             )
+        before = json.loads(contents.read_text()) if contents.exists() else {}
+        if other := [source for source, content in here.items() if before.get(source, content) != content]:
+            raise InputError(
+                f"{directory} holds a run on what {other[0]} held before it was changed; give another output_dir, or remove that directory "
+                "to start again"
+            )
     directory.mkdir(parents=True, exist_ok=True)
     dump(config, path)
+    if here:
+        write_json(contents, here)
     return directory
 
 
@@ -211,11 +221,14 @@ class SeedRun(Estimation):
         return self._with_reference(self.evaluation_source.heldout)
 
     def generations(self, model, temperature: float | None = None):
-        settings = self.config.evaluation
-        return evaluate.generate(
-            model, self.tokenizer, self.evaluation_source.prompts[: settings.prompts], max_new_tokens=settings.max_new_tokens,
+        settings, source = self.config.evaluation, self.evaluation_source
+        found = evaluate.generate(
+            model, self.tokenizer, source.prompts[: settings.prompts], max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature if temperature is None else temperature, seed=self.seed, batch_size=settings.batch_size,
         )  # fmt: skip
+        if source.conversations is None:
+            return found
+        return [replace(one, messages=messages) for one, messages in zip(found, source.conversations)]
 
     def kl(self, model, generations) -> dict:
         """KL to the reference; its estimate needs samples of the policy itself, at temperature 1."""

@@ -41,6 +41,26 @@ class Rendered:
         return "chosen_ids" in self.row
 
 
+def conversation(index: int, row: dict) -> tuple[list[dict], list[dict], list[dict]]:
+    """Messages of the prompt, and of both answers, of a pair that comes as messages; InputError with its number."""
+    prompt, chosen, rejected = row.get("prompt"), list(row["chosen"]), list(row["rejected"])
+    for name in ("prompt", "chosen", "rejected"):
+        if isinstance(row.get(name), list):
+            _check_messages(index, name, row[name])
+    if isinstance(prompt, list):
+        if all(side[: len(prompt)] == prompt for side in (chosen, rejected)):  # whole conversations beside their start
+            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+        return prompt, chosen, rejected
+    shared = [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected))]
+    if not shared and prompt:  # a text prompt beside bare answers
+        return [{"role": "user", "content": prompt}], chosen, rejected
+    if prompt and not any(prompt.strip() == message["content"].strip() for message in shared):
+        raise InputError(
+            f"pair {index}: prompt is not among the messages that chosen and rejected share; remove the prompt column or correct the pair"
+        )
+    return shared, chosen[len(shared) :], rejected[len(shared) :]
+
+
 class Renderer:
     """Renders pairs for a tokenizer, with an optional system prompt."""
 
@@ -95,25 +115,9 @@ class Renderer:
         return Rendered(index, row, (prompt, prompt + chosen, prompt + rejected), drop=drop)
 
     def _messages(self, index: int, row: dict) -> Rendered:
-        prompt, chosen, rejected = row.get("prompt"), list(row["chosen"]), list(row["rejected"])
-        for name in ("prompt", "chosen", "rejected"):
-            if isinstance(row.get(name), list):
-                _check_messages(index, name, row[name])
-        if not isinstance(prompt, list):
-            shared = [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected))]
-            if shared == chosen == rejected:
-                return Rendered(index, row, drop=IDENTICAL)
-            chosen, rejected = chosen[len(shared) :], rejected[len(shared) :]
-            if not shared and prompt:  # a text prompt beside bare answers
-                shared = [{"role": "user", "content": prompt}]
-            elif prompt and not any(prompt.strip() == message["content"].strip() for message in shared):
-                raise InputError(
-                    f"pair {index}: prompt is not among the messages that chosen and rejected share; "
-                    "remove the prompt column or correct the pair"
-                )
-            prompt = shared
-        elif prompt and all(side[: len(prompt)] == prompt for side in (chosen, rejected)):  # whole conversations beside their start
-            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+        if not isinstance(row.get("prompt"), list) and row["chosen"] == row["rejected"]:
+            return Rendered(index, row, drop=IDENTICAL)
+        prompt, chosen, rejected = conversation(index, row)
         if not prompt:
             return Rendered(index, row, drop=NO_PROMPT)
         drop = _no_signal(any(m["content"].strip() for m in chosen), any(m["content"].strip() for m in rejected), chosen == rejected)

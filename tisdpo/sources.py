@@ -11,6 +11,7 @@ from tisdpo.config import WORLDS, DataConfig, RunConfig
 from tisdpo.data import holdout, load_pairs, tokenize_pairs
 from tisdpo.errors import InputError
 from tisdpo.hf import load_tokenizer, train_bpe
+from tisdpo.rendering import conversation
 from tisdpo.settings import build
 from tisdpo.world import KnownTruth
 
@@ -24,6 +25,7 @@ class Source:
     train, heldout   tokenised rows; pairs: the training pairs as text, found by the rows' `index`
     documents        makes the rows (prompt_ids, chosen_ids) a base model is pretrained on; None when there is a base model
     prompts          token ids of held-out prompts for generation, as many as the evaluation asks for where there are enough
+    conversations    messages of each of these prompts, or None where they are text
     reward           true reward of an `evaluate.Generation`, or None where nobody knows it
     right            whether an `evaluate.Generation` is a right answer, or None where there is no such thing
     tones            the positive and the negative system prompt that the base corpus knows, or None
@@ -37,6 +39,7 @@ class Source:
     pairs: Any
     documents: Callable[[], datasets.Dataset] | None
     prompts: list[list[int]]
+    conversations: list[list[dict]] | None = None
     reward: Callable | None = None
     right: Callable | None = None
     tones: tuple[str, str] | None = None
@@ -105,8 +108,20 @@ def _text(config: RunConfig, data: DataConfig) -> Source:
         )
     train, heldout = holdout(rows, data.heldout, seed=0)
     documents = (lambda: _both_sides(train)) if model.path is None else None
+    asked = {tuple(ids): index for ids, index in reversed(list(zip(heldout["prompt_ids"], heldout["index"])))}  # the first pair of each
     prompts = list(islice(dict.fromkeys(map(tuple, heldout["prompt_ids"])), config.evaluation.prompts))
-    return Source("text", tokenizer, train, heldout, pairs, documents, [list(p) for p in prompts], dropped=_dropped(counts))
+    talks = isinstance(pairs[asked[prompts[0]]]["chosen"], list) if "chosen" in pairs[asked[prompts[0]]] else False
+    return Source(
+        kind="text",
+        tokenizer=tokenizer,
+        train=train,
+        heldout=heldout,
+        pairs=pairs,
+        documents=documents,
+        prompts=[list(p) for p in prompts],
+        conversations=[conversation(asked[p], pairs[asked[p]])[0] for p in prompts] if talks else None,
+        dropped=_dropped(counts),
+    )
 
 
 def _both_sides(rows) -> datasets.Dataset:

@@ -18,9 +18,9 @@ from typing import Any
 
 from filelock import FileLock
 
-from tisdpo.config import DataConfig, ModelConfig, RunConfig, to_dict
+from tisdpo.config import WORLDS, DataConfig, ModelConfig, RunConfig, to_dict
 from tisdpo.estimation import CONTRASTIVE_MODELS, numbered_stage
-from tisdpo.files import write_json
+from tisdpo.files import content_digest, write_json
 from tisdpo.fingerprints import tokenizer_fingerprint
 from tisdpo.pipeline import SeedRun
 from tisdpo.scored import ids_fingerprint
@@ -45,6 +45,12 @@ def remembered(key: str, make: Callable[[], Any]):
     return _memory[key]
 
 
+def data_settings(data: DataConfig) -> dict:
+    """The settings of data, with what their file holds, if it is one here: a file that has changed is another one."""
+    content = content_digest(data.source) if data.source not in WORLDS else None
+    return asdict(data) | ({} if content is None else {"content": content})
+
+
 def identity(config: RunConfig, seed: int) -> str:
     """The name of a policy: a digest of its method, its seed and exactly the settings that it depends on."""
     settings, method = to_dict(config), config.methods[0]
@@ -53,6 +59,9 @@ def identity(config: RunConfig, seed: int) -> str:
     for key in ("samples", "heatmaps", "batch_size"):
         settings["evaluation"].pop(key)
     contrast = settings.pop("contrast")
+    settings["data"] = data_settings(config.data)
+    for place, data in ((settings["evaluation"], config.evaluation.data), (contrast, config.contrast.data)):
+        place["data"] = data if data is None else data_settings(data)
     construction = config.construction(method)
     if construction is not None:
         settings["contrast"] = _contrast_settings(contrast, construction) | {"construction": construction}
@@ -98,14 +107,15 @@ class StudyRun(SeedRun):
         config = self.config
         if kind == "base":
             return self._pretrained(config.model)
-        data, contrast = {"data": asdict(config.data), "model": asdict(config.model), "seed": self.seed}, to_dict(config)["contrast"]
+        data, contrast = {"data": data_settings(config.data), "model": asdict(config.model), "seed": self.seed}, to_dict(config)["contrast"]
         if kind == "base-result.json":
-            return {"base": self.made_of("base"), **data, "evaluation": asdict(config.evaluation)}
+            others = {} if config.evaluation.data is None else {"data": data_settings(config.evaluation.data)}
+            return {"base": self.made_of("base"), **data, "evaluation": asdict(config.evaluation) | others}
         start = self._pretrained(config.contrast.model or config.model)
         if name == "base":  # of the contrastive models
             return start
         if kind == "contrastive":
-            learns = data | {"data": asdict(self._learned), "fold": config.contrast.crossfit and config.contrast.pairs}
+            learns = data | {"data": data_settings(self._learned), "fold": config.contrast.crossfit and config.contrast.pairs}
             stage = contrast["sft" if name.startswith("sft") else "dpo"]
             return {"base": start, **learns, "stage": stage, "checkpoints": config.contrast.checkpoints}
         # scored: with the contrast of one pair of models; weights: with that of all of them, smoothed and scaled
@@ -173,7 +183,7 @@ class StudyRun(SeedRun):
 
     def _key_of(self, data: DataConfig) -> dict:
         config = self.config
-        return {"data": asdict(data), "model": asdict(config.model), "seed": self.seed, "prompts": config.evaluation.prompts}
+        return {"data": data_settings(data), "model": asdict(config.model), "seed": self.seed, "prompts": config.evaluation.prompts}
 
     @cached_property
     def source(self):
@@ -238,7 +248,7 @@ class StudyRun(SeedRun):
             return str(self.place(stage).name)
         if stage in ("reference", "contrast-reference"):  # one, where both models start from the same
             base, data = ("base", self.config.data) if stage == "reference" else ("contrastive/base", self._learned)
-            return digest([self.made_of(*base.split("/")), asdict(data)])
+            return digest([self.made_of(*base.split("/")), data_settings(data)])
         return f"{stage} {self.directory.name}"
 
     @property
