@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cases import SHAPES, make_case
+from cases import BACKENDS, SHAPES, make_case
 
 import tisdpo
 from tisdpo import Objective, reference
@@ -400,3 +400,16 @@ def test_second_derivatives_raise_instead_of_being_wrong():
     (first,) = torch.autograd.grad(logps.square().sum(), hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="no autograd formula was registered"):
         first.square().sum().backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kl", [None, "reverse", "forward"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_no_number_shows_in_the_gradient(backend, kl, value):
+    """Who looks at gradients (GradScaler, clipping that refuses them) has to see it, whatever the loss."""
+    z, q, target = torch.randn(2, 300), torch.randn(2, 300), torch.tensor([3, 4])
+    z[0, 5] = value
+    z.requires_grad_()
+    stats = tisdpo.token_logps(z, target, ref_logits=q, kl=kl, backend=backend)
+    (stats.logps if kl is None else stats.kl).sum().backward()
+    assert z.grad[0].isnan().any() and z.grad[1].isfinite().all()

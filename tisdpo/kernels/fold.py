@@ -225,7 +225,7 @@ def gradient_kernel(
         else:
             q = _load_logits(q_row, offs, mask, ref_bias_ptr, inner, outer, SOFTCAP, HAS_REF_BIAS)
             if KL == 1:
-                d = tl.where(p > 0.0, p * (g_kl * (z - q) + factor), p)  # 0, or what is no number
+                d = p * tl.where(p > 0.0, g_kl * (z - q) + factor, 0.0)  # what is no number stays none
             else:
                 d = p * factor - g_kl * tl.exp(q - lse_q)
         d = tl.where(offs == target - first, d + g, d) * slope
