@@ -214,7 +214,8 @@ def _visits(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, index, kl, t
     policy, reference = heads(hidden, weight, ref_hidden, ref_weight, index)
     name = backends.resolve(backend, hidden.device.type, hidden.dtype)
     folds = fold.Fold(name, kl, fold.Transform(*transform), bias, ref_bias)
-    no_logits, models = needs_no_logits(policy, reference, folds), 1 if reference is None else 2
+    no_logits = needs_no_logits(policy, reference, folds)
+    models = 1 if reference is None or (no_logits and kl is None) else 2
     most = policy.chunk_rows(models, True, no_logits)
     grads = None if needs is None else GradientSums(policy, tuple(needs), most, by_columns=name == "triton")
     ranges = policy.ranges(0, len(hidden) if index is None else len(index), visit_rows(policy, models, no_logits, grads))
