@@ -144,6 +144,8 @@ def test_pairs_of_a_prompt_are_in_one_fold(start, tmp_path):
     run = start("text", "contrast.pairs=2", "contrast.crossfit=true", source, "data.limit=null", "model.vocab_size=300", "methods=[S]")
     folds = [run.fold(pair) for pair in (0, 1)]
     prompts = [{tuple(run.source.train["prompt_ids"][n]) for n in fold} for fold in folds]
+    with pytest.raises(InputError, match=r"crossfit shares prompts out to contrast\.pairs=4, and there are 3"):
+        start("few", "contrast.pairs=4", "contrast.crossfit=true", source, "data.limit=null", "model.vocab_size=300", "methods=[S]").fold(0)
     assert sorted(folds[0] + folds[1]) == list(range(9)) and not prompts[0] & prompts[1] and min(map(len, folds)) == 3
 
 
@@ -152,6 +154,13 @@ def test_longer_data_of_the_evaluation_do_not_bind_the_training(start):
     longer = "evaluation.data={source: synthetic, limit: 8, heldout: 4, max_length: 400}"
     run = start("longer", longer, "train.batch_size=32", "train.tokens_per_batch=200")
     assert len(run.evaluation_source.heldout) == 4
+
+
+def test_batches_of_the_contrast_hold_its_own_pairs(start):
+    """Told when the run begins, not after hours."""
+    data = "contrast.data={source: synthetic, limit: 8, heldout: 4, max_length: 300}"
+    with pytest.raises(InputError, match=r"contrast\.sft\.tokens_per_batch=200 cannot hold every row of data\.max_length=300"):
+        start("long", data, "contrast.sft.batch_size=32", "contrast.sft.tokens_per_batch=200")
 
 
 def test_contrast_data_have_a_length_of_their_own(start, monkeypatch):

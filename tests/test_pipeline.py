@@ -174,6 +174,19 @@ def test_conversations_reach_the_reward_model_as_messages(tmp_path):
     assert len(found) == 2 and all(one.messages in asked and one.messages[1]["content"] in one.prompt for one in found)
 
 
+def test_pairs_of_ready_ids_may_have_any_index(tmp_path):
+    import tiny
+
+    rows = [{name: row[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")} for row in tiny.rows(12)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(row | {"index": 1000 + i}) for i, row in enumerate(rows)))
+    tiny.model(seed=3).save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    own = [f"data={{source: {tmp_path / 'pairs.jsonl'}, heldout: 2, max_length: 96}}", f"model={{path: {tmp_path / 'model'}}}"]
+    run = config(tmp_path, *own, "data.limit=null", "contrast.constructions=[]", "methods=[dpo]")
+    source = pipeline.SeedRun(run, 0, tmp_path / "run" / "seed-0").source
+    assert source.conversations is None and len(source.prompts) == 2
+
+
 def test_a_file_of_pairs_that_has_changed_is_told(tmp_path):
     rows = [{"prompt": f"Question {i}?", "chosen": f" A fine answer, number {i}.", "rejected": f" No {i}."} for i in range(12)]
     file = tmp_path / "pairs.jsonl"

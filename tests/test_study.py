@@ -368,6 +368,13 @@ def test_another_content_of_a_file_is_another_policy(tmp_path):
         run = load_config(tmp_path / "small.yaml", ["methods=[S]", f"data={{source: {file}, max_length: 64}}"])
         names.append((identity(run, 0), data_settings(run.data)["content"]))
     assert names[0] == names[2] and names[0][0] != names[1][0] and names[0][1] != names[1][1]
+    run = load_config(tmp_path / "small.yaml", ["methods=[S]", f"contrast.data={{source: {file}, max_length: 64}}"])
+    places = []
+    for content in ("a", "b"):
+        file.write_text(content)
+        study_run = StudyRun(run, 0, tmp_path / "out")
+        places.append([study_run.place(stage) for stage in ("contrastive/sft-chosen", "scored/S", "weights/S")])
+    assert all(a != b for a, b in zip(*places))
     assert "content" not in data_settings(load_config(tmp_path / "small.yaml").data)  # of a world there is no file
 
 

@@ -186,7 +186,9 @@ class ContrastConfig:
     )
     pairs: int = option("pairs of contrastive models of S, D or R, trained in different order, whose contrasts are averaged", default=1)
     checkpoints: int = option("contrasts are averaged over so many models of the second half of the contrastive training", default=1)
-    crossfit: bool = option("every pair is trained without the rows that it scores, an equal share of them each", default=False)
+    crossfit: bool = option(
+        "every pair is trained without the rows that it scores, an equal share of them each (of text: of the prompts)", default=False
+    )
     smooth: int = option("moving average of the contrast over so many neighbouring tokens, an odd number", default=1)
     data: DataConfig | None = option(
         "pairs that the contrastive models learn from, of the same tokenizer; null: those of the run", default=None
@@ -346,10 +348,11 @@ class RunConfig:
     def _check_tokens(self):
         """Now, not when a stage begins hours later: batches must hold the longest pairs (base model and SFT: texts)."""
         for place, stage in self.stages.items():
-            least = self.data.max_length * (2 if place in ("train", "contrast.dpo") else 1)
+            data = self.contrast.data if place in ("contrast.sft", "contrast.dpo") and self.contrast.data is not None else self.data
+            least = data.max_length * (2 if place in ("train", "contrast.dpo") else 1)
             if stage.tokens_per_batch is not None and stage.tokens_per_batch < least:
                 raise InputError(
-                    f"{place}.tokens_per_batch={stage.tokens_per_batch} cannot hold every row of data.max_length={self.data.max_length}; "
+                    f"{place}.tokens_per_batch={stage.tokens_per_batch} cannot hold every row of data.max_length={data.max_length}; "
                     f"give at least {least}, or lower data.max_length"
                 )
 

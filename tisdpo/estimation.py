@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from tisdpo import contrastive
-from tisdpo.config import DataConfig, ModelConfig, RunConfig
+from tisdpo.config import WORLDS, DataConfig, ModelConfig, RunConfig
 from tisdpo.doctor import default_device
 from tisdpo.errors import InputError
 from tisdpo.files import remove, write_json
@@ -166,11 +166,21 @@ class Estimation:
         contrast, rows = self.config.contrast, self.source.train
         if not contrast.crossfit:
             return list(range(len(rows)))
-        if self.source.kind != "text":
+        if not isinstance(self.fold_rule, list):
             return list(range(pair, len(rows), contrast.pairs))
         prompts = [tuple(ids) for ids in rows["prompt_ids"][:]]
         places = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompts))}
+        if len(places) < contrast.pairs:
+            raise InputError(f"crossfit shares prompts out to contrast.pairs={contrast.pairs}, and there are {len(places)}; lower it")
         return [number for number, prompt in enumerate(prompts) if places[prompt] % contrast.pairs == pair]
+
+    @property
+    def fold_rule(self):
+        """What `fold` does, for those who keep what is made of it: False, the number of folds, or with whole prompts in each."""
+        contrast = self.config.contrast
+        if not contrast.crossfit or self.config.data.source in WORLDS:
+            return contrast.crossfit and contrast.pairs
+        return [contrast.pairs, "prompts"]
 
     def contrastive_model(self, name: str, pair: int = 0, checkpoint: int = 0):
         """`base`, `sft-chosen`, `sft-rejected`, `dpo` or `dpo-swapped`; of the pair of this number, as many checkpoints before its end.
@@ -223,7 +233,8 @@ class Estimation:
         rows = self.source.train
         if self.config.contrast.crossfit and construction != "P":
             rows = rows.select(self.fold(pair))
-            how |= {"fold": [pair, self.config.contrast.pairs]}
+            rule = self.fold_rule
+            how |= {"fold": [pair, *(rule if isinstance(rule, list) else [rule])]}
         if construction == "P":
             how |= dict(zip(("positive_prompt", "negative_prompt"), self.prompts_of_contrast()))
         parts = path.with_name(path.name + ".parts")

@@ -57,22 +57,18 @@ def remove(path: Path) -> None:
 
 
 def content_digest(path: str | Path) -> str | None:
-    """16 hexadecimal digits of the content of a file, or of all files below a directory; None where there is neither."""
-    path = Path(path)
-    if not path.exists():
-        return None
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    return _digest_of(tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files))
+    """16 hexadecimal digits of the content of a file; None where there is none, and of a directory, which may hold much else."""
+    path = Path(path).expanduser()
+    return _digest_of(path, path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else None
 
 
 @lru_cache
-def _digest_of(files: tuple[tuple[str, int, int], ...]) -> str:
-    """Read once, as long as sizes and times stay."""
+def _digest_of(path: Path, size: int, time: int) -> str:
+    """Read once, as long as size and time stay."""
     digest = hashlib.sha256()
-    for name, _, _ in files:
-        with open(name, "rb") as file:
-            while part := file.read(1 << 20):
-                digest.update(part)
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
     return digest.hexdigest()[:16]
 
 

@@ -29,6 +29,8 @@ def model_fingerprint(model: torch.nn.Module, adapters: bool = False) -> str:
     config = getattr(model, "config", None)
     if config is not None:
         digest.update(_canonical(_without_volatile(config.to_dict())))
+    for name, adapter in sorted(model.peft_config.items()) if adapters else ():
+        digest.update(_canonical([name, *(getattr(adapter, key, None) for key in ("r", "lora_alpha", "use_rslora", "use_dora"))]))
     for name, parameter in sorted(list(model.named_parameters()) if adapters else _base_parameters(model)):
         flat = parameter.detach().reshape(-1)
         where = torch.linspace(0, max(flat.numel() - 1, 0), min(SAMPLED, flat.numel()), dtype=torch.float64).long()

@@ -82,6 +82,7 @@ def _prepare(config: RunConfig) -> Path:
     directory = Path(config.output_dir)
     path, contents = directory / "config.yaml", directory / "data.json"
     sources = {data.source for data in (config.data, config.contrast.data, config.evaluation.data) if data is not None} - set(WORLDS)
+    before = json.loads(contents.read_text()) if contents.exists() else {}
     here = {source: content for source in sorted(sources) if (content := content_digest(source)) is not None}
     # a configuration of which nothing was done yet (its data could not be read, say) binds nobody
     if path.exists() and any(directory.glob("seed-*/*")):
@@ -108,7 +109,6 @@ def _prepare(config: RunConfig) -> Path:
                 f"{directory} holds a run with other settings ({', '.join(changed)} differ); "
                 "give another output_dir, or remove that directory to start again"
             )
-        before = json.loads(contents.read_text()) if contents.exists() else {}
         if other := [source for source, content in here.items() if before.get(source, content) != content]:
             raise InputError(
                 f"{directory} holds a run on what {other[0]} held before it was changed; give another output_dir, or remove that directory "
@@ -117,7 +117,7 @@ def _prepare(config: RunConfig) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     dump(config, path)
     if here:
-        write_json(contents, here)
+        write_json(contents, before | here)
     return directory
 
 

@@ -108,9 +108,9 @@ def _text(config: RunConfig, data: DataConfig) -> Source:
         )
     train, heldout = holdout(rows, data.heldout, seed=0)
     documents = (lambda: _both_sides(train)) if model.path is None else None
-    asked = {tuple(ids): index for ids, index in reversed(list(zip(heldout["prompt_ids"], heldout["index"])))}  # the first pair of each
     prompts = list(islice(dict.fromkeys(map(tuple, heldout["prompt_ids"])), config.evaluation.prompts))
-    talks = isinstance(pairs[asked[prompts[0]]]["chosen"], list) if "chosen" in pairs[asked[prompts[0]]] else False
+    talks = isinstance(pairs[0].get("chosen"), list) and "chosen_ids" not in pairs[0]  # ready ids have an index of their own
+    asked = {tuple(ids): index for ids, index in reversed(list(zip(heldout["prompt_ids"], heldout["index"])))}  # the first pair of each
     return Source(
         kind="text",
         tokenizer=tokenizer,

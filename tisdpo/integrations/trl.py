@@ -152,7 +152,8 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, DPOTrainer):
             raise ValueError("vision-language pairs are not supported: their collation happens elsewhere in TRL; use trl.DPOTrainer")
         if type(self.data_collator) is DataCollatorForPreference:
             self.data_collator = WeightedCollator(**vars(self.data_collator))
-        if not isinstance(self.data_collator, WeightedCollator):
+        loses = args.method == "tis-dpo" or "chosen_ref_logps" in (getattr(self.train_dataset, "column_names", None) or ())
+        if loses and not isinstance(self.data_collator, WeightedCollator):
             raise InputError(
                 f"data_collator is a {type(self.data_collator).__name__}, which leaves out token weights and reference log-probs; derive "
                 "it from tisdpo.integrations.trl.WeightedCollator, or leave it out"

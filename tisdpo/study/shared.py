@@ -108,6 +108,8 @@ class StudyRun(SeedRun):
         if kind == "base":
             return self._pretrained(config.model)
         data, contrast = {"data": data_settings(config.data), "model": asdict(config.model), "seed": self.seed}, to_dict(config)["contrast"]
+        if config.contrast.data is not None:
+            contrast["data"] = data_settings(config.contrast.data)
         if kind == "base-result.json":
             others = {} if config.evaluation.data is None else {"data": data_settings(config.evaluation.data)}
             return {"base": self.made_of("base"), **data, "evaluation": asdict(config.evaluation) | others}
@@ -115,10 +117,12 @@ class StudyRun(SeedRun):
         if name == "base":  # of the contrastive models
             return start
         if kind == "contrastive":
-            learns = data | {"data": data_settings(self._learned), "fold": config.contrast.crossfit and config.contrast.pairs}
+            learns = data | {"data": data_settings(self._learned), "fold": self.fold_rule}
             stage = contrast["sft" if name.startswith("sft") else "dpo"]
             return {"base": start, **learns, "stage": stage, "checkpoints": config.contrast.checkpoints}
         # scored: with the contrast of one pair of models; weights: with that of all of them, smoothed and scaled
+        if isinstance(self.fold_rule, list):
+            contrast["crossfit"] = self.fold_rule
         settings = _contrast_settings(contrast, name[0]) | {"batch_tokens": config.contrast.batch_tokens}
         together = {"smooth", "std", "rounds"} | (set() if config.contrast.crossfit else {"pairs"})
         if kind == "scored":
