@@ -61,7 +61,8 @@ def block(results: dict) -> str:
     lines = [
         f"`{results['command'].split(' output_dir=')[0]}`: {len(results['seeds'])} seeds, {policies} policies, "
         f"{duration(results['seconds'])} of one core{wall}; {made['date']}, revision {made['revision']}; "
-        f"data: `benchmarks/results/study-{results['name']}.json`. Searched for every arm: {_search(results)}.",
+        f"data: `benchmarks/results/study-{results['name']}.json`. Searched for every arm: {_search(results)}."
+        + (f" Corrected afterwards, {results['corrected']}" if "corrected" in results else ""),
         "", "| claim | verdict | difference ± 95 % interval over seeds |", "| --- | --- | --- |",
     ]  # fmt: skip
     for claim in results["claims"]:

@@ -143,6 +143,10 @@ def test_predict_prepares_its_rows_and_has_the_metrics_of_an_evaluation(tmp_path
     assert output.predictions is None and abs(output.metrics["test_loss"] - math.log(2)) > 1e-4
     for name in ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen"):
         assert output.metrics[f"test_{name}"] == pytest.approx(expected[f"eval_{name}"], rel=1e-6)
+    sft = trainer(tmp_path, rows, method="sft")
+    assert sft.predict(rows).metrics["test_loss"] == pytest.approx(sft.evaluate(rows)["eval_loss"], rel=1e-6)
+    with pytest.raises(InputError, match=r"must be a datasets\.Dataset, got NoneType"):
+        t.predict(None)
     alone = trainer(tmp_path, rows, method="dpo")
     alone.train()
     with pytest.raises(InputError, match="the reference was the policy before training"):
