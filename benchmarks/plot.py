@@ -378,19 +378,20 @@ def figures(reports: list[dict], end_to_end: dict | None, gpu: dict | None, late
 
 
 def log_probs(report: dict) -> str:
-    """README's sentence on log-probs alone, beside what other trainers use."""
+    """README's sentence on log-probs alone, beside what other trainers use; of those whose time and memory are in the file."""
     rows = {result["op"]: result["rows"] for result in report["ops"]}
 
-    def told(op: str, name: str) -> str:
-        row = rows[op][name]
-        return f"{ms(row['seconds'])} ms and {row['extra_bytes'] / MIB:,.0f} MiB"
+    def told(op: str, others: dict[str, str]) -> str:
+        found = {text: rows.get(op, {}).get(name, {}) for name, text in {OUR_OPS: "", **others}.items()}
+        found = {text: row for text, row in found.items() if "seconds" in row and row.get("extra_bytes") is not None}
+        cells = [f"{text} {ms(row['seconds'])} ms and {row['extra_bytes'] / MIB:,.0f} MiB".strip() for text, row in found.items()]
+        return f"{cells[0]} ({', '.join(cells[1:])})" if cells[1:] and "" in found else "not measured"
 
-    logits, hidden = "from logits", "scores"
+    logits = told("from logits", {"F.cross_entropy": "`F.cross_entropy`", "TRL selective_log_softmax": "TRL's `selective_log_softmax`"})
+    hidden = told("scores", {"plain torch": "plain torch", "TRL chunked": "TRL's chunked operator"})
     return (
-        f"Log-probs alone, for other trainers ({report['dtype']}, same sizes): `token_logps` from logits, forward and backward, "
-        f"{told(logits, OUR_OPS)} (`F.cross_entropy` {told(logits, 'F.cross_entropy')}, TRL's `selective_log_softmax` "
-        f"{told(logits, 'TRL selective_log_softmax')}); `linear_token_logps` from hidden states without gradients {told(hidden, OUR_OPS)} "
-        f"(plain torch {told(hidden, 'plain torch')}, TRL's chunked operator {told(hidden, 'TRL chunked')})."
+        f"Log-probs alone, for other trainers ({report['dtype']}, same sizes): `token_logps` from logits, forward and backward, {logits}; "
+        f"`linear_token_logps` from hidden states without gradients {hidden}."
     )
 
 

@@ -204,6 +204,13 @@ def test_the_readme_shows_a_later_run_of_a_gpu_as_one():
     assert "At revision aaa not every" in "\n".join(plot.gpu_figures({k: v for k, v in report.items() if k != "tests"}, later))
 
 
+def test_the_sentence_on_log_probs_needs_no_peer():
+    row = {"seconds": 0.02, "extra_bytes": 3 << 20}
+    report = {"dtype": "float32", "ops": [{"op": "from logits", "rows": {OUR_OPS: row, "F.cross_entropy": row | {"seconds": 0.05}}}]}
+    told = plot.log_probs(report)
+    assert "backward, 20 ms and 3 MiB (`F.cross_entropy` 50 ms and 3 MiB);" in told and told.endswith("gradients not measured.")
+
+
 def test_a_stale_picture_is_found(tmp_path, monkeypatch):
     report = plot.newest_of_each_size()[0]
     monkeypatch.setattr(plot, "PLOTS", tmp_path)
