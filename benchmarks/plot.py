@@ -15,7 +15,7 @@ import sys
 from dataclasses import asdict
 
 from benchmarks.measure import MIB, RESULTS, ROOT, floor
-from benchmarks.registry import OUR_OPS, OURS, Size
+from benchmarks.registry import OUR_OPS, OURS, Size, Step
 
 PAGE, README, PLOTS = ROOT / "benchmarks/RESULTS.md", ROOT / "README.md", ROOT / "benchmarks/plots"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -379,19 +379,21 @@ def figures(reports: list[dict], end_to_end: dict | None, gpu: dict | None, late
 
 def log_probs(report: dict) -> str:
     """README's sentence on log-probs alone, beside what other trainers use; of those whose time and memory are in the file."""
-    rows = {result["op"]: result["rows"] for result in report["ops"]}
+    rows = {result["step"]: result["rows"] for result in report["ops"]}
 
-    def told(op: str, others: dict[str, str]) -> str:
-        found = {text: rows.get(op, {}).get(name, {}) for name, text in {OUR_OPS: "", **others}.items()}
+    def told(step: Step, others: dict[str, str]) -> str:
+        found = {text: rows.get(step.name, {}).get(name, {}) for name, text in {OUR_OPS: "", **others}.items()}
         found = {text: row for text, row in found.items() if "seconds" in row and row.get("extra_bytes") is not None}
         cells = [f"{text} {ms(row['seconds'])} ms and {row['extra_bytes'] / MIB:,.0f} MiB".strip() for text, row in found.items()]
         return f"{cells[0]} ({', '.join(cells[1:])})" if cells[1:] and "" in found else "not measured"
 
-    logits = told("from logits", {"F.cross_entropy": "`F.cross_entropy`", "TRL selective_log_softmax": "TRL's `selective_log_softmax`"})
-    hidden = told("scores", {"plain torch": "plain torch", "TRL chunked": "TRL's chunked operator"})
+    of_logits = {"F.cross_entropy": "`F.cross_entropy`", "TRL selective_log_softmax": "TRL's `selective_log_softmax`"}
+    of_hidden = {"plain torch": "plain torch", "TRL chunked": "TRL's chunked operator"}
     return (
-        f"Log-probs alone, for other trainers ({report['dtype']}, same sizes): `token_logps` from logits, forward and backward, {logits}; "
-        f"`linear_token_logps` from hidden states without gradients {hidden}."
+        f"Log-probs alone, for other trainers ({report['dtype']}, same sizes): `token_logps` from logits, forward and backward, "
+        f"{told(Step(op='from logits'), of_logits)}; `linear_token_logps` from hidden states without gradients "
+        f"{told(Step(op='scores'), of_hidden)}, with a frozen head and any gradient a token "
+        f"{told(Step(op='log-probs', frozen=True), of_hidden)}."
     )
 
 

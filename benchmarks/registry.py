@@ -68,7 +68,7 @@ class Step:
     @property
     def name(self) -> str:
         if self.op is not None:
-            return OPS[self.op]
+            return OPS[self.op] + (", frozen head" if self.frozen else "")
         names = {None: "online reference" if self.online else "no KL", "reverse": "KL, online reference"}
         return names.get(self.kl, f"{self.kl} KL, online reference") + (", frozen head" if self.frozen else "")
 
@@ -77,12 +77,13 @@ class Step:
 OPS = {
     "scores": "log-probs of hidden states, no gradients",
     "log-probs": "log-probs of hidden states, any gradient a token",
+    "nll": "cross-entropy with a factor a token, known beforehand",
     "from logits": "log-probs of logits, any gradient a token",
 }
 
 MODES = [Step(), Step(frozen=True), Step(kl="reverse"), Step(kl="reverse", frozen=True)]
 ALL_MODES = [*MODES, Step(kl="forward"), Step(online=True), Step(kl="forward", frozen=True), Step(online=True, frozen=True)]
-OP_STEPS = [Step(op=op) for op in OPS]
+OP_STEPS = [*(Step(op=op) for op in OPS), Step(op="log-probs", frozen=True)]
 
 
 OF_TOKENS = ("hidden", "ref_hidden", "target", "token_weights", "ref_logps", "logits")  # what a problem has of every token
@@ -354,8 +355,9 @@ class Provider:
     """Somebody who computes the step.
 
     loss: of (problem, step); logps: log-probs [N] of (hidden, weight, target), and of_logits those of (logits, target), for the steps of
-    `OPS`; package: what must be importable; devices: where it runs; task: a key of `TASKS`; modes: the loss steps it can compute (None:
-    all); masked: whether it takes ignored positions; note: what a reader should know.
+    `OPS`; weighted: their sum with a factor each, of (hidden, weight, target, factors), where that is another function; package: what must
+    be importable; devices: where it runs; task: a key of `TASKS`; modes: the loss steps it can compute (None: all); masked: whether it
+    takes ignored positions; note: what a reader should know.
     """
 
     name: str
@@ -363,6 +365,7 @@ class Provider:
     logps: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     of_logits: Callable[[Tensor, Tensor], Tensor] | None = None
     _: KW_ONLY
+    weighted: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
     package: str = "torch"
     devices: tuple[str, ...] = ("cpu", "cuda", "xpu")
     task: str = "TIS-DPO"
@@ -376,6 +379,8 @@ class Provider:
         compute = self.function(step)
         if step.op is None:
             return compute(p, step)
+        if step.op == "nll" and self.weighted is not None:
+            return self.weighted(p.hidden, p.weight, p.target, p.token_weights)
         logps = compute(p.logits, p.target) if step.op == "from logits" else compute(p.hidden, p.weight, p.target)
         return logps if step.op == "scores" else (logps * p.token_weights).sum()
 
@@ -415,6 +420,10 @@ def _ours(hidden, weight, target):
     return tisdpo.linear_token_logps(hidden, weight, target, ignore_index=None).logps
 
 
+def _ours_weighted(hidden, weight, target, factors):
+    return -tisdpo.linear_nll_loss(hidden, weight, target, token_weights=factors, normalizer=1.0, ignore_index=None).loss
+
+
 def _ours_of_logits(logits, target):
     return tisdpo.token_logps(logits, target, ignore_index=None).logps
 
@@ -443,7 +452,7 @@ PROVIDERS = [
     Provider("tisdpo one pass, one chunk", fused_in_one_chunk, package="tisdpo", masked=True, note="TISDPO_CHUNK_MIB without limit"),
     Provider("tisdpo two passes", partial(fused, plan="two_pass"), package="tisdpo", masked=True),
     Provider("tisdpo one pass, torch folds", partial(fused, backend="torch"), package="tisdpo", masked=True),
-    Provider(OUR_OPS, logps=_ours, of_logits=_ours_of_logits, package="tisdpo"),
+    Provider(OUR_OPS, logps=_ours, of_logits=_ours_of_logits, weighted=_ours_weighted, package="tisdpo"),
     PLAIN,
     Provider(
         "plain torch, float32 logits", partial(plain, upcast=True), masked=True, **_with_logits(partial(plain_logps, upcast=True))

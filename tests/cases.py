@@ -1,5 +1,6 @@
 """Random inputs of the awkward shapes that every operator is tested on."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -67,3 +68,11 @@ def truth(z, target, q, bias, ref_bias, kl, transform):
     marked = target.masked_fill(target < 0, -100)
     divergence = None if kl is None else reference.token_kl(z, q, kl).masked_fill(target < 0, 0)
     return reference.token_logps(z, marked), reference.token_logps(q, marked), divergence
+
+
+def in_float64(a, b, out, add=False):
+    """What a device does that hands out its float32 sums; one that writes before it has read everything shows up as NaN."""
+    before = out.clone() if add else 0
+    if not add:
+        out.fill_(math.nan)
+    return out.copy_(a.double() @ b.double() + before)

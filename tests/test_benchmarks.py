@@ -206,9 +206,10 @@ def test_the_readme_shows_a_later_run_of_a_gpu_as_one():
 
 def test_the_sentence_on_log_probs_needs_no_peer():
     row = {"seconds": 0.02, "extra_bytes": 3 << 20}
-    report = {"dtype": "float32", "ops": [{"op": "from logits", "rows": {OUR_OPS: row, "F.cross_entropy": row | {"seconds": 0.05}}}]}
-    told = plot.log_probs(report)
-    assert "backward, 20 ms and 3 MiB (`F.cross_entropy` 50 ms and 3 MiB);" in told and told.endswith("gradients not measured.")
+    rows = {OUR_OPS: row, "F.cross_entropy": row | {"seconds": 0.05}}
+    told = plot.log_probs({"dtype": "float32", "ops": [{"step": Step(op="from logits").name, "rows": rows}]})
+    assert "backward, 20 ms and 3 MiB (`F.cross_entropy` 50 ms and 3 MiB);" in told
+    assert "gradients not measured, with" in told and told.endswith("a token not measured.")
 
 
 def test_a_stale_picture_is_found(tmp_path, monkeypatch):

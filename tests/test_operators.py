@@ -4,12 +4,12 @@ import weakref
 
 import pytest
 import torch
-from cases import BACKENDS, make_case
+from cases import BACKENDS, in_float64, make_case
 
 import tisdpo
 from tisdpo import Objective, Weighting
 from tisdpo.ops import backend as backends
-from tisdpo.ops import pairwise, sequence_sums, token_stats
+from tisdpo.ops import pairwise, products, sequence_sums, token_stats
 
 TRANSFORM = (0.9, 3.0, 1.1)  # logit_scale, softcap, temperature
 PLAIN = (1.0, None, 1.0)
@@ -50,12 +50,46 @@ def test_opcheck_token_stats(reference, kl, backend):
 def test_opcheck_linear_token_stats(bias, reference, kl, transform, needs, backend):
     case = make_case((3, 2), H=4, V=7, ignored=(1,), dtype=torch.float32)
     policy, ref = head(case, bias=bias, reference=reference)
-    args = (*policy, case.target, *ref, kl, *transform, -100, backend)
+    args = (*policy, case.target, *ref, kl, *transform, -100, backend, False, None)
     torch.library.opcheck(token_stats.linear_token_stats, args, test_utils=CHECKS)
     policy = [None if x is None else x.detach() for x in policy]
-    stats = list(token_stats.linear_token_stats(*policy, *args[3:]))
+    stats = list(token_stats.linear_token_stats(*policy, *args[3:])[:5])
     args = (torch.randn(5), torch.randn(5) if kl else None, *policy, case.target, *ref, stats, kl, *transform, -100, backend, list(needs))
     torch.library.opcheck(token_stats.linear_token_stats_backward, args, test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reference, kl", [(False, None), (True, None), (True, "reverse"), (True, "forward")])
+def test_opcheck_with_slopes(reference, kl, backend):
+    case = make_case((3, 2), H=4, V=7, ignored=(1,), dtype=torch.float32)
+    (hidden, *head_), ref = head(case, reference=reference, trainable=False)
+    args = (hidden.requires_grad_(), *head_, case.target, *ref, kl, *TRANSFORM, -100, backend, True, None)
+    torch.library.opcheck(token_stats.linear_token_stats, args, test_utils=CHECKS)
+    *slopes, nothing = token_stats.linear_token_stats(hidden.detach(), *args[1:])[5:]
+    assert not nothing.numel()
+    assert slopes[0].shape == (5, 4) and slopes[1].shape == ((5, 4) if kl else (0,))
+    for g in ((torch.randn(5), torch.randn(5) if kl else None), (None, torch.randn(5) if kl else None)):
+        torch.library.opcheck(token_stats.times_slopes, (*g, *slopes, case.target, -100, torch.bfloat16), test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("needs", [(True, True, True), (False, True, False)])
+@pytest.mark.parametrize("length", [3, 7])
+def test_opcheck_of_what_waits(monkeypatch, length, needs):
+    monkeypatch.setattr(products, "keeps_sums", lambda device, a, b: a == b == torch.bfloat16)
+    monkeypatch.setattr(products, "_mm", in_float64)
+    case = make_case((length,), H=4, V=200, ignored=(1,), dtype=torch.bfloat16)
+    policy, _ = head(case, trainable=False)
+    policy = [x.requires_grad_(need) for x, need in zip(policy, needs)]
+    beside = token_stats.columns_beside(policy[1], length)
+    assert (beside > 0) == (length > 4)
+    args = (*policy, case.target, None, None, None, None, *PLAIN, -100, "torch", False, beside)
+    # what no row of D is written to is different in every run
+    torch.library.opcheck(token_stats.linear_token_stats, args, test_utils=CHECKS[:3])
+    hidden, weight, bias = (x.detach() for x in policy)
+    memory = token_stats.linear_token_stats(hidden, weight, bias, *args[3:])[5:]
+    args = (torch.randn(length), *memory, hidden, weight, case.target, -100, list(needs))
+    torch.library.opcheck(token_stats.waiting_gradients, args, test_utils=CHECKS)
+    torch.library.opcheck(token_stats.waiting_gradients_, args, test_utils=CHECKS)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -111,6 +145,13 @@ FUNCTIONS = {
     "linear_token_logps": lambda h, w, b: sum(
         x.square().sum() for x in tisdpo.linear_token_logps(h, w, CASE.target, bias=b, kl="forward", softcap=4.0, **REFERENCE)
     ),
+    "linear_token_logps_frozen": lambda h, w, b: (
+        sum(
+            x.square().sum()
+            for x in tisdpo.linear_token_logps(h, w.detach(), CASE.target, bias=b.detach(), kl="forward", softcap=4.0, **REFERENCE)
+        )
+        + 0 * (w.sum() + b.sum())
+    ),
     "token_weights": lambda h, w, b: (
         (tisdpo.token_weights(_logps(h), _logps(CASE.ref_hidden), IS_CHOSEN) * h[:, 1]).sum() + 0 * (w.sum() + b.sum())
     ),
@@ -162,7 +203,7 @@ def test_compiled_without_a_graph_break_equals_eager(name):
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["linear_tis_dpo_loss", "linear_token_logps"])
+@pytest.mark.parametrize("name", ["linear_tis_dpo_loss", "linear_token_logps", "linear_token_logps_frozen"])
 def test_compiled_with_inductor_equals_eager(name):
     torch._dynamo.reset()
     torch.testing.assert_close(run(torch.compile(FUNCTIONS[name], fullgraph=True)), run(FUNCTIONS[name]), rtol=1e-5, atol=1e-6)
@@ -219,22 +260,26 @@ def test_operators_work_under_a_dispatch_mode():
 
 def test_the_host_reads_values_so_no_graph_of_the_compiler_repeats_them():
     """`torch.compile(mode="reduce-overhead")` would replay the boundaries of the first call, see tests/test_gpu.py."""
-    for name in ("linear_pairwise", "linear_token_stats", "linear_token_stats_backward"):
+    ways = ("linear_token_stats", "linear_token_stats_backward", "waiting_gradients", "waiting_gradients_")
+    for name in ("linear_pairwise", "linear_nll", *ways):
         assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.tisdpo, name).default.tags
 
 
 @pytest.mark.parametrize("kl", [None, "reverse"])
-def test_the_reference_lives_no_longer_than_it_is_needed(kl):
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_reference_lives_no_longer_than_it_is_needed(frozen, kl):
     case = make_case((3, 2), dtype=torch.float32)
     logits, ref_logits = torch.randn(5, 7, requires_grad=True), torch.randn(5, 7)
     hidden, ref_hidden, ref_weight = case.hidden.clone().requires_grad_(), case.ref_hidden.clone(), case.ref_weight.clone()
+    weight = case.weight.clone().requires_grad_(not frozen)
     outputs = [
         tisdpo.token_logps(logits, torch.tensor([0, 6, 2, 3, 1]), ref_logits=ref_logits, kl=kl),
-        tisdpo.linear_token_logps(hidden, case.weight, case.target, ref_hidden=ref_hidden, ref_weight=ref_weight, kl=kl),
+        tisdpo.linear_token_logps(hidden, weight, case.target, ref_hidden=ref_hidden, ref_weight=ref_weight, kl=kl),
     ]
     alive = [weakref.ref(x) for x in (ref_logits, ref_hidden, ref_weight)]
     del ref_logits, ref_hidden, ref_weight
-    assert all((x() is not None) == (kl is not None) for x in alive)
+    of_logits, *of_hidden = (x() is not None for x in alive)
+    assert of_logits == (kl is not None) and of_hidden == [kl is not None and not frozen] * 2
     sum(x.logps.sum() for x in outputs).backward()
     assert logits.grad.abs().sum() > 0 and hidden.grad.abs().sum() > 0
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cases import make_case
+from cases import in_float64, make_case
 from torch.profiler import ProfilerActivity, profile
 
 import tisdpo
@@ -74,9 +74,11 @@ def test_one_pass_costs_what_the_documentation_says(reference, bias, options):
     assert counted == PRICES[reference]
 
 
-@pytest.mark.parametrize("reference, trainable, frozen", [("precomputed", 4, 3), ("reverse", 6, 5), ("forward", 6, 5)])
-def test_two_passes_cost_what_the_documentation_says(reference, trainable, frozen):
-    kwargs = dict(kl=reference if reference in ("reverse", "forward") else None, plan="two_pass")
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("reference, trainable, frozen", [("precomputed", 4, 2), ("online", 5, 3), ("reverse", 6, 4), ("forward", 6, 4)])
+def test_two_passes_cost_what_the_documentation_says(reference, trainable, frozen, options):
+    kl = reference if reference in ("reverse", "forward") else None
+    kwargs = dict(kl=kl, online=reference == "online", plan="two_pass", **OPTIONS[options])
     assert head_products(step(**kwargs), N) == trainable
     assert head_products(step(frozen=True, **kwargs), N) == frozen
 
@@ -85,6 +87,7 @@ def test_chunks_do_not_add_products(monkeypatch):
     monkeypatch.setattr(backend, "chunk_rows", lambda *a: 15)  # two pairs, then one
     assert head_products(step(kl="reverse"), N) == 4
     assert head_products(step(kl="reverse", plan="two_pass"), N) == 6
+    assert head_products(step(kl="reverse", plan="two_pass", frozen=True), N) == 4
 
 
 def test_a_long_pair_is_held_while_its_logits_are_no_larger_than_a_head(monkeypatch):
@@ -111,16 +114,17 @@ def test_nothing_to_project():
     assert head_products(step(ignored=range(sum(LENGTHS)), kl="reverse"), 1) == 0
 
 
-@pytest.mark.parametrize("needs, price", [((True, False), 3), ((False, True), 3), ((True, True), 4)])
-def test_per_token_logps_recompute_once(needs, price):
+@pytest.mark.parametrize("needs, price", [((True, False), 2), ((False, True), 3), ((True, True), 4), ((False, False), 1)])
+def test_per_token_logps_recompute_once_and_with_a_frozen_head_never(needs, price):
     case = make_case(LENGTHS, H=H, V=V, ignored=IGNORED, dtype=torch.float32)
     hidden, weight = case.hidden.requires_grad_(needs[0]), case.weight.requires_grad_(needs[1])
-    assert head_products(lambda: tisdpo.linear_token_logps(hidden, weight, case.target).logps.sum().backward(), N) == price
 
+    def run():
+        total = tisdpo.linear_token_logps(hidden, weight, case.target).logps.sum()
+        return total.backward() if any(needs) else total
 
-def test_scoring_costs_one_product():
-    case = make_case(LENGTHS, H=H, V=V, ignored=IGNORED, dtype=torch.float32)
-    assert head_products(lambda: tisdpo.linear_token_logps(case.hidden, case.weight, case.target), N) == 1
+    assert head_products(run, N) == price
+    assert head_products(torch.no_grad()(lambda: tisdpo.linear_token_logps(hidden, weight, case.target)), N) == 1
 
 
 SETS = {  # dtypes whose products are compiled: without an extension, on a CPU whose library is taken for float32, and with all of them
@@ -212,14 +216,6 @@ def test_what_is_compiled_is_found_under_autocast_too():
     assert bool(expected) == (torch.ops.tisdpo_cpp.capability() != "default")
 
 
-def in_float64(a, b, out, add=False):
-    """What a device does that hands out its float32 sums; one that writes before it has read everything shows up as NaN."""
-    before = out.clone() if add else 0
-    if not add:
-        out.fill_(math.nan)
-    return out.copy_(a.double() @ b.double() + before)
-
-
 @pytest.mark.parametrize("rows", [0, 1, H // 2, H - 1, H, H + 1, 3 * H // 2, 2 * H, 3 * H])
 @pytest.mark.parametrize("slice_bytes", [70 * H * 4, 250 * H * 4, 1 << 20])
 @pytest.mark.parametrize("rounds", [True, False])
@@ -287,6 +283,42 @@ def test_rows_wait_where_that_takes_no_more_memory(monkeypatch, rows):
         for found, expected in zip(gradients(torch.bfloat16, plan=plan), true):
             torch.testing.assert_close(found.double(), expected, rtol=0.02, atol=0.01 * expected.abs().max().item())
     assert bool(waited) == (rows <= 2 * H)
+
+
+@pytest.mark.parametrize("frozen_hidden", [False, True])
+@pytest.mark.parametrize("rounds", [True, False])
+@pytest.mark.parametrize("rows", [1, H // 2, H, 2 * H, 2 * H + 1])
+def test_log_probs_whose_derivatives_wait(monkeypatch, rows, rounds, frozen_hidden):
+    """Three products instead of four up to 2 H rows, for any gradient a token, as often as asked for."""
+    work = []
+    monkeypatch.setattr(products, "keeps_sums", lambda device, a, b: a == b == torch.bfloat16)
+    monkeypatch.setattr(products, "rounds_itself", lambda x: rounds and x.dtype == torch.bfloat16)
+    mm = lambda a, b, out, add=False: (work.append(len(a) * a.shape[1] * b.shape[1]), in_float64(a, b, out, add))[1]  # noqa: E731
+    monkeypatch.setattr(products, "_mm", mm)
+    monkeypatch.setattr(backend, "chunk_rows", lambda *a: 7)
+    ignored = (1, rows - 1) if rows > 2 else ()
+    case = make_case((rows,), H=H, V=V, dtype=torch.bfloat16, ignored=ignored)
+
+    def outputs(dtype):
+        policy = [(0.3 * x).to(dtype).requires_grad_() for x in (case.hidden, case.weight, case.bias)]
+        policy[0].requires_grad_(not frozen_hidden)
+        online = [x.to(dtype) for x in (case.ref_hidden, case.ref_weight)]
+        stats = tisdpo.linear_token_logps(*policy[:2], case.target, bias=policy[2], ref_hidden=online[0], ref_weight=online[1])
+        return policy[frozen_hidden:], stats.logps
+
+    (trained, logps), (true_trained, true) = outputs(torch.bfloat16), outputs(torch.float64)
+    torch.testing.assert_close(logps.double(), true, rtol=0.02, atol=0.02)
+    g = torch.randn(rows)
+    g[list(ignored)] = math.nan  # counts for nothing
+    expected = torch.autograd.grad(true, true_trained, g.double().nan_to_num())
+    results = [torch.autograd.grad(logps, trained, g, retain_graph=keep) for keep in (True, True, False)]
+    for found in results:
+        assert all(torch.equal(x, y) for x, y in zip(found, results[0]))
+    for found, exact in zip(results[0], expected):
+        torch.testing.assert_close(found.double(), exact, rtol=0.02, atol=0.01 * exact.abs().max().item())
+    kept = (rows - len(ignored)) * H * V
+    backward = (1 if frozen_hidden else 2) + (rows > 2 * H) + 2 / H  # dBias: two columns more
+    assert sum(work) / kept == pytest.approx(2 + 3 * backward, rel=1e-3)
 
 
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])

@@ -8,9 +8,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from cases import TRANSFORMS
+from cases import TRANSFORMS, in_float64
 from device_cases import DEVICE, ON_GPU, make_case, normal
-from test_products import in_float64
 
 import tisdpo
 from tisdpo import reference

@@ -18,8 +18,10 @@ Importing `tisdpo` loads torch alone; the trainer (and transformers) come with t
 from importlib import import_module
 
 from tisdpo.functional import (
+    NLLOutput,
     SequenceSums,
     TokenStats,
+    linear_nll_loss,
     linear_tis_dpo_loss,
     linear_token_logps,
     sequence_sums,
@@ -35,6 +37,7 @@ __version__ = "0.1.0"
 _LAZY = {"TISDPOConfig": "tisdpo.trainer", "TISDPOTrainer": "tisdpo.trainer"}
 
 __all__ = [
+    "NLLOutput",
     "Objective",
     "PreferenceOutput",
     "SequenceSums",
@@ -42,6 +45,7 @@ __all__ = [
     "TISDPOTrainer",
     "TokenStats",
     "Weighting",
+    "linear_nll_loss",
     "linear_tis_dpo_loss",
     "linear_token_logps",
     "sequence_sums",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tisdpo import arguments, checks
 from tisdpo.losses import Objective, PairSums, PreferenceOutput, preference_output, resolve_normalizer
-from tisdpo.ops import pairwise, token_stats, values
+from tisdpo.ops import nll, pairwise, token_stats, values
 from tisdpo.ops import sequence_sums as sums_op
 from tisdpo.ops.backend import accumulation_dtype
 from tisdpo.ops.torch_fold import segment_sums
@@ -33,6 +33,13 @@ class SequenceSums(NamedTuple):
 
     logratio: Tensor
     kl: Tensor | None
+
+
+class NLLOutput(NamedTuple):
+    """The loss [], which carries the gradient, and detached, in the shape of `target`, the log-prob of every token."""
+
+    loss: Tensor
+    logps: Tensor
 
 
 def token_logps(
@@ -99,19 +106,67 @@ def linear_token_logps(
     hidden [..., H], weight [V, H] (the LM head), bias [V], target [...] (int64; ignore_index=None where no position is ignored, which
     spares a GPU's host the wait for their number); ref_hidden [..., H] with ref_weight [V, H'] and
     ref_bias [V] (both default to the policy's, which must then be frozen). Gradients reach hidden, weight and bias through `logps`
-    and `kl`, for any upstream gradient (two passes: the backward computes the logits again).
+    and `kl`, for any upstream gradient.
 
-    Cost: 4 products of 2 N H V FLOP, forward and backward together; with KL 6. With frozen head one less. Memory: a chunk of
-    logits (a byte budget) and, with a trainable head, what `linear_tis_dpo_loss`
-    sums its gradient in. N counts only positions that are not ignored.
+    Cost in products of 2 N H V FLOP, forward and backward together, with a reference (but no KL) one more: trainable head 4, with KL 6 (the
+    backward computes the logits again), bfloat16 head, no KL and at most 2 H tokens 3 (dlogp/dlogits waits where the gradient of the head
+    will be; not under torch.compile); frozen head (LoRA) 2, with KL 4 (the forward makes dlogp_t/dhidden_t). N counts only positions that
+    are not ignored. Memory: a chunk of logits (a byte budget) and, with a trainable head, what `linear_tis_dpo_loss` sums its gradient in,
+    at 3 products from the forward on; with a frozen one [N, H] in float32 until the backward, with KL two of them.
 
     Raises TypeError and ValueError that name the argument, what was expected and what came.
     """
     transform = checks.transform(logit_scale, softcap, temperature)
     head, ignore_index = arguments.head(hidden, weight, bias, target, ref_hidden, ref_weight, ref_bias, ignore_index)
     arguments.kl_and_reference(kl, ref_hidden, "ref_hidden")
-    out = token_stats.linear_token_stats(*head, kl, *transform, ignore_index, backend)
-    return _token_stats(out, target.shape, ref_hidden is not None, kl)
+    return _linear_token_stats(head, kl, transform, ignore_index, backend, target.shape)
+
+
+def linear_nll_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    token_weights: Tensor | None = None,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int | None = -100,
+    normalizer: float | Tensor | None = None,
+    backend: str = "auto",
+) -> NLLOutput:
+    """Cross-entropy from hidden states and the LM head, with a factor for every token, in one pass and without [N, V] logits::
+
+        logps = linear_token_logps(hidden, weight, target, bias=bias).logps
+        loss = -(token_weights * logps).sum() / normalizer
+
+    hidden [..., H], weight [V, H], bias [V], target [...] (int64; positions with ignore_index count for nothing, None: there are none);
+    token_weights [...] of either sign (None: 1): constants, so a loss whose factors depend on its own log-probs takes `linear_token_logps`.
+    normalizer: the number of tokens of the whole global batch, or any other number above 0 (None: of the tokens here that are not ignored).
+
+    Cost in products of 2 N H V FLOP, both ways: 3, with a frozen head 2, without gradients 1. The gradients are computed
+    in the forward; float16, whose small gradients a GradScaler has to scale before they are rounded, takes `linear_token_logps`. Memory as
+    in `linear_tis_dpo_loss`. No second derivatives.
+
+    Raises TypeError and ValueError that name the argument, what was expected and what came.
+    """
+    transform = checks.transform(logit_scale, softcap, temperature)
+    head, ignore_index = arguments.head(hidden, weight, bias, target, None, None, None, ignore_index)
+    divisor = None if normalizer is None else resolve_normalizer(normalizer, "mean", 1)
+    if token_weights is not None:
+        token_weights = checks.weights(token_weights, target).reshape(-1)
+        checks.same_device(hidden=hidden, token_weights=token_weights)
+    flat, head_weight, bias, targets, *_ = head
+    if flat.dtype == torch.float16:
+        logps = _linear_token_stats(head, None, transform, ignore_index, backend, targets.shape).logps
+        factors = torch.ones_like(logps) if token_weights is None else token_weights.to(logps.dtype)
+        divisor = (targets != ignore_index).sum().clamp(min=1) if divisor is None else divisor
+        return NLLOutput(-(factors * logps).sum() / divisor, logps.detach().reshape(target.shape))
+    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (flat, head_weight, bias)]
+    divisor = None if divisor is None else _on_device(divisor, flat)
+    loss, logps, *_ = nll.linear_nll(flat, head_weight, bias, targets, token_weights, divisor, *transform, ignore_index, needs, backend)
+    return NLLOutput(loss, logps.reshape(target.shape))
 
 
 def token_weights(
@@ -262,7 +317,7 @@ def linear_tis_dpo_loss(
     hidden[i] is the hidden state of the position before target[i], after the model's last norm: docs/usage.md has a whole loop.
 
     Cost in products of 2 N H V FLOP, forward and backward together: trainable head 3, with KL or online reference 4; frozen head 2
-    and 3. plan="two_pass" (recompute in the backward, 4 and 6) is for comparison, and what "auto" takes for float16, whose small
+    and 3. plan="two_pass" (`linear_token_logps` and a loss on top) is for comparison, and what "auto" takes for float16, whose small
     gradients a GradScaler has to scale before they are rounded, and for `nll_coef` with a KL term whose chosen part has a gradient. Neither
     plan has second derivatives. Memory: a byte budget of logits and, with a trainable head of 16 bits, V H items of 16 bits, or
     max(N - H, 0) V if that is less (N <= 2 H; on a GPU max(N - 7/8 H, 0) V, and none for one chunk of a head of 16 million items or more);
@@ -302,12 +357,7 @@ def linear_tis_dpo_loss(
 
     # float16 gradients must be scaled before they are rounded (GradScaler), which gradients formed in the forward cannot be
     if plan == "two_pass" or (plan == "auto" and (hidden.dtype == torch.float16 or not objective.in_one_pass)):
-        stats = _token_stats(
-            token_stats.linear_token_stats(*head, objective.kl, *transform, ignore_index, backend),
-            target.shape,
-            ref_hidden is not None,
-            objective.kl,
-        )
+        stats = _linear_token_stats(head, objective.kl, transform, ignore_index, backend, target.shape)
         ignored = None if every else target == ignore_index
         reference = stats.ref_logps if ref_logps is None else ref_logps if every else ref_logps.masked_fill(ignored, 0)
         return tis_dpo_loss(
@@ -321,18 +371,33 @@ def linear_tis_dpo_loss(
             "plan='one_pass' needs; use plan='auto', or detach_chosen_kl=True"
         )
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    if isinstance(divisor, Tensor) and divisor.device.type == "cpu" and not torch.compiler.is_compiling():
-        divisor = divisor.item()  # a copy to a device would wait until that has come to it
-    if isinstance(divisor, Tensor):
-        divisor = divisor.to(hidden.device, dtype)
-    else:
-        divisor = torch.full((), divisor, dtype=dtype, device=hidden.device)
     o = objective
     loss, sums, *_ = pairwise.linear_pairwise(
-        hidden, weight, bias, target, cu_seqlens, token_weights, ref_logps, ref_hidden, ref_weight, ref_bias, divisor,
+        hidden, weight, bias, target, cu_seqlens, token_weights, ref_logps, ref_hidden, ref_weight, ref_bias, _on_device(divisor, hidden),
         o.loss, o.beta, o.kl, o.alpha, o.detach_chosen_kl, o.label_smoothing, o.nll_coef, *transform, ignore_index, needs, backend,
     )  # fmt: skip
     return preference_output(loss, PairSums(sums[0], None if o.kl is None else sums[1], sums[2], sums[3]), o, reduction, normalizer)
+
+
+def _on_device(divisor: float | Tensor, like: Tensor) -> Tensor:
+    """A number as [] beside `like`, in its accumulation dtype."""
+    dtype = accumulation_dtype(like.dtype)
+    if isinstance(divisor, Tensor) and divisor.device.type == "cpu" and not torch.compiler.is_compiling():
+        divisor = divisor.item()  # a copy to a device would wait until that has come to it
+    if isinstance(divisor, Tensor):
+        return divisor.to(like.device, dtype)
+    return torch.full((), divisor, dtype=dtype, device=like.device)
+
+
+def _linear_token_stats(head, kl: str | None, transform, ignore_index: int, backend: str, shape) -> TokenStats:
+    hidden, weight, bias, _, ref_hidden, *_ = head
+    with_slopes, beside = False, None
+    if torch.is_grad_enabled():
+        trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+        with_slopes = hidden.requires_grad and not trained
+        beside = token_stats.columns_beside(weight, len(hidden)) if weight.requires_grad and kl is None else None
+    out = token_stats.linear_token_stats(*head, kl, *transform, ignore_index, backend, with_slopes, beside)
+    return _token_stats(out[:5], shape, ref_hidden is not None, kl)
 
 
 def _token_stats(out, shape, has_ref: bool, kl: str | None) -> TokenStats:

@@ -248,5 +248,5 @@ def resolve_normalizer(normalizer, reduction: str, pairs: int):
             raise ValueError(f"normalizer must be one number, got a tensor of shape {tuple(normalizer.shape)}")
         return normalizer.detach().reshape(())
     if not normalizer > 0:
-        raise ValueError(f"normalizer must be positive (pairs in the global batch), got {normalizer}")
+        raise ValueError(f"normalizer must be positive (pairs or tokens of the global batch), got {normalizer}")
     return float(normalizer)

@@ -27,7 +27,7 @@ from tisdpo.cached import FOLDER, ReferenceCache
 from tisdpo.data import PairCollator
 from tisdpo.errors import InputError
 from tisdpo.fingerprints import model_fingerprint
-from tisdpo.functional import linear_tis_dpo_loss, linear_token_logps
+from tisdpo.functional import linear_nll_loss, linear_tis_dpo_loss
 from tisdpo.hf import (
     Head,
     attach_head,
@@ -346,15 +346,15 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, Trainer):
         flat = flatten_batch(inputs)
 
         def nll(hidden: Tensor, head: Head):
-            logps = linear_token_logps(
-                flat.take(hidden), head.weight, flat.target, bias=head.bias, ignore_index=None, **head.transform
-            ).logps
-            return -logps, head.aux_loss, head.aux_loss_coef
+            output = linear_nll_loss(
+                flat.take(hidden), head.weight, flat.target, bias=head.bias, normalizer=items, ignore_index=None, **head.transform
+            )
+            return output, head.aux_loss, head.aux_loss_coef
 
-        losses, *aux = model(**model_inputs(inputs), head=nll)
+        output, *aux = model(**model_inputs(inputs), head=nll)
         # in evaluation the mean over tokens takes the place of the Trainer's, a mean of batches' means
-        metrics = {} if model.training or aux[0] is not None else {"loss": losses}
-        return self._add_aux_loss(losses.sum() / items, metrics, *aux, self._items(inputs) / items)
+        metrics = {} if model.training or aux[0] is not None else {"loss": -output.logps}
+        return self._add_aux_loss(output.loss, metrics, *aux, self._items(inputs) / items)
 
     def _preference_loss(self, model, inputs, items):
         flat = flatten_batch(inputs)

@@ -123,11 +123,11 @@ def chunk_bytes(device: str, models: int, later: bool = False) -> int:
     return size
 
 
-def operator(name: str):
+def operator(name: str, mutates: tuple[str, ...] = ()):
     """A custom operator of this name whose host reads values of its inputs: `torch.compile` leaves it outside of its own CUDA graphs,
-    which would repeat what the first values made it launch. Its out-of-memory says what the budget governs."""
+    which would repeat what the first values made it launch. Its out-of-memory says what the budget governs. mutates: what it overwrites."""
     tags = (torch.Tag.cudagraph_unsafe,)
-    return lambda function: torch.library.custom_op(name, names_the_budget(function), mutates_args=(), tags=tags)
+    return lambda function: torch.library.custom_op(name, names_the_budget(function), mutates_args=mutates, tags=tags)
 
 
 def names_the_budget(function):

@@ -39,6 +39,10 @@ class Statistics(NamedTuple):
     kl: Tensor | None
     factor: Tensor | None = None
 
+    def scaled(self, coefficient: Tensor) -> Tensor:
+        """coefficient [n] of D, times its factor."""
+        return coefficient if self.factor is None else coefficient * self.factor
+
 
 class Fold(NamedTuple):
     """The folds of one loss: by which backend, with which KL, scaling and biases of the two heads [V]. `ignored`: targets may be negative,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tisdpo.losses import Objective, logp_gradients, losses_with_nll, score_gradients, sequence_scores
 from tisdpo.ops import backend as backends
-from tisdpo.ops import fold
+from tisdpo.ops import fold, one_pass
 from tisdpo.ops.backend import accumulation_dtype
 from tisdpo.ops.loss_rows import LossRows
 from tisdpo.ops.rows import GradientSums, Visits, heads, needs_no_logits, visit_rows
@@ -156,14 +156,14 @@ class _Walk:
         if not self.with_gradient:
             return loss, sums
         if self.grads.later:
-            self.grads.scale(start, stop, _times(coefficient, found.factor))
+            self.grads.scale(start, stop, found.scaled(coefficient))
             return loss, sums
         for (a, b), s in zip(ranges, stats):
             place, d = slice(a - start, b - start), held
             sign = None if kl_sign is None else kl_sign[place]
             if held is None:
                 s, d = self.visits.visit(a, b, self.target[a:b], sign, wanted=True, stats=s)
-            self.grads.add(a, b, d, _times(coefficient[place], s.factor))
+            self.grads.add(a, b, d, s.scaled(coefficient[place]))
         return loss, sums
 
     def _reference_logp(self, a: int, b: int) -> Tensor:
@@ -200,40 +200,4 @@ class _Walk:
         return loss, torch.stack([D, K, logps, lengths]), coefficient
 
 
-def _times(x: Tensor, factor: Tensor | None) -> Tensor:
-    return x if factor is None else x * factor
-
-
-def _setup(ctx, inputs, output):
-    ctx.needs, ctx.backend = inputs[22], inputs[23]
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # no zeros in the shape of the gradients that came out
-    ctx.save_for_backward(*output[2:])
-
-
-def _backward(ctx, g_loss, *_):
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(
-            "linear_tis_dpo_loss has no second derivative: drop create_graph=True, or use the plain formulas of tisdpo.reference"
-        )
-    if g_loss is None:  # autograd sends nothing for a loss that nothing depends on
-        return (None,) * 24
-    # In place where this is the last backward, so that dWeight exists once; a later one (retain_graph=True) needs the values as they are.
-    # g_loss stays in float32: torch then multiplies 16-bit gradients in float32 and rounds once.
-    last = _is_last_backward(g_loss)
-    scale = Tensor.mul_ if last else Tensor.mul
-    unscaled = last and g_loss.device.type == "cpu" and g_loss == 1  # on a device the host would have to wait for the answer
-    saved_tensors = ctx.saved_tensors  # under checkpointing they can be had once
-    if last and backends.resolve(ctx.backend, g_loss.device.type, saved_tensors[0].dtype) == "triton":
-        from tisdpo.kernels.scale import scale_ as scale
-    grads = [(saved if unscaled else scale(saved, g_loss)) if need else None for saved, need in zip(saved_tensors, ctx.needs)]
-    return *grads, *[None] * 21
-
-
-def _is_last_backward(g: Tensor) -> bool:
-    """Whether the running backward frees the graph. Torch answers that for its own compiled graphs; where it does not, or traces: no."""
-    is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return type(g) is Tensor and not torch.compiler.is_compiling() and is_kept is not None and not is_kept()
-
-
-linear_pairwise.register_autograd(_backward, setup_context=_setup)
+one_pass.register(linear_pairwise, needs=22, backend=23, function="linear_tis_dpo_loss")

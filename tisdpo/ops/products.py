@@ -126,9 +126,10 @@ class WaitingRows:
     nothing waits any more, and are written there at once; the others go by way of a buffer, as do all on a CPU, in float32.
     """
 
-    def __init__(self, weight: Tensor, rows: int):
+    def __init__(self, weight: Tensor, rows: int, memory: tuple[Tensor, Tensor] | None = None):
+        """rows: of D, or more; memory: `result` and `others` of one of the same sizes whose D goes on waiting."""
         vocabulary, hidden_size = weight.shape
-        self.result, rounds = weight.new_empty(weight.shape), rounds_itself(weight)
+        self.result, rounds = weight.new_empty(weight.shape) if memory is None else memory[0], rounds_itself(weight)
         inside = vocabulary - self.columns_beside(weight.shape, rows, rounds)
         place = self.result.view(-1)
         offset = (len(place) - inside * rows) // ALIGNED * ALIGNED  # D lies at the end
@@ -141,11 +142,11 @@ class WaitingRows:
             free = (offset + first * rows) // max(hidden_size, 1) // ALIGNED * ALIGNED if rounds else 0  # rows of the result
             last = max(first + step, free)
             last = inside if inside - last < ALIGNED else last  # a narrow last slice would begin where rows of the result before it lie
-            memory = place[offset + first * rows : offset + last * rows]
-            self.slices.append((first, last, memory.view(rows, last - first)))
+            part = place[offset + first * rows : offset + last * rows]
+            self.slices.append((first, last, part.view(rows, last - first)))
             self.at_once.append(rounds and last * hidden_size <= offset + first * rows)
             first = last
-        others = weight.new_empty(rows, vocabulary - inside)
+        self.others = others = weight.new_empty(rows, vocabulary - inside) if memory is None else memory[1]
         step = max(vocabulary - inside, 1) if rounds else step
         for first in range(inside, vocabulary, step):
             last = min(first + step, vocabulary)
@@ -188,15 +189,16 @@ class WaitingRows:
 
     def column_sums(self, coefficient: Tensor) -> Tensor:
         """D.T @ coefficient [n] -> [V] in the dtype of the coefficient."""
-        return torch.cat([column_sums(d, coefficient) for _, _, d in self.slices])
+        return torch.cat([column_sums(d[: len(coefficient)], coefficient) for _, _, d in self.slices])
 
-    def product(self, hidden: Tensor) -> Tensor:
-        """dWeight for hidden [n, H], rounded to 16 bits; D is gone then."""
-        hidden, result = hidden.to(self.result.dtype), self.result
+    def product(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """dWeight for hidden [n, H], rounded to 16 bits, of the first n rows of D, which is gone then, but not with an `out` of its own."""
+        hidden, result = hidden.to(self.result.dtype), self.result if out is None else out
         widest = max((last - first for (first, last, _), at_once in zip(self.slices, self.at_once) if not at_once), default=0)
         dtype = result.dtype if rounds_itself(result) else torch.float32
         buffer = result.new_empty(widest, result.shape[1], dtype=dtype)
         for (first, last, d), at_once in zip(self.slices, self.at_once):
+            d = d[: len(hidden)]
             if at_once:
                 _mm(d.T, hidden, result[first:last])
             else:

@@ -78,14 +78,16 @@ class Visits:
     """Statistics and D = dscore/dlogits of one range of rows after the other, in memory that is used again and again."""
 
     def __init__(
-        self, policy: HeadRows, reference: HeadRows | None, folds: fold.Fold, no_logits: bool, grads: "GradientSums | None", rows: int
-    ):
-        """no_logits: see `needs_no_logits`; grads: for whom D is, None for statistics alone; rows: the most of a range."""
+        self, policy: HeadRows, reference: HeadRows | None, folds: fold.Fold, no_logits: bool, grads: "GradientSums | None", rows: int,
+        *, apart: bool = False,
+    ):  # fmt: skip
+        """no_logits: see `needs_no_logits`; grads: for whom D is, None for statistics alone; rows: the most of a range; apart: visits will
+        be those of that name."""
         self.policy, self.reference, self.folds, self.no_logits, self.grads = policy, reference, folds, no_logits, grads
         self.dtype = products.gradient_dtype(policy.weight.device, policy.weight.dtype)
         if not no_logits:
             self.tiles = Tiles(policy, reference, rows)
-        elif grads is not None and not grads.by_columns:
+        if (no_logits and grads is not None and not grads.by_columns) or (apart and folds.kl is not None):
             self.d = torch.empty(rows, len(policy.weight), dtype=self.dtype, device=policy.weight.device)
 
     def visit(
@@ -109,6 +111,16 @@ class Visits:
         for first, last, d in places:
             self.folds.gradient(z, target, ref_z, stats, g_logp, g_kl, dtype=self.dtype, out=d, columns=(first, last))
         return stats, None
+
+    def visit_apart(self, a: int, b: int, target: Tensor) -> tuple[fold.Statistics, Tensor, Tensor | None]:
+        """Statistics of rows a..b, and D [b - a, V] of the log-probs alone (see `visit`) and of the KL alone, None where there is none."""
+        if self.folds.kl is None:
+            return *self.visit(a, b, target, wanted=True), None
+        z, ref_z = self.tiles.logits(a, b)
+        stats = self.folds.statistics(z, target, ref_z)
+        of_logps = self.folds._replace(kl=None).gradient(z, target, None, stats, None, None, dtype=self.dtype, out=self.d[: b - a])
+        nothing, one = torch.zeros_like(stats.logp), torch.ones_like(stats.logp)
+        return stats, of_logps, self.folds.gradient(z, target, ref_z, stats, nothing, one, dtype=self.dtype)
 
     def _without_logits(self, a, b, target, places, g_logp, stats) -> fold.Statistics:
         from tisdpo.kernels.head import exponentials
@@ -171,27 +183,38 @@ class GradientSums:
     `hold` and `scale` instead of `add`. Where all rows are one chunk, and the product rounds itself, it is dWeight already.
     """
 
-    def __init__(self, rows: HeadRows, needs: tuple[bool, bool, bool], most: int, by_columns: bool = False):
-        """most: rows of a chunk of whole pairs; by_columns: the backend writes D for ranges of columns, so to where it waits."""
+    def __init__(
+        self, rows: HeadRows, needs: tuple[bool, bool, bool], most: int, by_columns: bool = False, *, wide: bool = False,
+        waiting: products.WaitingRows | None = None,
+    ):  # fmt: skip
+        """most: rows of a chunk of whole pairs; by_columns: the backend writes D for ranges of columns, so to where it waits; wide: the
+        gradient of hidden stays in the accumulation dtype; waiting: where D is to wait, or does so already."""
         self.rows, self.needs = rows, needs
         self.dtype = dtype = accumulation_dtype(rows.hidden.dtype)
         self.count = len(rows.hidden) if rows.index is None else len(rows.index)
         self.weight = None  # dWeight, of one chunk
-        self.alone = needs[1] and self.count <= most and products.rounds_itself(rows.weight)
-        self.waits = needs[1] and not self.alone and products.WaitingRows.serves(rows.weight, self.count)
+        self.alone = waiting is None and needs[1] and self.count <= most and products.rounds_itself(rows.weight)
+        serves = waiting is not None or products.WaitingRows.serves(rows.weight, self.count)
+        self.waits = needs[1] and not self.alone and serves
         # every row that carries loss is written below; only the ignored ones need zeros
         empty = rows.hidden.new_empty
-        self.hidden = (rows.hidden.new_zeros if self.count < len(rows.hidden) else empty)(rows.hidden.shape) if needs[0] else empty(0)
+        make = rows.hidden.new_zeros if self.count < len(rows.hidden) else empty
+        self.hidden = make(rows.hidden.shape, dtype=dtype if wide else rows.hidden.dtype) if needs[0] else empty(0)
         self.summed = products.SummedRows(rows.weight) if needs[1] and not (self.waits or self.alone) else None
         self.later = self.waits or not (needs[1] or needs[2])
         self.by_columns = self.waits and by_columns
         self.bias = rows.weight.new_zeros(len(rows.weight), dtype=dtype) if needs[2] and not self.waits else empty(0)
         self.held: list[tuple[int, int, Tensor | None]] = []  # D @ W of rows a..b, without the factors; None: of the D that waits
         if self.waits:
-            self.waiting, self.coefficient = products.WaitingRows(rows.weight, self.count), empty(self.count, dtype=dtype)
+            self.waiting = waiting or products.WaitingRows(rows.weight, self.count)
+            self.coefficient = empty(self.count, dtype=dtype)
 
-    def add(self, a: int, b: int, d: Tensor, coefficient: Tensor) -> None:
-        """Add the rows a..b with dL/dlogits = coefficient [b-a] * d [b-a, V]."""
+    def add(self, a: int, b: int, d: Tensor | None, coefficient: Tensor) -> None:
+        """Add the rows a..b with dL/dlogits = coefficient [b-a] * d [b-a, V], d as for `hold`."""
+        if self.later:
+            self.hold(a, b, d)
+            self.scale(a, b, coefficient)
+            return
         if self.needs[0]:
             self._set_hidden(a, b, products.grad_hidden(d, self.rows.weight, self.dtype), coefficient)
         if self.needs[1]:
@@ -226,14 +249,14 @@ class GradientSums:
         if self.waits:
             self.coefficient[a:b] = coefficient
 
-    def result(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradients in the dtypes of their inputs; 16-bit ones are rounded once, here."""
+    def result(self, out: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients in the dtypes of their inputs; 16-bit ones are rounded once, here. out: for dWeight, where D is to stay."""
         if self.waits:
             if self.needs[2]:
                 self.bias = self.waiting.column_sums(self.coefficient)
             hidden = self.rows.take(0, self.count)
             scaled = torch.mul(hidden, self.coefficient[:, None], out=torch.empty_like(hidden, dtype=self.rows.weight.dtype))
-            weight = self.waiting.product(scaled)
+            weight = self.waiting.product(scaled, out)
         elif self.summed is not None:
             weight = self.summed.product()
         elif self.needs[1]:

@@ -1,7 +1,14 @@
-"""Per-token log-probs and KL as registered operators: from logits, and from hidden states in two passes.
+"""Per-token log-probs and KL as registered operators: from logits, and from hidden states for any loss on top.
 
-Two passes: the forward keeps [N] statistics only, the backward makes every logit again (`rows.Visits`). Cost in head-sized products
-(u = 2 N H V FLOP): 4 u, with reference and KL 6 u, for any loss on top.
+From hidden states there are three ways, in head-sized products (u = 2 N H V FLOP) a reference's logits included with KL:
+
+    two passes    4 u, with KL 6 u    the forward keeps [N] statistics, the backward makes every logit again (`rows.Visits`)
+    waiting       3 u                 a trained bfloat16 head, no KL, few rows (`products.WaitingRows`): D = dlogp/dlogits of the forward
+                                      waits in the memory of dWeight, where the second of two passes would put it
+    slopes        2 u, with KL 4 u    a frozen head (LoRA): a token's log-prob depends on no other token's hidden state, so the forward
+                                      makes dlogp_t/dhidden_t [N, H], in the accumulation dtype, and with KL dKL_t/dhidden_t
+
+In the last two what comes from upstream is one factor a row, and the logits are gone when the forward ends.
 
 The outputs of every operator: (logps, lse, ref_logps, ref_lse, kl), each [N] in the accumulation dtype; those that were not asked
 for are empty. Rows with `ignore_index` give 0 and no gradient.
@@ -11,9 +18,9 @@ import torch
 from torch import Tensor
 
 from tisdpo.ops import backend as backends
-from tisdpo.ops import fold, values
+from tisdpo.ops import fold, one_pass, products, values
 from tisdpo.ops.backend import accumulation_dtype
-from tisdpo.ops.rows import GradientSums, Visits, heads, needs_no_logits, visit_rows
+from tisdpo.ops.rows import HIDDEN_ROWS, GradientSums, HeadRows, Visits, heads, needs_no_logits, row_ranges, visit_rows
 from tisdpo.ops.torch_fold import kept_rows
 
 Statistics5 = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -148,22 +155,111 @@ def linear_token_stats(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
     ref_hidden: Tensor | None, ref_weight: Tensor | None, ref_bias: Tensor | None,
     kl: str | None, logit_scale: float, softcap: float | None, temperature: float, ignore_index: int, backend: str,
-) -> Statistics5:  # fmt: skip
-    """hidden [N, H], weight [V, H], bias [V], target [N] (and the same of the reference) -> (logps, lse, ref_logps, ref_lse, kl)."""
+    with_slopes: bool, beside: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """hidden [N, H], weight [V, H], bias [V], target [N] (and the same of the reference) -> (logps, lse, ref_logps, ref_lse, kl) and three
+    that are for the backward, or empty: with_slopes: dlogp_t/dhidden_t, dKL_t/dhidden_t [N, H], nothing; beside (see `columns_beside`,
+    None: D does not wait): the two memories of D, its factors [N]."""
     values.target(target, len(weight), ignore_index)
     outputs = _outputs(hidden, len(target), ref_hidden is not None, kl, torch.zeros)
-    index = None if ignore_index == values.NOTHING else kept_rows(target != ignore_index)
+    index = kept_index(target, ignore_index)
     options = (index, kl, (logit_scale, softcap, temperature), backend)
-    visits, ranges = _visits(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, *options)
+    waiting = None if beside is None else products.WaitingRows(weight, len(target))
+    visits, ranges = visits_of_rows(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, *options, apart=with_slopes, waiting=waiting)
+    slopes = [] if not with_slopes else [visits.grads] if kl is None else [visits.grads, _slopes(visits.policy)]
+    factors = torch.zeros_like(outputs[0], memory_format=torch.contiguous_format) if waiting else None
     for a, b in ranges:
-        place = _place(index, a, b)
-        _scatter(outputs, place, visits.visit(a, b, target[place])[0])
-    return outputs
+        rows = place(index, a, b)
+        found, *derivatives = visits.visit_apart(a, b, target[rows]) if visits.grads else visits.visit(a, b, target[rows])
+        ones = torch.ones_like(found.lse)
+        for sums, d in zip(slopes, derivatives):
+            sums.add(a, b, d, found.scaled(ones))
+        if waiting:
+            visits.grads.hold(a, b, derivatives[0])
+            factors[rows] = found.scaled(ones)
+        _scatter(outputs, rows, found)
+    later = [waiting.result, waiting.others, factors] if waiting else [x.hidden for x in slopes]
+    return *outputs, *later, *(outputs[0].new_empty(0) for _ in range(3 - len(later)))
 
 
 @linear_token_stats.register_fake
-def _(hidden, weight, bias, target, ref_hidden, ref_weight, ref_bias, kl, logit_scale, softcap, temperature, ignore_index, backend):
-    return _outputs(hidden, target.shape[0], ref_hidden is not None, kl, torch.empty)
+def _(
+    hidden, weight, bias, target, ref_hidden, ref_weight, ref_bias,
+    kl, logit_scale, softcap, temperature, ignore_index, backend, with_slopes, beside,
+):  # fmt: skip
+    rows = target.shape[0]
+    outputs = _outputs(hidden, rows, ref_hidden is not None, kl, torch.empty)
+    make = outputs[0].new_empty
+    if beside is not None:
+        return *outputs, weight.new_empty(weight.shape), weight.new_empty(rows, beside), make(rows)
+    return *outputs, make(hidden.shape if with_slopes else 0), make(hidden.shape if with_slopes and kl is not None else 0), make(0)
+
+
+def columns_beside(weight: Tensor, rows: int) -> int | None:
+    """Of how many columns of the vocabulary D [rows, V] waits beside dWeight, if D of a trained head waits at all; None: it does not.
+
+    Not in float16, where hidden times a gradient that a GradScaler has made large might overflow, nor for a compiler's own tensors."""
+    if torch.compiler.is_compiling() or type(weight) not in (Tensor, torch.nn.Parameter):
+        return None
+    if weight.dtype != torch.bfloat16 or not products.WaitingRows.serves(weight, rows):
+        return None
+    return products.WaitingRows.columns_beside(weight.shape, rows, products.rounds_itself(weight))
+
+
+@backends.operator("tisdpo::waiting_gradients")
+def waiting_gradients(
+    g_logps: Tensor, inside: Tensor, beside: Tensor, factors: Tensor, hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of hidden, weight and bias from a D that waits; those not in `needs` are empty."""
+    return _of_waiting(g_logps, inside, beside, factors, hidden, weight, target, ignore_index, needs, torch.empty_like(inside))
+
+
+@waiting_gradients.register_fake
+def _(g_logps, inside, beside, factors, hidden, weight, target, ignore_index, needs):
+    return gradient_shapes(hidden, weight, needs)
+
+
+@backends.operator("tisdpo::waiting_gradients_", mutates=("inside",))
+def waiting_gradients_(
+    g_logps: Tensor, inside: Tensor, beside: Tensor, factors: Tensor, hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The same of hidden and bias, and that of weight where D was."""
+    found = _of_waiting(g_logps, inside, beside, factors, hidden, weight, target, ignore_index, needs, None)
+    return found[0], found[2]
+
+
+@waiting_gradients_.register_fake
+def _(g_logps, inside, beside, factors, hidden, weight, target, ignore_index, needs):
+    return gradient_shapes(hidden, weight, needs)[::2]
+
+
+def _of_waiting(g_logps, inside, beside, factors, hidden, weight, target, ignore_index, needs, out):
+    policy = HeadRows(hidden, weight, kept_index(target, ignore_index))
+    sums = GradientSums(policy, tuple(needs), 0, True, waiting=products.WaitingRows(weight, len(hidden), (inside, beside)))
+    sums.hold(0, sums.count, None)
+    sums.scale(0, sums.count, (g_logps * factors)[place(policy.index, 0, sums.count)])
+    return sums.result(out)
+
+
+@torch.library.custom_op("tisdpo::times_slopes", mutates_args=())
+def times_slopes(
+    g_logps: Tensor | None, g_kl: Tensor | None, of_logps: Tensor, of_kl: Tensor, target: Tensor, ignore_index: int, dtype: torch.dtype
+) -> Tensor:
+    """dHidden [N, H] in `dtype`: every row of the slopes times what comes from upstream, [N]."""
+    result = torch.empty(of_logps.shape, dtype=dtype, device=of_logps.device)
+    parts = [(g, slopes) for g, slopes in ((g_logps, of_logps), (g_kl, of_kl)) if g is not None]
+    if ignore_index != values.NOTHING:  # 0 times what is not a number would be none
+        parts = [(g.masked_fill(target == ignore_index, 0), slopes) for g, slopes in parts]
+    for a, b in row_ranges(0, len(result), HIDDEN_ROWS):
+        result[a:b] = sum(g[a:b, None] * slopes[a:b] for g, slopes in parts)
+    return result
+
+
+@times_slopes.register_fake
+def _(g_logps, g_kl, of_logps, of_kl, target, ignore_index, dtype):
+    return of_logps.new_empty(of_logps.shape, dtype=dtype)
 
 
 @backends.operator("tisdpo::linear_token_stats_backward")
@@ -173,21 +269,16 @@ def linear_token_stats_backward(
     kl: str | None, logit_scale: float, softcap: float | None, temperature: float, ignore_index: int, backend: str, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of hidden [N, H], weight [V, H], bias [V]; those not in `needs` are empty."""
-    index = None if ignore_index == values.NOTHING else kept_rows(target != ignore_index)
+    index = kept_index(target, ignore_index)
     g_logps, g_kl = _upstream(g_logps, g_kl, stats, kl)
     options = (index, kl, (logit_scale, softcap, temperature), backend)
-    visits, ranges = _visits(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, *options, needs)
+    visits, ranges = visits_of_rows(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, *options, needs)
     sums, d = visits.grads, None
     for a, b in ranges:
-        place = _place(index, a, b)
-        g = None if kl is None else g_kl[place]
-        found, d = visits.visit(a, b, target[place], g, g_logp=g_logps[place], wanted=True, stats=_gathered(stats, place))
-        coefficient = torch.ones_like(g_logps[place]) if found.factor is None else found.factor
-        if sums.later:
-            sums.hold(a, b, d)
-            sums.scale(a, b, coefficient)
-        else:
-            sums.add(a, b, d, coefficient)
+        rows = place(index, a, b)
+        g = None if kl is None else g_kl[rows]
+        found, d = visits.visit(a, b, target[rows], g, g_logp=g_logps[rows], wanted=True, stats=_gathered(stats, rows))
+        sums.add(a, b, d, found.scaled(torch.ones_like(found.lse)))
     del visits, d  # and with them logits or D: what follows needs memory of its own
     return sums.result()
 
@@ -209,41 +300,75 @@ def gradient_shapes(hidden: Tensor, weight: Tensor, needs) -> tuple[Tensor, Tens
     )
 
 
-def _visits(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, index, kl, transform, backend, needs=None):
-    """Visits of the rows that carry loss, and their ranges (a, b). needs: which gradients; None: none."""
+def _slopes(policy) -> GradientSums:
+    return GradientSums(policy, (True, False, False), len(policy.hidden), wide=True)
+
+
+def visits_of_rows(
+    hidden, weight, bias, ref_hidden, ref_weight, ref_bias, index, kl, transform, backend, needs=None, apart=False, waiting=None
+):
+    """Visits of the rows that carry loss, and their ranges (a, b). For whom D is: the gradients that are needed, the slopes (`apart`),
+    where it is to wait (`waiting`), or nobody."""
     policy, reference = heads(hidden, weight, ref_hidden, ref_weight, index)
     name = backends.resolve(backend, hidden.device.type, hidden.dtype)
     folds = fold.Fold(name, kl, fold.Transform(*transform), bias, ref_bias)
     no_logits, models = needs_no_logits(policy, reference, folds), 1 if reference is None else 2
     most = policy.chunk_rows(models, True, no_logits)
-    grads = None if needs is None else GradientSums(policy, tuple(needs), most, by_columns=name == "triton")
-    ranges = policy.ranges(0, len(hidden) if index is None else len(index), visit_rows(policy, models, no_logits, grads))
+    if apart:
+        grads = _slopes(policy)
+    elif waiting is not None:
+        grads = GradientSums(policy, (False, True, False), 0, name == "triton", waiting=waiting)
+    else:
+        grads = None if needs is None else GradientSums(policy, tuple(needs), most, by_columns=name == "triton")
+    rows = visit_rows(policy, models, no_logits, grads)
+    if apart and kl is not None:
+        rows = max(1, 2 * rows // 3)  # D of the log-probs beside two models' logits
+    ranges = policy.ranges(0, len(hidden) if index is None else len(index), rows)
     rows = max((b - a for a, b in ranges), default=0)
-    return Visits(policy, reference, folds, no_logits, grads, rows), ranges
+    return Visits(policy, reference, folds, no_logits, grads, rows, apart=apart), ranges
 
 
-def _place(index: Tensor | None, a: int, b: int):
+def kept_index(target: Tensor, ignore_index: int) -> Tensor | None:
+    """Index of the rows that carry loss, None where that is all of them."""
+    return None if ignore_index == values.NOTHING else kept_rows(target != ignore_index)
+
+
+def place(index: Tensor | None, a: int, b: int):
     """The rows a..b of those that carry loss among all."""
     return slice(a, b) if index is None else index[a:b]
 
 
 def _setup_linear_token_stats(ctx, inputs, output):
-    *tensors, kl, logit_scale, softcap, temperature, ignore_index, backend = inputs
+    *tensors, kl, logit_scale, softcap, temperature, ignore_index, backend, ctx.with_slopes, beside = inputs
+    hidden, weight, _, target, *_ = tensors
     if kl is None:
         tensors = [*tensors[:4], None, None, None]  # the reference's log-probs are constants: nothing reads its hidden states any more
-    ctx.options = (kl, logit_scale, softcap, temperature, ignore_index, backend)
-    ctx.mark_non_differentiable(output[1], output[2], output[3])
+    ctx.options, ctx.waits = (kl, logit_scale, softcap, temperature, ignore_index, backend), beside is not None
+    ctx.dtype, ctx.inputs = hidden.dtype, len(inputs)
+    ctx.mark_non_differentiable(*output[1:4], *output[5:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, *output)
+    if ctx.with_slopes:
+        ctx.save_for_backward(*output[5:7], target)
+    elif ctx.waits:
+        ctx.save_for_backward(*output[5:], hidden, weight, target)
+    else:
+        ctx.save_for_backward(*tensors, *output[:5])
 
 
-def _backward_linear_token_stats(ctx, g_logps, g_lse, g_ref_logps, g_ref_lse, g_kl):
-    saved = ctx.saved_tensors
-    tensors, stats = saved[:7], list(saved[7:])
+def _backward_linear_token_stats(ctx, g_logps, g_lse, g_ref_logps, g_ref_lse, g_kl, *_):
+    saved, ignore_index, nothing = ctx.saved_tensors, ctx.options[4], [None] * (ctx.inputs - 3)
+    if ctx.with_slopes:
+        g_kl = None if ctx.options[0] is None else g_kl
+        return times_slopes(g_logps, g_kl, *saved, ignore_index, ctx.dtype), None, None, *nothing
     needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2]]
-    grads = linear_token_stats_backward(g_logps, g_kl, *tensors, stats, *ctx.options, needs)
-    grads = [g if need else None for g, need in zip(grads, needs)]
-    return *grads, None, None, None, None, *[None] * len(ctx.options)
+    if ctx.waits and one_pass.is_last_backward(g_logps):
+        d_hidden, d_bias = waiting_gradients_(g_logps, *saved, ignore_index, needs)
+        grads = d_hidden, saved[0], d_bias
+    elif ctx.waits:
+        grads = waiting_gradients(g_logps, *saved, ignore_index, needs)
+    else:
+        grads = linear_token_stats_backward(g_logps, g_kl, *saved[:7], list(saved[7:]), *ctx.options, needs)
+    return *(g if need else None for g, need in zip(grads, needs)), *nothing
 
 
 linear_token_stats.register_autograd(_backward_linear_token_stats, setup_context=_setup_linear_token_stats)
