@@ -6,8 +6,9 @@
 
 1. the tests marked `gpu`; on red the loss steps are still timed, but no ratio is printed as a result
 2. compute-sanitizer over a small case of each kernel, where the tool exists
-3. forward and backward of the loss in all four modes at three real heads and N = 256 to 16384, as ratios to the matrix products
-   measured in the same run, with peak extra memory and errors against float64, for every provider of `benchmarks.registry` that imports
+3. forward and backward of the loss in all four modes at three real heads and N = 256 to 16384, and log-probs alone at one of them, as
+   ratios to the matrix products measured in the same run, with peak extra memory and errors against float64, for every provider of
+   `benchmarks.registry` that imports
 4. Nsight Compute on the folds (achieved bandwidth), where the tool exists; else bandwidth from their times
 """
 
@@ -25,14 +26,15 @@ import torch
 
 from benchmarks import roofline
 from benchmarks.measure import GPU_TESTS, ROOT, compare, default_path, environment, reason, save, table
-from benchmarks.registry import HEADS, MODES, PROVIDERS, Size
+from benchmarks.registry import HEADS, MODES, OP_STEPS, PROVIDERS, Size
 
 # (head, mode of the step): limit of our time over the products, from docs/design.md
 GOALS = {("Llama-3-8B", mode.name): limit for mode, limit in zip(MODES, (1.13, 1.15, 1.12, 1.13))}
 
-# (head, N) in the order of what matters most, for as long as there is time
-ORDER = [(head, 8192) for head in HEADS] + [("Llama-3-8B", n) for n in (2048, 256, 16384)]
+# (head, N) in the order of what matters most, for as long as there is time; log-probs alone at one of them
+ORDER = [(head, 8192) for head in HEADS] + [("Llama-3-8B", n) for n in (4096, 2048, 256, 16384)]
 ORDER += [(head, n) for n in (2048, 16384) for head in HEADS if head != "Llama-3-8B"]
+OPS_AT = ("Llama-3-8B", 4096)
 COMPILED_ANEW = ("torch.compile", "torch.compile, float32 logits", "Liger scaled CE")  # for every shape, a minute or so: at the first only
 
 SANITIZED = """
@@ -157,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(1)
     clock = Clock(60 * args.minutes)
     parts = args.only or ("tests", "sanitizer", "steps", "bandwidth")
-    report = environment(device) | {"steps": []}
+    report = environment(device) | {"steps": [], "ops": []}
     if args.wheels:
         report["wheels"] = install(args.wheels)
         print(*report["wheels"], sep="\n")
@@ -185,9 +187,9 @@ def main(argv: list[str] | None = None) -> int:
         heads = {"smoke": (48, 1003)} if args.smoke else HEADS
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         tools = 120 if device == "cuda" and {"sanitizer", "bandwidth"} & set(parts) else 0
-        for head, n in ORDER if not args.smoke else [("smoke", 96)]:
+        for head, n in ORDER if not args.smoke else [("smoke", 96), ("smoke", 97)]:
             hidden, vocabulary = heads[head]
-            for step in MODES:
+            for step in OP_STEPS if (head, n) in (OPS_AT, ("smoke", 97)) else MODES:
                 if not clock.has(15 + tools):
                     report.setdefault("left_out", []).append(f"{head}, N={n}, {step.name}: no time left")
                     continue
@@ -199,7 +201,7 @@ def main(argv: list[str] | None = None) -> int:
                 result = compare(size, step, providers, args.rounds, device, dtype, check=n <= 8192)  # the truth is time that is not there
                 others = {p.name: {"skipped": "measured at the first head, length and kinds of step only"} for p in able}
                 result["rows"] = {name: result["rows"].get(name, other) for name, other in others.items()}
-                report["steps"].append({"head": head} | result)
+                report["ops" if step.op else "steps"].append({"head": head} | result)
                 keep()
                 gc.collect()
                 if device == "cuda":
@@ -215,7 +217,7 @@ def main(argv: list[str] | None = None) -> int:
     report["seconds"] = clock.seconds
     keep()
     red = "tests" in report and not report["tests"]["passed"]
-    print("the tests failed: no figure of this run is a result" if red else table(report["steps"], GOALS))
+    print("the tests failed: no figure of this run is a result" if red else table(report["steps"] + report["ops"], GOALS))
     print(*report.get("left_out", []), sep="\n")
     if output is not None:
         print(f"written to {output}")

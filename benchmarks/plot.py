@@ -24,8 +24,13 @@ COLORS = {OURS: "#c2410c", OUR_OPS: "#c2410c", "tisdpo two passes": "#f59e0b", "
 
 # Why a provider is faster than one pass somewhere: (how its name begins, what must hold of the size, the reason)
 WHOLE = ("plain torch", "torch.compile")
+LOGITS = (*WHOLE, "F.cross_entropy", "TRL selective_log_softmax")
 KEEPS = "it keeps all logits for the backward, so there are three products; here none are kept, so there are four"
-REASONS_OF_OPS = {"log-probs": [((*WHOLE, "F.cross_entropy", "TRL selective_log_softmax"), KEEPS)]}
+AT_ONCE = "it holds all logits at once, so each product is one call; here they come in chunks"
+REASONS_OF_OPS = {  # by kind of step
+    Step(op="log-probs").name: [(LOGITS, KEEPS)],
+    **{step.name: [(LOGITS, AT_ONCE)] for step in (Step(op="scores"), Step(op="nll"), Step(op="log-probs", frozen=True))},
+}
 REASONS = [
     (WHOLE, lambda size: size["tokens"] * size["vocabulary"] > 1 << 23,
      "it holds all logits at once, so each product is one call, and of 16 bits it rounds logits and sums; in chunks the head is packed "
@@ -99,7 +104,7 @@ def lost(result: dict) -> list[tuple[str, float]]:
 def why(name: str, result: dict) -> str:
     """The reason for a losing row, or a sentence that there is none yet."""
     if result.get("op"):
-        return next((text for who, text in REASONS_OF_OPS.get(result["op"], ()) if name.startswith(who)), "not explained yet")
+        return next((text for who, text in REASONS_OF_OPS.get(result["step"], ()) if name.startswith(who)), "not explained yet")
     return next((text for who, holds, text in REASONS if name.startswith(who) and holds(result["size"])), "not explained yet")
 
 
@@ -285,11 +290,11 @@ def page(cpu: list[dict], end_to_end: dict | None, gpu: dict | None, later: dict
 
 
 def gpu_steps(report: dict) -> list[str]:
-    """The tables of all steps, by head."""
-    lines = []
-    for head in dict.fromkeys(result["head"] for result in report["steps"]):
+    """The tables of all steps and of log-probs alone, by head."""
+    lines, steps = [], report["steps"] + report.get("ops", [])
+    for head in dict.fromkeys(result["head"] for result in steps):
         lines += [f"### The head of {head}", ""]
-        for result in report["steps"]:
+        for result in steps:
             lines += step_table(result, not red(report)) if result["head"] == head else []
     return lines
 
@@ -380,21 +385,30 @@ def figures(reports: list[dict], end_to_end: dict | None, gpu: dict | None, late
 def log_probs(report: dict) -> str:
     """README's sentence on log-probs alone, beside what other trainers use; of those whose time and memory are in the file."""
     rows = {result["step"]: result["rows"] for result in report["ops"]}
+    measured = {
+        step: {name: row for name, row in found.items() if "seconds" in row and row.get("extra_bytes") is not None}
+        for step, found in rows.items()
+    }
 
-    def told(step: Step, others: dict[str, str]) -> str:
-        found = {text: rows.get(step.name, {}).get(name, {}) for name, text in {OUR_OPS: "", **others}.items()}
-        found = {text: row for text, row in found.items() if "seconds" in row and row.get("extra_bytes") is not None}
-        cells = [f"{text} {ms(row['seconds'])} ms and {row['extra_bytes'] / MIB:,.0f} MiB".strip() for text, row in found.items()]
-        return f"{cells[0]} ({', '.join(cells[1:])})" if cells[1:] and "" in found else "not measured"
+    def told(step: Step) -> str:
+        found = measured.get(step.name, {})
+        whole = min((name for name in found if name.startswith(LOGITS)), key=lambda name: found[name]["seconds"], default="")
+        names = {OUR_OPS: "", whole: f"the fastest of those with all logits, {whole},", "TRL chunked": "TRL's chunked operator"}
+        if step.op == "from logits":
+            names = {OUR_OPS: "", "F.cross_entropy": "`F.cross_entropy`", "TRL selective_log_softmax": "TRL's `selective_log_softmax`"}
+        rows = [(text, found[name]) for name, text in names.items() if name in found]
+        cells = [f"{text} {ms(row['seconds'])} ms and {row['extra_bytes'] / MIB:,.0f} MiB".strip() for text, row in rows]
+        return f"{cells[0]} ({'; '.join(cells[1:])})" if cells[1:] and OUR_OPS in found else ""
 
-    of_logits = {"F.cross_entropy": "`F.cross_entropy`", "TRL selective_log_softmax": "TRL's `selective_log_softmax`"}
-    of_hidden = {"plain torch": "plain torch", "TRL chunked": "TRL's chunked operator"}
-    return (
-        f"Log-probs alone, for other trainers ({report['dtype']}, same sizes): `token_logps` from logits, forward and backward, "
-        f"{told(Step(op='from logits'), of_logits)}; `linear_token_logps` from hidden states without gradients "
-        f"{told(Step(op='scores'), of_hidden)}, with a frozen head and any gradient a token "
-        f"{told(Step(op='log-probs', frozen=True), of_hidden)}."
-    )
+    parts = {
+        "`token_logps` from logits, forward and backward,": Step(op="from logits"),
+        "`linear_token_logps` from hidden states without gradients": Step(op="scores"),
+        "with any gradient a token": Step(op="log-probs"),
+        "the same with a frozen head": Step(op="log-probs", frozen=True),
+        "`linear_nll_loss`": Step(op="nll"),
+    }
+    found = [f"- {what} {text}" for what, step in parts.items() if (text := told(step))]
+    return "\n".join([f"Log-probs alone, for other trainers ({report['dtype']}, same sizes):", "", *(found or ["- not measured"])])
 
 
 def _where(report: dict) -> str:

@@ -208,8 +208,11 @@ def test_the_sentence_on_log_probs_needs_no_peer():
     row = {"seconds": 0.02, "extra_bytes": 3 << 20}
     rows = {OUR_OPS: row, "F.cross_entropy": row | {"seconds": 0.05}}
     told = plot.log_probs({"dtype": "float32", "ops": [{"step": Step(op="from logits").name, "rows": rows}]})
-    assert "backward, 20 ms and 3 MiB (`F.cross_entropy` 50 ms and 3 MiB);" in told
-    assert "gradients not measured, with" in told and told.endswith("a token not measured.")
+    assert told.endswith("`token_logps` from logits, forward and backward, 20 ms and 3 MiB (`F.cross_entropy` 50 ms and 3 MiB)")
+    assert plot.log_probs({"dtype": "float32", "ops": []}).endswith("- not measured")
+    rows = {OUR_OPS: row, "plain torch": row | {"seconds": 0.05}, "torch.compile": row | {"seconds": 0.04}}
+    told = plot.log_probs({"dtype": "float32", "ops": [{"step": Step(op="nll").name, "rows": rows}]})
+    assert told.endswith("`linear_nll_loss` 20 ms and 3 MiB (the fastest of those with all logits, torch.compile, 40 ms and 3 MiB)")
 
 
 def test_a_stale_picture_is_found(tmp_path, monkeypatch):
@@ -243,7 +246,11 @@ def test_losing_rows_are_named():
     assert plot.lost(close) == [("plain torch", 1.02)]  # by the ratio, though not by the time
     whole = result | {"products": 3, "products_seconds": 1.0, "products_tflops": 1.0}
     assert "1.00" in "".join(plot.step_table(whole)) and "1.00" not in "".join(plot.step_table(whole, ratios=False))
-    alone = {"op": "log-probs", "rows": {OUR_OPS: row | {"seconds": 2.0}, "TRL chunked": row | {"seconds": 1.0}} | result["rows"]}
+    alone = {
+        "op": "log-probs",
+        "step": Step(op="log-probs").name,
+        "rows": {OUR_OPS: row | {"seconds": 2.0}, "TRL chunked": row | {"seconds": 1.0}} | result["rows"],
+    }
     reasons = [line for line in plot.losing_rows([{"ops": [result | alone]}]) if line.startswith("- ")]
     assert "- **plain torch**: it keeps all logits for the backward" in reasons[1] and reasons[0] == "- **TRL chunked**: not explained yet."
     gpu = plot.losing_rows([{"device": {"sms": 9}, "tests": {"passed": False}, "steps": [result]}])

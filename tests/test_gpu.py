@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tisdpo
-from benchmarks.registry import MODES, Problem, Size, Step, fused, plain, relative_error
+from benchmarks.registry import MODES, OP_STEPS, OUR_OPS, PLAIN, PROVIDERS, Problem, Size, Step, fused, plain, relative_error
 from tisdpo import Objective
 from tisdpo.ops import backend, products, rows
 
@@ -55,7 +55,7 @@ def test_several_chunks(monkeypatch, tokens, vocabulary, masked, few_items, step
     monkeypatch.setattr(products, "SLICE_BYTES", 64 * 512)
     monkeypatch.setattr(products, "FEW_ITEMS", few_items)
     at_once, own = [], products.WaitingRows.product
-    monkeypatch.setattr(products.WaitingRows, "product", lambda self, hidden: (at_once.extend(self.at_once), own(self, hidden))[1])
+    monkeypatch.setattr(products.WaitingRows, "product", lambda self, *args: (at_once.extend(self.at_once), own(self, *args))[1])
     size = Size(tokens=tokens, hidden=512, vocabulary=vocabulary, pairs=4, masked=masked)
     problem = Problem(size, torch.bfloat16, "cuda")
     truth = problem.double().run(plain, step)
@@ -104,6 +104,20 @@ def test_log_probs_of_bfloat16_inputs():
         logps = tisdpo.linear_token_logps(p.hidden, p.weight, p.target).logps
         truth = (p.hidden.double() @ p.weight.double().T).log_softmax(-1).gather(-1, p.target[:, None])[:, 0]
     assert (logps.double() - truth).abs().mean() <= 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("tokens", [100, 200, 512, 600])  # of H = 256: fewer and more than those whose D waits for a backward
+@pytest.mark.parametrize("step", OP_STEPS, ids=lambda s: s.name)
+def test_log_probs_for_other_losses(monkeypatch, step, tokens, dtype):
+    monkeypatch.setenv("TISDPO_CHUNK_MIB", "1")
+    problem = Problem(replace(SMALL, tokens=tokens), dtype, "cuda")
+    truth = problem.double().run(PLAIN, step)
+    ours = next(provider for provider in PROVIDERS if provider.name == OUR_OPS)
+    found, theirs = error(problem.run(ours, step), truth), error(problem.run(PLAIN, step), truth)
+    tiny = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}[dtype]
+    for x, y in zip(found, theirs):
+        assert x <= 2 * y + tiny, f"ours {x:.2e}, plain torch {y:.2e}"
 
 
 @pytest.mark.parametrize("step", MODES, ids=lambda s: s.name)

@@ -125,6 +125,8 @@ def test_float16_gradients_are_scaled_before_they_are_rounded():
     torch.testing.assert_close(found.double(), true, rtol=2e-3, atol=1e-6)
     mean = tisdpo.linear_nll_loss(hidden, weight, case.target.masked_fill(case.target == 3, -100))
     assert mean.loss.isfinite() and mean.logps.shape == (63,)
+    with pytest.raises(ValueError, match="token_weights must be finite, got nan at position 0"):
+        tisdpo.linear_nll_loss(hidden, weight, case.target, token_weights=torch.full((63,), math.nan))
 
 
 def test_second_derivatives_raise():

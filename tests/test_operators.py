@@ -80,9 +80,9 @@ def test_opcheck_of_what_waits(monkeypatch, length, needs):
     case = make_case((length,), H=4, V=200, ignored=(1,), dtype=torch.bfloat16)
     policy, _ = head(case, trainable=False)
     policy = [x.requires_grad_(need) for x, need in zip(policy, needs)]
-    beside = token_stats.columns_beside(policy[1], length)
-    assert (beside > 0) == (length > 4)
-    args = (*policy, case.target, None, None, None, None, *PLAIN, -100, "torch", False, beside)
+    sizes = token_stats.waiting_sizes(policy[1], case.target, -100)
+    assert sizes[0] == length - 1 and (sizes[1] > 0) == (length > 5) and token_stats.waiting_sizes(policy[1], case.target[:1], -100) is None
+    args = (*policy, case.target, None, None, None, None, *PLAIN, -100, "torch", False, sizes)
     # what no row of D is written to is different in every run
     torch.library.opcheck(token_stats.linear_token_stats, args, test_utils=CHECKS[:3])
     hidden, weight, bias = (x.detach() for x in policy)

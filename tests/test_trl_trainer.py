@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 import transformers
@@ -202,6 +203,23 @@ def test_a_scored_set_of_another_tokenizer_or_reference_is_refused(tmp_path, cap
     assert caplog.text.count("the rows' reference log-probs are not used") == 1
     with pytest.raises(InputError, match="sync_ref_model has no effect"):
         trainer(tmp_path, ours, sync_ref_model=True)
+
+
+def test_log_probs_of_another_model_stop_at_the_first_step(tmp_path):
+    """Columns of one's own, of which nobody knows whose they are."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    rows = datasets.Dataset.from_dict(scored(tmp_path, reference=oracle.tiny_model(2)).to_dict())
+
+    def run(rows=rows, ref_model=None, **options):
+        args = TISDPOConfig(**arguments(tmp_path, max_steps=1, **options))
+        kwargs = {} if ref_model else {"peft_config": config}
+        return TISDPOTrainer(oracle.tiny_model(1), ref_model, args, train_dataset=rows, processing_class=tokenizer(), **kwargs)
+
+    with pytest.raises(RuntimeError, match="at the first step policy and reference are the same model"):
+        run().train()
+    assert trained(run(sanity_check=False))[0]["loss"] != pytest.approx(0.6931, abs=1e-4)
+    assert trained(run(ref_model=oracle.tiny_model(2)))[0]["loss"] != pytest.approx(0.6931, abs=1e-4)
 
 
 @pytest.mark.parametrize("ready", [False, True])

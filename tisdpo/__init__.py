@@ -5,7 +5,7 @@ TIS-DPO (arXiv 2410.04350) and its relatives, exact and without the [tokens, voc
 
     errors -> files, fingerprints, intervals, kernels, losses, prompts, weighting
     -> ops -> checks -> arguments -> functional -> attention, world
-    -> arithmetic, batches, doctor, heatmap, hf, memory, plots, processes, provenance, readers, settings, synthetic
+    -> arithmetic, batches, doctor, first_step, heatmap, hf, memory, plots, processes, provenance, readers, settings, synthetic
     -> cached, config, rendering, report, scoring -> data, parts -> resume, rows
     -> contrastive, evaluate, scored, sources, trainer
     -> agreement, integrations, score, stages, summary -> annotate, estimation -> pipeline -> study -> cli -> __main__

@@ -108,11 +108,18 @@ def linear_token_logps(
     ref_bias [V] (both default to the policy's, which must then be frozen). Gradients reach hidden, weight and bias through `logps`
     and `kl`, for any upstream gradient.
 
-    Cost in products of 2 N H V FLOP, forward and backward together, with a reference (but no KL) one more: trainable head 4, with KL 6 (the
-    backward computes the logits again), bfloat16 head, no KL and at most 2 H tokens 3 (dlogp/dlogits waits where the gradient of the head
-    will be; not under torch.compile); frozen head (LoRA) 2, with KL 4 (the forward makes dlogp_t/dhidden_t). N counts only positions that
-    are not ignored. Memory: a chunk of logits (a byte budget) and, with a trainable head, what `linear_tis_dpo_loss` sums its gradient in,
-    at 3 products from the forward on; with a frozen one [N, H] in float32 until the backward, with KL two of them.
+    Cost in products of 2 N H V FLOP, forward and backward together, with a reference (but no KL) one more; N counts only positions that are
+    not ignored:
+
+        trained head                                  4, with KL 6    the backward computes the logits again
+        trained bfloat16 head, no KL, H/2 <= N <= 2 H 3               dlogp/dlogits waits in the memory of the head's gradient
+        frozen head (LoRA)                            2, with KL 4    the forward makes dlogp_t/dhidden_t [N, H], float32 (with KL two)
+        under torch.no_grad()                         1, with KL 2
+
+    Float16, and a trained bias on a frozen head, take two passes: 4 or 3, with KL 6 or 5. The second row needs 16-bit products with float32
+    sums (a GPU, a CPU with such units) and no torch.compile; what waits takes [V, H] items, or [N, V] if that is more, from the forward on.
+    Memory besides: a chunk of logits (a byte budget) and, with a trained head, what `linear_tis_dpo_loss` sums its gradient in. With and
+    without gradients log-probs may differ in their last bits.
 
     Raises TypeError and ValueError that name the argument, what was expected and what came.
     """
@@ -146,8 +153,8 @@ def linear_nll_loss(
     normalizer: the number of tokens of the whole global batch, or any other number above 0 (None: of the tokens here that are not ignored).
 
     Cost in products of 2 N H V FLOP, both ways: 3, with a frozen head 2, without gradients 1. The gradients are computed
-    in the forward; float16, whose small gradients a GradScaler has to scale before they are rounded, takes `linear_token_logps`. Memory as
-    in `linear_tis_dpo_loss`. No second derivatives.
+    in the forward; float16, whose small gradients a GradScaler has to scale before they are rounded, takes `linear_token_logps` (4 and 3).
+    Memory as in `linear_tis_dpo_loss`. No second derivatives.
 
     Raises TypeError and ValueError that name the argument, what was expected and what came.
     """
@@ -159,6 +166,8 @@ def linear_nll_loss(
         checks.same_device(hidden=hidden, token_weights=token_weights)
     flat, head_weight, bias, targets, *_ = head
     if flat.dtype == torch.float16:
+        if not torch.compiler.is_compiling():
+            values.finite("token_weights", token_weights)
         logps = _linear_token_stats(head, None, transform, ignore_index, backend, targets.shape).logps
         factors = torch.ones_like(logps) if token_weights is None else token_weights.to(logps.dtype)
         divisor = (targets != ignore_index).sum().clamp(min=1) if divisor is None else divisor
@@ -390,13 +399,13 @@ def _on_device(divisor: float | Tensor, like: Tensor) -> Tensor:
 
 
 def _linear_token_stats(head, kl: str | None, transform, ignore_index: int, backend: str, shape) -> TokenStats:
-    hidden, weight, bias, _, ref_hidden, *_ = head
-    with_slopes, beside = False, None
-    if torch.is_grad_enabled():
+    hidden, weight, bias, target, ref_hidden, *_ = head
+    with_slopes, waiting = False, None
+    if torch.is_grad_enabled() and hidden.dtype != torch.float16:
         trained = weight.requires_grad or (bias is not None and bias.requires_grad)
         with_slopes = hidden.requires_grad and not trained
-        beside = token_stats.columns_beside(weight, len(hidden)) if weight.requires_grad and kl is None else None
-    out = token_stats.linear_token_stats(*head, kl, *transform, ignore_index, backend, with_slopes, beside)
+        waiting = token_stats.waiting_sizes(weight, target, ignore_index) if weight.requires_grad and kl is None else None
+    out = token_stats.linear_token_stats(*head, kl, *transform, ignore_index, backend, with_slopes, waiting)
     return _token_stats(out[:5], shape, ref_hidden is not None, kl)
 
 

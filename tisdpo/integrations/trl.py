@@ -24,6 +24,7 @@ from torch import Tensor
 
 from tisdpo.batches import flatten_batch
 from tisdpo.errors import InputError
+from tisdpo.first_step import check_first_step, computes_exactly
 from tisdpo.functional import linear_tis_dpo_loss
 from tisdpo.hf import Head, attach_head, model_inputs, reference_inputs, verify_head
 from tisdpo.losses import Objective, loss_of
@@ -67,6 +68,8 @@ class TISDPOConfig(DPOConfig):
     nll_coef          factor of the chosen's NLL a token, which is added to the loss of every pair (RPO); TRL's "sft" divides by the tokens
                       of a micro-batch instead
     weighting         fields of `tisdpo.Weighting` for rows with a raw contrast, such as {"upper": 2.0}
+    sanity_check      stop at the first step unless policy and reference have the same log-probs there, where no ref_model was given (TRL
+                      loads the reference again from where the model came from: one that was changed since is another model)
     """
 
     method: str = field(default="tis-dpo", metadata={"help": "tis-dpo or dpo"})
@@ -75,6 +78,7 @@ class TISDPOConfig(DPOConfig):
     detach_chosen_kl: bool = field(default=False, metadata={"help": "no gradient through the chosen KL"})
     nll_coef: float = field(default=0.0, metadata={"help": "factor of the NLL of the chosen"})
     weighting: dict | None = field(default=None, metadata={"help": "fields of tisdpo.Weighting"})
+    sanity_check: bool = field(default=True, metadata={"help": "stop unless policy and reference are the same at the first step"})
 
     def __post_init__(self):
         super().__post_init__()
@@ -158,6 +162,7 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, DPOTrainer):
                 f"data_collator is a {type(self.data_collator).__name__}, which leaves out token weights and reference log-probs; derive "
                 "it from tisdpo.integrations.trl.WeightedCollator, or leave it out"
             )
+        self._starts_at_reference = ref_model is None and args.sanity_check and args.disable_dropout and is_its_base(self.model)
         check_parallelism(self.model, self.accelerator)
         if self.ref_model is not None:
             check_parallelism(self.accelerator.unwrap_model(self.ref_model), self.accelerator)
@@ -298,6 +303,10 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, DPOTrainer):
             tokens = self.accelerator.reduce(own, "sum").item()
             self._total_train_tokens += tokens // self._tp_size
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        if self._starts_at_reference and mode == "train":
+            self._starts_at_reference = False
+            if self.state.global_step == 0:  # a resumed run has moved away from the reference
+                check_first_step(output, flat, self.objective.beta, computes_exactly(self.model, self.args))
         self._add_metrics(mode, preference_metrics(output, flat), inputs)
         loss = output.loss
         if aux_loss is not None and self.aux_loss_enabled:

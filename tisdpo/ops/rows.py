@@ -194,8 +194,8 @@ class GradientSums:
         self.count = len(rows.hidden) if rows.index is None else len(rows.index)
         self.weight = None  # dWeight, of one chunk
         self.alone = waiting is None and needs[1] and self.count <= most and products.rounds_itself(rows.weight)
-        serves = waiting is not None or products.WaitingRows.serves(rows.weight, self.count)
-        self.waits = needs[1] and not self.alone and serves
+        serves = needs[1] and not self.alone and products.WaitingRows.serves(rows.weight, self.count)
+        self.waits = waiting is not None or serves
         # every row that carries loss is written below; only the ignored ones need zeros
         empty = rows.hidden.new_empty
         make = rows.hidden.new_zeros if self.count < len(rows.hidden) else empty
@@ -252,8 +252,8 @@ class GradientSums:
     def result(self, out: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients in the dtypes of their inputs; 16-bit ones are rounded once, here. out: for dWeight, where D is to stay."""
         if self.waits:
-            if self.needs[2]:
-                self.bias = self.waiting.column_sums(self.coefficient)
+            self.bias = self.waiting.column_sums(self.coefficient) if self.needs[2] else self.bias
+        if self.waits and self.needs[1]:
             hidden = self.rows.take(0, self.count)
             scaled = torch.mul(hidden, self.coefficient[:, None], out=torch.empty_like(hidden, dtype=self.rows.weight.dtype))
             weight = self.waiting.product(scaled, out)

@@ -3,12 +3,13 @@
 From hidden states there are three ways, in head-sized products (u = 2 N H V FLOP) a reference's logits included with KL:
 
     two passes    4 u, with KL 6 u    the forward keeps [N] statistics, the backward makes every logit again (`rows.Visits`)
-    waiting       3 u                 a trained bfloat16 head, no KL, few rows (`products.WaitingRows`): D = dlogp/dlogits of the forward
-                                      waits in the memory of dWeight, where the second of two passes would put it
+    waiting       3 u                 a trained bfloat16 head, no KL, H / 2 to 2 H rows (`products.WaitingRows`): D = dlogp/dlogits of the
+                                      forward waits in the memory of dWeight, where the second of two passes would put it
     slopes        2 u, with KL 4 u    a frozen head (LoRA): a token's log-prob depends on no other token's hidden state, so the forward
                                       makes dlogp_t/dhidden_t [N, H], in the accumulation dtype, and with KL dKL_t/dhidden_t
 
-In the last two what comes from upstream is one factor a row, and the logits are gone when the forward ends.
+In the last two what comes from upstream is one factor a row, and the logits are gone when the forward ends. Float16 takes two passes: what
+a GradScaler makes of the upstream gradient has to be in D before that is rounded.
 
 The outputs of every operator: (logps, lse, ref_logps, ref_lse, kl), each [N] in the accumulation dtype; those that were not asked
 for are empty. Rows with `ignore_index` give 0 and no gradient.
@@ -155,55 +156,58 @@ def linear_token_stats(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
     ref_hidden: Tensor | None, ref_weight: Tensor | None, ref_bias: Tensor | None,
     kl: str | None, logit_scale: float, softcap: float | None, temperature: float, ignore_index: int, backend: str,
-    with_slopes: bool, beside: int | None,
+    with_slopes: bool, waiting: list[int] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """hidden [N, H], weight [V, H], bias [V], target [N] (and the same of the reference) -> (logps, lse, ref_logps, ref_lse, kl) and three
-    that are for the backward, or empty: with_slopes: dlogp_t/dhidden_t, dKL_t/dhidden_t [N, H], nothing; beside (see `columns_beside`,
+    that are for the backward, or empty: with_slopes: dlogp_t/dhidden_t, dKL_t/dhidden_t [N, H], nothing; waiting (see `waiting_sizes`,
     None: D does not wait): the two memories of D, its factors [N]."""
     values.target(target, len(weight), ignore_index)
     outputs = _outputs(hidden, len(target), ref_hidden is not None, kl, torch.zeros)
     index = kept_index(target, ignore_index)
     options = (index, kl, (logit_scale, softcap, temperature), backend)
-    waiting = None if beside is None else products.WaitingRows(weight, len(target))
-    visits, ranges = visits_of_rows(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, *options, apart=with_slopes, waiting=waiting)
+    memory = None if waiting is None else products.WaitingRows(weight, waiting[0])
+    visits, ranges = visits_of_rows(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, *options, apart=with_slopes, waiting=memory)
     slopes = [] if not with_slopes else [visits.grads] if kl is None else [visits.grads, _slopes(visits.policy)]
-    factors = torch.zeros_like(outputs[0], memory_format=torch.contiguous_format) if waiting else None
+    factors = outputs[0].new_zeros(len(target))
     for a, b in ranges:
         rows = place(index, a, b)
         found, *derivatives = visits.visit_apart(a, b, target[rows]) if visits.grads else visits.visit(a, b, target[rows])
         ones = torch.ones_like(found.lse)
         for sums, d in zip(slopes, derivatives):
             sums.add(a, b, d, found.scaled(ones))
-        if waiting:
+        if memory:
             visits.grads.hold(a, b, derivatives[0])
             factors[rows] = found.scaled(ones)
         _scatter(outputs, rows, found)
-    later = [waiting.result, waiting.others, factors] if waiting else [x.hidden for x in slopes]
+    later = [memory.result, memory.others, factors] if memory else [x.hidden for x in slopes]
     return *outputs, *later, *(outputs[0].new_empty(0) for _ in range(3 - len(later)))
 
 
 @linear_token_stats.register_fake
 def _(
     hidden, weight, bias, target, ref_hidden, ref_weight, ref_bias,
-    kl, logit_scale, softcap, temperature, ignore_index, backend, with_slopes, beside,
+    kl, logit_scale, softcap, temperature, ignore_index, backend, with_slopes, waiting,
 ):  # fmt: skip
-    rows = target.shape[0]
-    outputs = _outputs(hidden, rows, ref_hidden is not None, kl, torch.empty)
+    outputs = _outputs(hidden, target.shape[0], ref_hidden is not None, kl, torch.empty)
     make = outputs[0].new_empty
-    if beside is not None:
-        return *outputs, weight.new_empty(weight.shape), weight.new_empty(rows, beside), make(rows)
+    if waiting is not None:
+        return *outputs, weight.new_empty(weight.shape), weight.new_empty(waiting), make(target.shape[0])
     return *outputs, make(hidden.shape if with_slopes else 0), make(hidden.shape if with_slopes and kl is not None else 0), make(0)
 
 
-def columns_beside(weight: Tensor, rows: int) -> int | None:
-    """Of how many columns of the vocabulary D [rows, V] waits beside dWeight, if D of a trained head waits at all; None: it does not.
+def waiting_sizes(weight: Tensor, target: Tensor, ignore_index: int) -> list[int] | None:
+    """[rows that carry loss, columns of the vocabulary whose D waits beside dWeight], if D of a trained head waits; None: it does not.
 
-    Not in float16, where hidden times a gradient that a GradScaler has made large might overflow, nor for a compiler's own tensors."""
+    What waits takes the memory of a dWeight or more, so not for fewer rows than H / 2: then even several calls before one backward take no
+    more than twice their logits in 16 bits, as in plain torch. Nor for a compiler's own tensors."""
     if torch.compiler.is_compiling() or type(weight) not in (Tensor, torch.nn.Parameter):
         return None
-    if weight.dtype != torch.bfloat16 or not products.WaitingRows.serves(weight, rows):
+    if weight.dtype != torch.bfloat16 or not products.WaitingRows.serves(weight, 0):
         return None
-    return products.WaitingRows.columns_beside(weight.shape, rows, products.rounds_itself(weight))
+    rows = len(target) if ignore_index == values.NOTHING else int((target != ignore_index).sum())
+    if 2 * rows < weight.shape[1] or not products.WaitingRows.serves(weight, rows):
+        return None
+    return [rows, products.WaitingRows.columns_beside(weight.shape, rows, products.rounds_itself(weight))]
 
 
 @backends.operator("tisdpo::waiting_gradients")
@@ -237,7 +241,7 @@ def _(g_logps, inside, beside, factors, hidden, weight, target, ignore_index, ne
 
 def _of_waiting(g_logps, inside, beside, factors, hidden, weight, target, ignore_index, needs, out):
     policy = HeadRows(hidden, weight, kept_index(target, ignore_index))
-    sums = GradientSums(policy, tuple(needs), 0, True, waiting=products.WaitingRows(weight, len(hidden), (inside, beside)))
+    sums = GradientSums(policy, tuple(needs), 0, True, waiting=products.WaitingRows(weight, len(beside), (inside, beside)))
     sums.hold(0, sums.count, None)
     sums.scale(0, sums.count, (g_logps * factors)[place(policy.index, 0, sums.count)])
     return sums.result(out)
@@ -339,11 +343,11 @@ def place(index: Tensor | None, a: int, b: int):
 
 
 def _setup_linear_token_stats(ctx, inputs, output):
-    *tensors, kl, logit_scale, softcap, temperature, ignore_index, backend, ctx.with_slopes, beside = inputs
+    *tensors, kl, logit_scale, softcap, temperature, ignore_index, backend, ctx.with_slopes, waiting = inputs
     hidden, weight, _, target, *_ = tensors
     if kl is None:
         tensors = [*tensors[:4], None, None, None]  # the reference's log-probs are constants: nothing reads its hidden states any more
-    ctx.options, ctx.waits = (kl, logit_scale, softcap, temperature, ignore_index, backend), beside is not None
+    ctx.options, ctx.waits = (kl, logit_scale, softcap, temperature, ignore_index, backend), waiting is not None
     ctx.dtype, ctx.inputs = hidden.dtype, len(inputs)
     ctx.mark_non_differentiable(*output[1:4], *output[5:])
     ctx.set_materialize_grads(False)
@@ -361,6 +365,8 @@ def _backward_linear_token_stats(ctx, g_logps, g_lse, g_ref_logps, g_ref_lse, g_
         g_kl = None if ctx.options[0] is None else g_kl
         return times_slopes(g_logps, g_kl, *saved, ignore_index, ctx.dtype), None, None, *nothing
     needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2]]
+    if ctx.waits and g_logps is None:
+        return None, None, None, *nothing
     if ctx.waits and one_pass.is_last_backward(g_logps):
         d_hidden, d_bias = waiting_gradients_(g_logps, *saved, ignore_index, needs)
         grads = d_hidden, saved[0], d_bias
