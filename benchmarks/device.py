@@ -199,7 +199,10 @@ def main(argv: list[str] | None = None) -> int:
                 able = [p for p in PROVIDERS if p.function(step)]
                 providers = [p for p in able if first or p.name not in COMPILED_ANEW]
                 result = compare(size, step, providers, args.rounds, device, dtype, check=n <= 8192)  # the truth is time that is not there
-                others = {p.name: {"skipped": "measured at the first head, length and kinds of step only"} for p in able}
+                what = "compiled anew for every shape: " + (
+                    "not measured" if step.op else "at the first head, length and kinds of step only"
+                )
+                others = {p.name: {"skipped": what} for p in able}
                 result["rows"] = {name: result["rows"].get(name, other) for name, other in others.items()}
                 report["ops" if step.op else "steps"].append({"head": head} | result)
                 keep()

@@ -25,7 +25,10 @@ COLORS = {OURS: "#c2410c", OUR_OPS: "#c2410c", "tisdpo two passes": "#f59e0b", "
 # Why a provider is faster than one pass somewhere: (how its name begins, what must hold of the size, the reason)
 WHOLE = ("plain torch", "torch.compile")
 LOGITS = (*WHOLE, "F.cross_entropy", "TRL selective_log_softmax")
-KEEPS = "it keeps all logits for the backward, so there are three products; here none are kept, so there are four"
+KEEPS = (
+    "it keeps all logits for the backward, so there are three products; here there are four, but for H / 2 to 2 H rows of bfloat16, "
+    "whose derivatives are kept"
+)
 AT_ONCE = "it holds all logits at once, so each product is one call; here they come in chunks"
 REASONS_OF_OPS = {  # by kind of step
     Step(op="log-probs").name: [(LOGITS, KEEPS)],
@@ -393,7 +396,8 @@ def log_probs(report: dict) -> str:
     def told(step: Step) -> str:
         found = measured.get(step.name, {})
         whole = min((name for name in found if name.startswith(LOGITS)), key=lambda name: found[name]["seconds"], default="")
-        names = {OUR_OPS: "", whole: f"the fastest of those with all logits, {whole},", "TRL chunked": "TRL's chunked operator"}
+        names = {OUR_OPS: "", whole: f"the fastest with all logits at once, `{whole}`:", "TRL chunked": "TRL's chunked operator"}
+        names |= {"F.linear_cross_entropy": "`F.linear_cross_entropy`"}
         if step.op == "from logits":
             names = {OUR_OPS: "", "F.cross_entropy": "`F.cross_entropy`", "TRL selective_log_softmax": "TRL's `selective_log_softmax`"}
         rows = [(text, found[name]) for name, text in names.items() if name in found]
@@ -402,10 +406,10 @@ def log_probs(report: dict) -> str:
 
     parts = {
         "`token_logps` from logits, forward and backward,": Step(op="from logits"),
-        "`linear_token_logps` from hidden states without gradients": Step(op="scores"),
-        "with any gradient a token": Step(op="log-probs"),
-        "the same with a frozen head": Step(op="log-probs", frozen=True),
-        "`linear_nll_loss`": Step(op="nll"),
+        "`linear_token_logps` without gradients": Step(op="scores"),
+        "`linear_token_logps`, any gradient a token, forward and backward,": Step(op="log-probs"),
+        "`linear_token_logps`, any gradient a token, frozen head (LoRA),": Step(op="log-probs", frozen=True),
+        "`linear_nll_loss`, forward and backward,": Step(op="nll"),
     }
     found = [f"- {what} {text}" for what, step in parts.items() if (text := told(step))]
     return "\n".join([f"Log-probs alone, for other trainers ({report['dtype']}, same sizes):", "", *(found or ["- not measured"])])

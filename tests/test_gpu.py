@@ -9,7 +9,7 @@ import torch
 import tisdpo
 from benchmarks.registry import MODES, OP_STEPS, OUR_OPS, PLAIN, PROVIDERS, Problem, Size, Step, fused, plain, relative_error
 from tisdpo import Objective
-from tisdpo.ops import backend, products, rows
+from tisdpo.ops import backend, products, rows, token_stats
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 SMALL = Size(tokens=777, hidden=256, vocabulary=4099, pairs=5)  # nothing is a multiple of anything
@@ -112,6 +112,9 @@ def test_log_probs_of_bfloat16_inputs():
 def test_log_probs_for_other_losses(monkeypatch, step, tokens, dtype):
     monkeypatch.setenv("TISDPO_CHUNK_MIB", "1")
     problem = Problem(replace(SMALL, tokens=tokens), dtype, "cuda")
+    assert problem.logits.dtype == dtype  # made now, so that everybody reads the same
+    waits = token_stats.waiting_sizes(problem.weight, problem.target, -100) is not None
+    assert waits == (dtype == torch.bfloat16 and tokens in (200, 512))
     truth = problem.double().run(PLAIN, step)
     ours = next(provider for provider in PROVIDERS if provider.name == OUR_OPS)
     found, theirs = error(problem.run(ours, step), truth), error(problem.run(PLAIN, step), truth)

@@ -511,6 +511,8 @@ def test_attention_dropout_is_off_as_well(tmp_path):
         layer.self_attn.attention_dropout = 0.3
     first = losses_of(trainer(tmp_path, method="dpo", model=noisy, disable_dropout=False))[0]
     assert first != pytest.approx(math.log(2), abs=1e-6)  # wanted, so the first loss is not checked
+    first = losses_of(trainer(tmp_path, method="dpo", neftune_noise_alpha=20.0))[0]
+    assert first != pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_sft_cuts_ready_ids_and_checks_them(tmp_path, caplog):

@@ -222,6 +222,34 @@ def test_log_probs_of_another_model_stop_at_the_first_step(tmp_path):
     assert trained(run(ref_model=oracle.tiny_model(2)))[0]["loss"] != pytest.approx(0.6931, abs=1e-4)
 
 
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_model_that_was_changed_since_it_was_loaded(changed, tmp_path):
+    """TRL loads the reference again; attention layers keep their dropout as a number, which TRL does not find."""
+    oracle.tiny_model(1).save_pretrained(tmp_path / "model")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.3
+    if changed:
+        model.load_state_dict(oracle.tiny_model(2).state_dict())
+    run = TISDPOTrainer(
+        model, args=TISDPOConfig(**arguments(tmp_path, max_steps=1)), train_dataset=weighted(), processing_class=tokenizer()
+    )
+    if changed:
+        with pytest.raises(RuntimeError, match="TRL loads the reference again"):
+            run.train()
+    else:
+        assert trained(run)[0]["loss"] == pytest.approx(0.6931, abs=1e-4)
+
+
+def test_adapters_that_change_their_base_are_refused(tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights="pissa")
+    args = TISDPOConfig(**arguments(tmp_path))
+    options = dict(args=args, train_dataset=weighted(), processing_class=tokenizer(), peft_config=config)
+    with pytest.raises(InputError, match="init_lora_weights='pissa' changes the weights of the base"):
+        TISDPOTrainer(oracle.tiny_model(1), **options)
+
+
 @pytest.mark.parametrize("ready", [False, True])
 def test_new_adapters_and_log_probs_of_their_base(ready, tmp_path):
     """A model without a padding id, which TRL gives it; adapters by peft_config, or on the model already (TRL copies these)."""

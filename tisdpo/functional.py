@@ -117,7 +117,7 @@ def linear_token_logps(
         under torch.no_grad()                         1, with KL 2
 
     Float16, and a trained bias on a frozen head, take two passes: 4 or 3, with KL 6 or 5. The second row needs 16-bit products with float32
-    sums (a GPU, a CPU with such units) and no torch.compile; what waits takes [V, H] items, or [N, V] if that is more, from the forward on.
+    sums (a GPU, a CPU with such units) and no torch.compile; what waits takes [V, H] items, with N > 7/8 H some N V, from the forward on.
     Memory besides: a chunk of logits (a byte budget) and, with a trained head, what `linear_tis_dpo_loss` sums its gradient in. With and
     without gradients log-probs may differ in their last bits.
 

@@ -27,7 +27,7 @@ from tisdpo.cached import FOLDER, ReferenceCache
 from tisdpo.data import PairCollator
 from tisdpo.errors import InputError
 from tisdpo.fingerprints import model_fingerprint
-from tisdpo.first_step import check_first_step, computes_exactly
+from tisdpo.first_step import FirstStep, check_base, is_its_base
 from tisdpo.functional import linear_nll_loss, linear_tis_dpo_loss
 from tisdpo.hf import (
     Head,
@@ -187,16 +187,13 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, Trainer):
         attach_head(model)
         verify_head(model)
         if ref_model is None and args.method != "sft":
-            _check_base(model)
+            check_base(model)
         if args.disable_dropout:
             disable_dropout(model)
         self.objective = args.objective()
         self.preference, self._max_length = args.method != "sft", args.max_length
         self.pad_token_id = processing_class.pad_token_id if processing_class.pad_token_id is not None else processing_class.eos_token_id
-        # with dropout in the policy, or adapters that were trained before, the first loss is not ln 2
-        self._starts_at_reference = (
-            ref_model is None and args.sanity_check and self.preference and args.disable_dropout and is_its_base(model)
-        )
+        starts_at_reference = ref_model is None and self.preference and is_its_base(model)
         precompute = args.precompute_ref if args.precompute_ref is not None else args.kl is None
         given = datasets_in({"train": train_dataset}, eval_dataset)
         for dataset in given:
@@ -244,6 +241,7 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, Trainer):
             processing_class=processing_class,
             **kwargs,
         )
+        self._first_step = FirstStep(self, starts_at_reference)
         if self.args.n_gpu > 1:
             raise InputError(
                 f"{self.args.n_gpu} GPUs are visible to one process, which DataParallel would share; start with `accelerate launch` "
@@ -369,11 +367,7 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, Trainer):
             return output, head.aux_loss, head.aux_loss_coef
 
         output, *aux = model(**model_inputs(inputs), head=preference)
-        if self._starts_at_reference and model.training:
-            self._starts_at_reference = False
-            if self.state.global_step == 0:  # a resumed run has moved away from the reference
-                exact = computes_exactly(self.model, self.args) and (self.cache is None or self.cache.dtype == torch.float32)
-                check_first_step(output, flat, self.objective.beta, exact)
+        self._first_step.check(output, flat, exact=self.cache is None or self.cache.dtype == torch.float32)
         return self._add_aux_loss(output.loss, preference_metrics(output, flat), *aux, self._items(inputs) / items)
 
     @staticmethod
@@ -467,25 +461,6 @@ def preference_metrics(output, flat) -> dict[str, Tensor]:
 def adapters_off(model):
     """A context in which a PEFT model is its base, and any other model what it is."""
     return model.disable_adapter() if is_peft_model(model) else nullcontext()
-
-
-def _check_base(model) -> None:
-    """InputError for adapters that change the base they are put on: it is no reference then."""
-    for config in model.peft_config.values() if is_peft_model(model) else ():
-        how = getattr(config, "init_lora_weights", True)
-        if isinstance(how, str) and how.lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
-            raise InputError(
-                f"init_lora_weights={how!r} changes the weights of the base, so with its adapters off it is no longer the reference; pass "
-                "the model as it was before as ref_model"
-            )
-
-
-def is_its_base(model) -> bool:
-    """Whether the policy computes what its reference does: not a PEFT model, or one whose LoRA adapters are new (what is added is 0)."""
-    if not is_peft_model(model):
-        return True
-    added = [p for name, p in model.named_parameters() if ".lora_B." in name or ".lora_embedding_A." in name]
-    return bool(added) and not any(p.any() for p in added)
 
 
 def fingerprint_if_here(model, adapters: bool = False) -> str | None:

@@ -24,15 +24,15 @@ from torch import Tensor
 
 from tisdpo.batches import flatten_batch
 from tisdpo.errors import InputError
-from tisdpo.first_step import check_first_step, computes_exactly
+from tisdpo.first_step import FirstStep, check_base, is_its_base
 from tisdpo.functional import linear_tis_dpo_loss
-from tisdpo.hf import Head, attach_head, model_inputs, reference_inputs, verify_head
+from tisdpo.hf import Head, attach_head, disable_dropout, model_inputs, reference_inputs, verify_head
 from tisdpo.losses import Objective, loss_of
 from tisdpo.processes import REPEATED, GlobalBatches, check_parallelism
 from tisdpo.provenance import check_rows, home_of, load_provenance
 from tisdpo.resume import RemembersRows
 from tisdpo.rows import shared_logps, weigh
-from tisdpo.trainer import UNUSED_LOGPS, fingerprint_if_here, is_its_base, preference_metrics
+from tisdpo.trainer import UNUSED_LOGPS, fingerprint_if_here, preference_metrics
 from tisdpo.weighting import Weighting
 
 OLDEST, NEWEST = "1.13", "1.17"  # supported: from the first up to, not including, the second
@@ -69,7 +69,7 @@ class TISDPOConfig(DPOConfig):
                       of a micro-batch instead
     weighting         fields of `tisdpo.Weighting` for rows with a raw contrast, such as {"upper": 2.0}
     sanity_check      stop at the first step unless policy and reference have the same log-probs there, where no ref_model was given (TRL
-                      loads the reference again from where the model came from: one that was changed since is another model)
+                      loads the reference again from where the model came from: a model that was changed since is another one)
     """
 
     method: str = field(default="tis-dpo", metadata={"help": "tis-dpo or dpo"})
@@ -130,7 +130,8 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, DPOTrainer):
     """`trl.DPOTrainer` with a weight for every token, the sequence KL, and the head inside the loss (no [tokens, vocabulary] logits).
 
     Takes what DPOTrainer takes. The reference is, in this order: with kl=None log-probs per token, where the rows carry them (columns
-    `chosen_ref_logps`, `rejected_ref_logps`) or precompute_ref_log_probs=True, which computes them; `ref_model`; of adapters that are new
+    `chosen_ref_logps`, `rejected_ref_logps`; sanity_check=False if they are of another model than the policy) or
+    precompute_ref_log_probs=True, which computes them; `ref_model`; of adapters that are new
     (`peft_config`) the base, adapters off; of a PEFT model that comes with adapters the copy of these that TRL makes; of any other model
     one that TRL loads again.
 
@@ -162,7 +163,12 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, DPOTrainer):
                 f"data_collator is a {type(self.data_collator).__name__}, which leaves out token weights and reference log-probs; derive "
                 "it from tisdpo.integrations.trl.WeightedCollator, or leave it out"
             )
-        self._starts_at_reference = ref_model is None and args.sanity_check and args.disable_dropout and is_its_base(self.model)
+        if ref_model is None:
+            check_base(self.model)
+        if args.disable_dropout:
+            disable_dropout(self.model)  # also those that attention layers keep as numbers
+        copied = is_peft_model(self.model) and "ref" in self.model.peft_config
+        self._first_step = FirstStep(self, ref_model is None and (copied or is_its_base(self.model)))
         check_parallelism(self.model, self.accelerator)
         if self.ref_model is not None:
             check_parallelism(self.accelerator.unwrap_model(self.ref_model), self.accelerator)
@@ -303,10 +309,7 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, DPOTrainer):
             tokens = self.accelerator.reduce(own, "sum").item()
             self._total_train_tokens += tokens // self._tp_size
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
-        if self._starts_at_reference and mode == "train":
-            self._starts_at_reference = False
-            if self.state.global_step == 0:  # a resumed run has moved away from the reference
-                check_first_step(output, flat, self.objective.beta, computes_exactly(self.model, self.args))
+        self._first_step.check(output, flat)
         self._add_metrics(mode, preference_metrics(output, flat), inputs)
         loss = output.loss
         if aux_loss is not None and self.aux_loss_enabled:

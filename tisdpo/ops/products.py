@@ -127,7 +127,7 @@ class WaitingRows:
     """
 
     def __init__(self, weight: Tensor, rows: int, memory: tuple[Tensor, Tensor] | None = None):
-        """rows: of D, or more; memory: `result` and `others` of one of the same sizes whose D goes on waiting."""
+        """memory: `result` and `others` of one of the same sizes, whose D goes on waiting."""
         vocabulary, hidden_size = weight.shape
         self.result, rounds = weight.new_empty(weight.shape) if memory is None else memory[0], rounds_itself(weight)
         inside = vocabulary - self.columns_beside(weight.shape, rows, rounds)
@@ -189,16 +189,15 @@ class WaitingRows:
 
     def column_sums(self, coefficient: Tensor) -> Tensor:
         """D.T @ coefficient [n] -> [V] in the dtype of the coefficient."""
-        return torch.cat([column_sums(d[: len(coefficient)], coefficient) for _, _, d in self.slices])
+        return torch.cat([column_sums(d, coefficient) for _, _, d in self.slices])
 
     def product(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """dWeight for hidden [n, H], rounded to 16 bits, of the first n rows of D, which is gone then, but not with an `out` of its own."""
+        """dWeight for hidden [n, H], rounded to 16 bits; D is gone then, but not with an `out` of its own."""
         hidden, result = hidden.to(self.result.dtype), self.result if out is None else out
         widest = max((last - first for (first, last, _), at_once in zip(self.slices, self.at_once) if not at_once), default=0)
         dtype = result.dtype if rounds_itself(result) else torch.float32
         buffer = result.new_empty(widest, result.shape[1], dtype=dtype)
         for (first, last, d), at_once in zip(self.slices, self.at_once):
-            d = d[: len(hidden)]
             if at_once:
                 _mm(d.T, hidden, result[first:last])
             else:
