@@ -72,7 +72,7 @@ def losses(t):
 
 def loss_and_gradients(t, count=4):
     """Loss and gradients of a first batch, the policy moved away from the reference."""
-    t._starts_at_reference = False
+    t._first_step.waits = False
     for p in t.model.parameters():
         p.data += 0.05 * torch.sin(torch.arange(p.numel(), dtype=torch.float32)).view_as(p)
     batch = t.data_collator([t.train_dataset[i] for i in range(count)])

@@ -152,9 +152,9 @@ def linear_nll_loss(
     token_weights [...] of either sign (None: 1): constants, so a loss whose factors depend on its own log-probs takes `linear_token_logps`.
     normalizer: the number of tokens of the whole global batch, or any other number above 0 (None: of the tokens here that are not ignored).
 
-    Cost in products of 2 N H V FLOP, both ways: 3, with a frozen head 2, without gradients 1. The gradients are computed
-    in the forward; float16, whose small gradients a GradScaler has to scale before they are rounded, takes `linear_token_logps` (4 and 3).
-    Memory as in `linear_tis_dpo_loss`. No second derivatives.
+    Cost in products of 2 N H V FLOP, both ways: 3, with a frozen head 2, without gradients 1. The gradients are computed in the forward;
+    float16, whose small gradients a GradScaler has to scale before they are rounded, takes `linear_token_logps` (4 and 3). Memory as in
+    `linear_tis_dpo_loss`. No second derivatives.
 
     Raises TypeError and ValueError that name the argument, what was expected and what came.
     """
