@@ -143,6 +143,8 @@ def test_second_derivatives_raise():
         (dict(token_weights=torch.full((16,), math.nan)), ValueError, "token_weights must be finite, got nan at position 0"),
         (dict(token_weights=torch.ones(16, requires_grad=True)), ValueError, "token_weights requires a gradient"),
         (dict(normalizer=0), ValueError, "normalizer must be positive"),
+        (dict(normalizer=torch.tensor(0.0)), ValueError, "normalizer must be positive .*, got 0.0"),
+        (dict(normalizer="3"), TypeError, "normalizer must be a number or a tensor of one, got str"),
         (dict(normalizer=torch.ones(2)), ValueError, r"normalizer must be one number, got a tensor of shape \(2,\)"),
         (dict(target=torch.full((16,), 11)), ValueError, "target must be in 0..10 or ignore_index=-100, got 11 at position 0"),
         (dict(temperature=0), ValueError, "temperature"),
