@@ -94,14 +94,15 @@ def test_compiled_without_a_graph_break_equals_eager():
     torch._dynamo.reset()
     case = make_case(ignored=(4,), dtype=torch.float32)
 
-    def loss(hidden, weight):
-        return tisdpo.linear_nll_loss(hidden, weight, case.target, token_weights=case.token_weights, softcap=3.0).loss
+    def loss(hidden, weight, normalizer=3.0):
+        options = dict(token_weights=case.token_weights, softcap=3.0, normalizer=normalizer)
+        return tisdpo.linear_nll_loss(hidden, weight, case.target, **options).loss
 
     head = [case.hidden.requires_grad_(), case.weight.requires_grad_()]
     results = []
     for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
-        value = function(*head)
-        results.append([value.detach(), *torch.autograd.grad(value, head)])
+        values = [function(*head, *more) for more in ((), (4.0,), (5,), (torch.tensor(6.0),))]
+        results.append([torch.stack(values).detach(), *torch.autograd.grad(sum(values), head)])
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-7)
 
 

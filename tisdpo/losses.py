@@ -249,7 +249,7 @@ def resolve_normalizer(normalizer, reduction: str, pairs: int):
         if normalizer.device.type == "cpu" and not torch.compiler.is_compiling() and not normalizer > 0:
             raise ValueError(f"normalizer must be positive (pairs or tokens of the global batch), got {normalizer.item()}")
         return normalizer.detach().reshape(())
-    if not hasattr(normalizer, "__float__"):  # numpy's numbers are welcome
+    if not torch.compiler.is_compiling() and not hasattr(normalizer, "__float__"):  # numpy's numbers are welcome
         raise TypeError(f"normalizer must be a number or a tensor of one, got {type(normalizer).__name__}")
     if not normalizer > 0:
         raise ValueError(f"normalizer must be positive (pairs or tokens of the global batch), got {normalizer}")
