@@ -47,9 +47,9 @@ struct ProductKernels {
 };
 
 extern const ProductKernels default_products, avx2_products, avx512_products;  // of any items
-extern const ProductKernels bf16_products, brgemm_products;                    // of bfloat16, where the next three say so
+extern const ProductKernels bf16_products, brgemm_products;                    // of bfloat16, where the next say so
 
-bool multiplies_bf16();  // whether this CPU does, given that it has AVX-512
+bool multiplies_bf16();  // whether this CPU can, given that it has AVX-512
 bool has_amx_bf16();     // whether it has the units for which brgemm is better than what is compiled here
 bool has_brgemm();       // whether this libtorch hands it out
 

@@ -5,6 +5,9 @@
 // and which libtorch_cpu exports as at::native::cpublas::brgemm. That is no part of the stable ABI, so the symbol is weak: its mangled name
 // holds the types of its arguments, and a libtorch without exactly this function leaves a null pointer.
 //
+// Intel's AVX-512 BF16 does a quarter as many instructions in a cycle as multiply-adds, half as much work: its CPUs without AMX widen
+// (product_kernels.h).
+//
 // Bytes: each item of a and b is read once for every group of tiles and written packed to the second-level cache; the next tile of b
 // is fetched meanwhile. Floor: the CPU's products of pairs; on two cores that do 1000 to 1045 GFLOP/s from registers, 920 to 950 were
 // measured, without the fetching 820 (benchmarks/NOTES.md).

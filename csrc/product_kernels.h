@@ -7,17 +7,16 @@
 //
 // Bytes: each item of b is read and packed once for every share of rows, each of a once for every group of column tiles, out is read and
 // written for every DEPTH of the contraction. Floor: the CPU's multiply-adds, two vectors in a cycle and core; with AVX2 on two cores of a
-// Zen 3, 195 GFLOP/s from registers, 127 to 161 were measured, MKL 102 to 148 (benchmarks/NOTES.md).
+// Zen 3, 195 GFLOP/s from registers, 127 to 161 were measured, MKL 102 to 148; with AVX-512 on two of an Emerald Rapids, 350, of bfloat16
+// 270 to 285, torch 160, of float32 250 to 290, MKL 220 to 310 (benchmarks/NOTES.md).
 #include "product.h"
 #include "vectors.h"
 
 namespace tisdpo {
 namespace {
 
-#if LANES == 16
-constexpr int64_t HEIGHT = 12, VECTORS = 2;  // 24 sums of 32 registers
-#elif defined(__aarch64__)
-constexpr int64_t HEIGHT = 6, VECTORS = 4;  // likewise
+#if LANES == 16 || defined(__aarch64__)
+constexpr int64_t HEIGHT = 6, VECTORS = 4;  // 24 sums of 32 registers
 #else
 constexpr int64_t HEIGHT = 6, VECTORS = 2;  // 12 of 16
 #endif
@@ -25,7 +24,7 @@ constexpr int64_t WIDTH = VECTORS * LANES;
 constexpr int64_t ROWS = 96, COLUMNS = 64;  // of a tile: whole groups and panels
 constexpr int64_t LINES = 8;                // fetched for later with each group of sums
 constexpr int64_t BLOCK_ROWS = 288;         // of a, packed at a time: 288 KB, for the second-level cache
-constexpr int64_t DEPTH = 256;              // a panel is 16 KB, with sixteen lanes 32
+constexpr int64_t DEPTH = 256;              // a panel is 16 KB, with sixteen lanes 64, from the second-level cache
 static_assert(ROWS % HEIGHT == 0 && ROWS % LANES == 0 && BLOCK_ROWS % HEIGHT == 0 && COLUMNS % WIDTH == 0 && DEPTH % LANES == 0, "whole");
 
 INLINE int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -29,31 +29,37 @@ using OptionalTensor = std::optional<Tensor>;
 constexpr int64_t GRAIN = 32768;
 
 // Rows of out are shared out by so many: a multiple of what every product (product_kernels.h) sums in registers together.
-constexpr int64_t GROUP = 12;
+constexpr int64_t GROUP = 6;
 
+// The levels that this CPU can run, and the one that is taken: "avx512" widens bfloat16 to float32, "avx512_bf16" multiplies it in pairs,
+// "amx" leaves it to brgemm, which does without AMX, too. Intel's pairs take four times as long as a multiply-add (benchmarks/NOTES.md).
 std::string capability() {
-  std::string best = "default";
+  std::string best = "default", levels = best;
 #ifdef __x86_64__
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = "avx2";
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) levels += " " + (best = "avx2");
   if (best == "avx2" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
-    best = multiplies_bf16() && has_amx_bf16() && has_brgemm() ? "amx" : "avx512";
+      __builtin_cpu_supports("avx512vl")) {
+    levels += " " + (best = "avx512");
+    if (multiplies_bf16()) {
+      levels += " avx512_bf16";
+      if (__builtin_cpu_is("amd")) best = "avx512_bf16";
+      if (has_brgemm()) levels += " amx";
+      if (has_brgemm() && has_amx_bf16()) best = "amx";
+    }
+  }
 #endif
   const char* asked = std::getenv("TISDPO_CPU_CAPABILITY");
-  if (!asked || !*asked || asked == best) return best;
-  std::string forced = asked;
-  bool lower = forced == "default" || (forced == "avx2" && best != "default") || (forced == "avx512" && best == "amx");
-  bool same_by_brgemm = forced == "amx" && best == "avx512" && multiplies_bf16() && has_brgemm();  // which needs no AMX, for tests
-  STD_TORCH_CHECK(lower || same_by_brgemm,
-                  "TISDPO_CPU_CAPABILITY must be default, avx2, avx512 or amx and no more than this CPU has (", best, "), got ", forced);
-  return forced;
+  if (!asked || !*asked) return best;
+  STD_TORCH_CHECK((" " + levels + " ").find(" " + std::string(asked) + " ") != std::string::npos,
+                  "TISDPO_CPU_CAPABILITY must be one of what this CPU can run (", levels, "), got ", asked);
+  return asked;
 }
 
 const Kernels& kernels() {
 #ifdef __x86_64__
   std::string level = capability();
-  if (level == "avx512" || level == "amx") return avx512_kernels;
   if (level == "avx2") return avx2_kernels;
+  if (level != "default") return avx512_kernels;
 #endif
   return default_kernels;
 }
@@ -232,10 +238,10 @@ const ProductKernels& products(Type a, Type b) {
 #ifdef __x86_64__
   if (a == Type::bfloat16 && b == Type::bfloat16) {
     if (level == "amx") return brgemm_products;
-    if (level == "avx512" && multiplies_bf16()) return bf16_products;
+    if (level == "avx512_bf16") return bf16_products;
   }
-  if (level == "avx512" || level == "amx") return avx512_products;
   if (level == "avx2") return avx2_products;
+  if (level != "default") return avx512_products;
 #endif
   return default_products;
 }
