@@ -26,7 +26,7 @@ COLORS = {OURS: "#c2410c", OUR_OPS: "#c2410c", "tisdpo two passes": "#f59e0b", "
 WHOLE = ("plain torch", "torch.compile")
 LOGITS = (*WHOLE, "F.cross_entropy", "TRL selective_log_softmax")
 KEEPS = (
-    "it keeps all logits for the backward, so there are three products; here there are four, but for H / 2 to 2 H rows of bfloat16, "
+    "it keeps all logits for the backward, so there are three products; here there are four, but for H / 2 to H rows (of bfloat16 2 H), "
     "whose derivatives are kept"
 )
 AT_ONCE = "it holds all logits at once, so each product is one call; here they come in chunks"

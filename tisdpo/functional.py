@@ -111,13 +111,14 @@ def linear_token_logps(
     Cost in products of 2 N H V FLOP, forward and backward together, with a reference (but no KL) one more; N counts only positions that are
     not ignored:
 
-        trained head                                  4, with KL 6    the backward computes the logits again
-        trained bfloat16 head, no KL, H/2 <= N <= 2 H 3               dlogp/dlogits waits in the memory of the head's gradient
-        frozen head (LoRA)                            2, with KL 4    the forward makes dlogp_t/dhidden_t [N, H], float32 (with KL two)
-        under torch.no_grad()                         1, with KL 2
+        trained head                       4, with KL 6    the backward computes the logits again
+        the same, no KL, H/2 <= N <= H     3               dlogp/dlogits waits in the memory of the head's gradient (bfloat16: N <= 2 H)
+        frozen head (LoRA)                 2, with KL 4    the forward makes dlogp_t/dhidden_t [N, H], float32 (with KL two)
+        under torch.no_grad()              1, with KL 2
 
-    Float16, and a trained bias on a frozen head, take two passes: 4 or 3, with KL 6 or 5. The second row needs 16-bit products with float32
-    sums (a GPU, a CPU with such units) and no torch.compile; what waits takes [V, H] items, with N > 7/8 H some N V, from the forward on.
+    Float16, and a trained bias on a frozen head, take two passes: 4 or 3, with KL 6 or 5. The second row is for float32 and bfloat16, the
+    latter where its products have float32 sums (a GPU, the C++ extension), and not under torch.compile; what waits takes [V, H] items of
+    the head's dtype, of bfloat16 with N > 7/8 H some N V more, from the forward on.
     Memory besides: a chunk of logits (a byte budget) and, with a trained head, what `linear_tis_dpo_loss` sums its gradient in. With and
     without gradients log-probs may differ in their last bits.
 

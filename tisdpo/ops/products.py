@@ -51,10 +51,8 @@ def gradient_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 def grad_hidden(d: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """d [n, V] @ weight [V, H] -> [n, H] in `dtype`, the accumulation dtype; d as `gradient_dtype` says."""
     out = d.new_empty(d.shape[0], weight.shape[1], dtype=dtype)
-    if dtype == torch.float32 and keeps_sums(d.device, d.dtype, weight.dtype):
+    if weight.dtype == dtype or (dtype == torch.float32 and keeps_sums(d.device, d.dtype, weight.dtype)):
         return _mm(d, weight, out)
-    if weight.dtype == dtype:
-        return torch.mm(d, weight, out=out)
     out.zero_()
     for a, b in _slices(weight, d.dtype):
         out.addmm_(d[:, a:b], weight[a:b].to(d.dtype))
@@ -66,11 +64,7 @@ def add_grad_weight_(total: Tensor, d: Tensor, hidden: Tensor, *, first: bool) -
 
     hidden is rounded to the dtype of d, a 16-bit one where the product has float32 accumulators. No [V, H] temporary is made.
     """
-    hidden = hidden.to(d.dtype)
-    if total.dtype == torch.float32 and keeps_sums(d.device, d.dtype, d.dtype):
-        _mm(d.T, hidden, total, add=not first)
-    else:
-        torch.addmm(total, d.T, hidden, beta=0.0 if first else 1.0, out=total)
+    _mm(d.T, hidden.to(d.dtype), total, add=not first)
 
 
 def grad_weight(d: Tensor, hidden: Tensor) -> Tensor:
@@ -119,32 +113,33 @@ class SummedRows:
 
 
 class WaitingRows:
-    """dWeight [V, H] = D.T @ hidden of a 16-bit head, for a D [n, V] that comes a few rows at a time and waits until it is complete.
+    """dWeight [V, H] = D.T @ hidden, for a D [n, V] in the dtype of the head that comes a few rows at a time and waits until it is complete.
 
     It waits by columns: as many as fit in the memory of the result, the others beside it. A slice of columns, [n, w], lies in one piece
-    and becomes one product. Where the product rounds its own float32 sums, slices are as wide as lets their rows of the result lie where
-    nothing waits any more, and are written there at once; the others go by way of a buffer, as do all on a CPU, in float32.
+    and becomes one product. Where that has the dtype of the result, slices are as wide as lets their rows of the result lie where nothing
+    waits any more, and are written there at once; the others go by way of a buffer, as do all of 16 bits on a CPU, in float32.
     """
 
     def __init__(self, weight: Tensor, rows: int, memory: tuple[Tensor, Tensor] | None = None):
         """memory: `result` and `others` of one of the same sizes, whose D goes on waiting."""
         vocabulary, hidden_size = weight.shape
         self.result, rounds = weight.new_empty(weight.shape) if memory is None else memory[0], rounds_itself(weight)
+        direct, large = rounds or weight.dtype == torch.float32, rounds or weight.device.type != "cpu"
         inside = vocabulary - self.columns_beside(weight.shape, rows, rounds)
         place = self.result.view(-1)
         offset = (len(place) - inside * rows) // ALIGNED * ALIGNED  # D lies at the end
-        step = max(1, (4 * SLICE_BYTES if rounds else IN_PLACE_BYTES) // (max(hidden_size, 1) * 4))
-        step = -(-step // ALIGNED) * ALIGNED if rounds else step
+        step = max(1, (4 * SLICE_BYTES if large else IN_PLACE_BYTES) // (max(hidden_size, 1) * 4))
+        step = -(-step // ALIGNED) * ALIGNED if large else step
         self.slices: list[tuple[int, int, Tensor]] = []  # first and last column, D
         self.at_once: list[bool] = []  # whether the product may be written to its place
         first = 0
         while first < inside:
-            free = (offset + first * rows) // max(hidden_size, 1) // ALIGNED * ALIGNED if rounds else 0  # rows of the result
+            free = (offset + first * rows) // max(hidden_size, 1) // ALIGNED * ALIGNED if direct else 0  # rows of the result
             last = max(first + step, free)
             last = inside if inside - last < ALIGNED else last  # a narrow last slice would begin where rows of the result before it lie
             part = place[offset + first * rows : offset + last * rows]
             self.slices.append((first, last, part.view(rows, last - first)))
-            self.at_once.append(rounds and last * hidden_size <= offset + first * rows)
+            self.at_once.append(direct and last * hidden_size <= offset + first * rows)
             first = last
         self.others = others = weight.new_empty(rows, vocabulary - inside) if memory is None else memory[1]
         step = max(vocabulary - inside, 1) if rounds else step
@@ -215,8 +210,10 @@ def column_sums(d: Tensor, coefficient: Tensor) -> Tensor:
 
 
 def _mm(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> Tensor:
-    """out = a @ b, or out += a @ b, for a and b of which `keeps_sums` is true and a float32 out; where `rounds_itself`, out = a @ b in 16
-    bits, too."""
+    """out = a @ b, or out += a @ b: all of one dtype of 32 or 64 bits, or a and b of which `keeps_sums` is true and a float32 out; where
+    `rounds_itself`, out = a @ b in 16 bits, too."""
+    if not keeps_sums(a.device, a.dtype, b.dtype):
+        return torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
     if a.device.type == "cpu":
         torch.ops.tisdpo_cpp.mm(_along_one_stride(a), _along_one_stride(b), out, add)
     elif not add and out.dtype == a.dtype:
@@ -271,7 +268,7 @@ def _mm_is_right() -> bool:
     """Of whole numbers, exactly. With AMX it rests on a function of libtorch that is not part of its stable interface."""
     x = (torch.arange(66 * 66, dtype=torch.float32, device="cpu") % 7).view(66, 66)
     try:
-        found = _mm(x.bfloat16(), x.bfloat16(), torch.empty_like(x))
+        torch.ops.tisdpo_cpp.mm(x.bfloat16(), x.bfloat16(), found := torch.empty_like(x), False)
     except RuntimeError:  # oneDNN is turned off, or told to use less than the CPU has
         return False
     return torch.equal(found, torch.mm(x, x, out=torch.empty_like(x)))

@@ -3,8 +3,8 @@
 From hidden states there are three ways, in head-sized products (u = 2 N H V FLOP) a reference's logits included with KL:
 
     two passes    4 u, with KL 6 u    the forward keeps [N] statistics, the backward makes every logit again (`rows.Visits`)
-    waiting       3 u                 a trained bfloat16 head, no KL, H / 2 to 2 H rows (`products.WaitingRows`): D = dlogp/dlogits of the
-                                      forward waits in the memory of dWeight, where the second of two passes would put it
+    waiting       3 u                 a trained head, no KL, H / 2 to H rows, of bfloat16 to 2 H (`products.WaitingRows`): D = dlogp/dlogits
+                                      of the forward waits in the memory of dWeight, which the second of two passes would take
     slopes        2 u, with KL 4 u    a frozen head (LoRA): a token's log-prob depends on no other token's hidden state, so the forward
                                       makes dlogp_t/dhidden_t [N, H], in the accumulation dtype, and with KL dKL_t/dhidden_t
 
@@ -199,13 +199,14 @@ def waiting_sizes(weight: Tensor, target: Tensor, ignore_index: int) -> list[int
     """[rows that carry loss, columns of the vocabulary whose D waits beside dWeight], if D of a trained head waits; None: it does not.
 
     What waits takes the memory of a dWeight or more, so not for fewer rows than H / 2: then even several calls before one backward take no
-    more than twice their logits in 16 bits, as in plain torch. Nor for a compiler's own tensors."""
+    more than twice their logits in the dtype of the head, as in plain torch. Nor for a compiler's own tensors."""
     if torch.compiler.is_compiling() or type(weight) not in (Tensor, torch.nn.Parameter):
         return None
-    if weight.dtype != torch.bfloat16 or not products.WaitingRows.serves(weight, 0):
+    if weight.dtype != torch.float32 and not (weight.dtype == torch.bfloat16 and products.WaitingRows.serves(weight, 0)):
         return None
     rows = len(target) if ignore_index == values.NOTHING else int((target != ignore_index).sum())
-    if 2 * rows < weight.shape[1] or not products.WaitingRows.serves(weight, rows):
+    most = weight.shape[1] * (2 if weight.dtype == torch.bfloat16 else 1)
+    if not weight.shape[1] <= 2 * rows <= 2 * most:
         return None
     return [rows, products.WaitingRows.columns_beside(weight.shape, rows, products.rounds_itself(weight))]
 
