@@ -113,7 +113,7 @@ class SummedRows:
 
 
 class WaitingRows:
-    """dWeight [V, H] = D.T @ hidden, for a D [n, V] in the dtype of the head that comes a few rows at a time and waits until it is complete.
+    """dWeight [V, H] = D.T @ hidden for a D [n, V] of the dtype of the head that comes a few rows at a time and waits until all are there.
 
     It waits by columns: as many as fit in the memory of the result, the others beside it. A slice of columns, [n, w], lies in one piece
     and becomes one product. Where that has the dtype of the result, slices are as wide as lets their rows of the result lie where nothing
