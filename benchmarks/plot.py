@@ -3,7 +3,7 @@
     python -m benchmarks.plot              # writes benchmarks/RESULTS.md, benchmarks/plots/*.svg and README's block of figures
     python -m benchmarks.plot --check      # says whether they are what the JSON files give (exit code 1 if not); writes nothing
 
-Of every kind of file and size the newest is taken (with `steps` in it). Typed by hand are the reasons for losing rows, and a row that is
+Of every kind of file, size and CPU the newest is taken. Typed by hand are the reasons for losing rows, and a row that is
 lost without a reason stands in the table as such; and what a file says of itself (`note`, `remarks`), which is printed with it. A run whose
 tests did not all pass has its times on the pages, and no ratios.
 """
@@ -27,7 +27,7 @@ WHOLE = ("plain torch", "torch.compile")
 LOGITS = (*WHOLE, "F.cross_entropy", "TRL selective_log_softmax")
 KEEPS = (
     "it keeps all logits for the backward, so there are three products; here there are four, but for H / 2 to H rows (of bfloat16 2 H), "
-    "whose derivatives are kept"
+    "whose derivatives are kept (of float32 since revision 3b0ebc1)"
 )
 AT_ONCE = "it holds all logits at once, so each product is one call; here they come in chunks"
 REASONS_OF_OPS = {  # by kind of step
@@ -51,39 +51,64 @@ ON_GPU = (
 )
 
 
+def reports_of(kind: str) -> list[dict]:
+    """The content of results/<kind>-*.json, the oldest first, with its name as `file`."""
+    found = [json.loads(path.read_text()) | {"file": path.name} for path in RESULTS.glob(f"{kind}-*.json")]
+    return sorted(found, key=lambda report: (report["file"][-15:], report["date"]))
+
+
 def newest(kind: str) -> dict | None:
-    """The content of the newest results/<kind>-*.json that has steps, with its name as `file`."""
-    found = sorted(RESULTS.glob(f"{kind}-*.json"), key=lambda path: (path.stem[-10:], path.name))
-    reports = [json.loads(path.read_text()) | {"file": path.name} for path in found]
-    return next((report for report in reversed(reports) if report.get("steps")), None)
+    """The newest results/<kind>-*.json that has steps."""
+    return next((report for report in reversed(reports_of(kind)) if report.get("steps")), None)
+
+
+def newest_of_each_cpu(kind: str) -> list[dict]:
+    """The newest results/<kind>-*.json of each kind of CPU, the newest of all first."""
+    return list({cpu_of(report): report for report in reports_of(kind) if report.get("steps")}.values())[::-1]
+
+
+def cpu_of(report: dict) -> tuple[str, str]:
+    return report["device"]["name"], report["device"]["vectors"]
+
+
+def size_of(report: dict) -> dict:
+    """That of the steps, or of log-probs alone."""
+    return (report.get("steps") or report["ops"])[0]["size"]
 
 
 def newest_of_each_size() -> list[dict]:
-    """The newest cpu-<dtype>-*.json for every dtype and size of `steps`; the default size first.
+    """The newest cpu-<dtype>-*.json for every dtype, size and CPU; the default size first, of its CPUs the one of the newest file.
 
     Other parts that it lacks, or some curves of, are those of the file before, or of a later one without steps, whose `machine` then
     stands in `parts_of`.
     """
-    found = {}
-    for path in sorted(RESULTS.glob("cpu-*.json"), key=lambda path: (path.stem[-10:], path.name)):
-        report = json.loads(path.read_text()) | {"file": path.name, "parts_of": {}}
-        if not report.get("steps") and (before := found.get((report["dtype"], tuple(report.get("size", {}).values())))):
-            for part in ("ops", "roofline", "scaling"):
-                if report.get(part):
-                    before[part], before["parts_of"][part] = report[part], machine(report)
-        if report.get("steps"):
-            key = report["dtype"], tuple(report["steps"][0]["size"].values())
-            before = found.get(key, {})
-            for part in ("ops", "roofline", "scaling"):
+    found, parts = {}, ("ops", "roofline", "scaling")
+    for report in reports_of("cpu"):
+        report |= {"parts_of": {}, "newest": report["date"]}
+        key = report["dtype"], tuple(size_of(report).values()), cpu_of(report)
+        before = found.get(key, {"parts_of": {}})
+        if report.get("steps") or not before.get("steps"):
+            for part in parts:
                 if len(report.get(part, ())) < len(before.get(part, ())):
                     report[part], report["parts_of"][part] = before[part], before["parts_of"].get(part, machine(before))
             found[key] = report
-    return sorted(found.values(), key=lambda report: (DTYPES.index(report["dtype"]), not plotted(report), report["file"]))
+            continue
+        before["newest"] = report["date"]
+        for part in filter(report.get, parts):
+            before[part], before["parts_of"][part] = report[part], machine(report)
+            before["where_" + part] = _where(report)
+    order = sorted(found.values(), key=lambda report: report["newest"], reverse=True)
+    return sorted(order, key=lambda report: (DTYPES.index(report["dtype"]), not of_default_size(report), list(size_of(report).values())))
 
 
-def plotted(report: dict) -> bool:
-    """Whether a report is of the default size, the one that has plots and README's figures."""
-    return report["steps"][0]["size"] == asdict(Size())
+def of_default_size(report: dict) -> bool:
+    """Whether a report has README's figures."""
+    return size_of(report) == asdict(Size())
+
+
+def plotted(reports: list[dict]) -> list[dict]:
+    """The reports that have pictures: of each dtype the first of the default size that has steps."""
+    return list({r["dtype"]: r for r in reversed(reports) if of_default_size(r) and r.get("steps")}.values())[::-1]
 
 
 # Tables
@@ -156,19 +181,41 @@ def losing_rows(reports: list[dict]) -> list[str]:
     found: dict[tuple[str, str], list[str]] = {}
     for report in reports:
         curves = [(point, f"curve of {name}") for name, c in report.get("scaling", {}).items() for point in c["points"]]
+        cpu = "" if "sms" in report.get("device", {}) else f", {_cpu(report)}"
         for result, where in [(r, r["step"]) for r in report.get("steps", []) + report.get("ops", [])] + curves:
             for name, factor in lost(result):
                 reason = ON_GPU if "sms" in report.get("device", {}) and name.startswith(WHOLE) else why(name, result)
                 close = ", ranges overlap" if result["rows"][name]["p80"] > result["rows"][ours_of(result)]["p20"] else ""
                 much = "not all GPU tests passed, see there" if red(report) else f"{factor:.2f} times as fast{close}"
-                row = f"  - {result['dtype']}, {where}, {size_text(result['size'])}: {much}"
+                row = f"  - {result['dtype']}{cpu}, {where}, {size_text(result['size'])}: {much}"
                 found.setdefault((name, reason), []).append(row)
     return [line for (name, reason), rows in found.items() for line in (f"- **{name}**: {reason}.", *rows)] or ["None."]
+
+
+def rows_with_more_memory(reports: list[dict]) -> list[str]:
+    """By kind of step, who computes the same task in less memory than one pass, by more than 1 MiB: the one with the least."""
+    lines = []
+    for report in reports:
+        cpu = "" if "sms" in report.get("device", {}) else f", {_cpu(report)}"
+        for result in report.get("steps", []) + report.get("ops", []):
+            rows = {name: row for name, row in result["rows"].items() if row.get("extra_bytes") is not None and "seconds" in row}
+            peers = [n for n, row in rows.items() if not n.startswith("tisdpo") and row.get("task") == "TIS-DPO"]
+            least, ours = min(peers, key=lambda n: rows[n]["extra_bytes"], default=None), rows.get(ours_of(result))
+            if least and ours and rows[least]["extra_bytes"] + MIB < ours["extra_bytes"]:
+                mib, times = (f"{x['extra_bytes'] / MIB:,.0f} MiB" for x in (rows[least], ours)), rows[least]["seconds"] / ours["seconds"]
+                row = f"{result['dtype']}{cpu}, {result['step']}, {size_text(result['size'])}"
+                lines.append(f"- {row}: {least} {' instead of '.join(mib)}, in {times:.2g} times as long")
+    return lines or ["None."]
 
 
 def red(report: dict) -> bool:
     """Whether tests of the measured functions did not all pass: on a GPU; on a CPU nothing is measured then."""
     return "sms" in report.get("device", {}) and not report.get("tests", {}).get("passed")
+
+
+def _cpu(report: dict) -> str:
+    name, vectors = cpu_of(report)
+    return f"{name.replace('(R)', '').replace(' Processor', '')}, {vectors.replace('AVX512', 'AVX-512')}"
 
 
 def machine(report: dict) -> str:
@@ -240,7 +287,7 @@ def _longest(row: dict) -> str:
     return f"more than {row['points'][-1][0]:,}" if row["longest"] is None else f"{row['longest']:,}"
 
 
-def page(cpu: list[dict], end_to_end: dict | None, gpu: dict | None, later: dict | None) -> str:
+def page(cpu: list[dict], end_to_end: list[dict], gpu: dict | None, later: dict | None) -> str:
     """RESULTS.md. later: steps that were measured on the same GPU after `gpu`, see `main`."""
     lines = [
         "# Results", "",
@@ -248,30 +295,36 @@ def page(cpu: list[dict], end_to_end: dict | None, gpu: dict | None, later: dict
         "[docs/benchmarks.md](../docs/benchmarks.md).", "",
     ]  # fmt: skip
     for report in cpu:
-        where = "" if plotted(report) else f", {size_text(report['steps'][0]['size'])}"
-        lines += [f"## The loss step on a CPU, {report['dtype']}{where}", "", machine(report), ""]
-        if plotted(report):
+        where = f"{report['dtype']}, {_cpu(report)}" + ("" if of_default_size(report) else f", {size_text(size_of(report))}")
+        what = "The loss step" if report.get("steps") else "Log-probs alone"
+        lines += [f"## {what} on a CPU, {where}", "", machine(report), ""]
+        if report in plotted(cpu):
             name = f"steps-{report['dtype']}.svg"
             lines += [f"![time, memory and error of every kind of step](plots/{name})", ""]
-        for result in report["steps"]:
+        for result in report.get("steps", []):
             lines += step_table(result)
         if report.get("ops"):
-            lines += [f"### Log-probs alone, {report['dtype']}", ""]
+            lines += [f"### Log-probs alone, {where}", ""] if report.get("steps") else []
             lines += [report["parts_of"]["ops"], ""] if "ops" in report["parts_of"] else []
             for result in report["ops"]:
                 lines += step_table(result)
         if "roofline" in report:
-            lines += [f"### Ceilings, {report['dtype']}", "", f"![roofline](plots/roofline-{report['dtype']}.svg)", ""]
+            lines += [f"### Ceilings, {where}", ""]
+            lines += [f"![roofline](plots/roofline-{report['dtype']}.svg)", ""] if report in plotted(cpu) else []
             lines += [report["parts_of"]["roofline"], ""] if "roofline" in report["parts_of"] else []
             lines += roofline_table(report["roofline"])
         if report.get("scaling"):
-            lines += [f"### Scaling, {report['dtype']}, no KL, trainable head", "", f"![scaling](plots/scaling-{report['dtype']}.svg)", ""]
+            lines += [f"### Scaling, {where}, no KL, trainable head", ""]
+            lines += [f"![scaling](plots/scaling-{report['dtype']}.svg)", ""] if report in plotted(cpu) else []
             lines += [report["parts_of"]["scaling"], ""] if "scaling" in report["parts_of"] else []
             lines += scaling_table(report["scaling"])
     lines += ["## Where somebody else is faster", "", "Rows above in which a provider that computes the same task beats one pass:", ""]
-    lines += [*losing_rows([*cpu, *([gpu] if gpu else []), *([later] if later else [])]), ""]
-    if end_to_end is not None:
-        lines += ["## Whole training steps and scoring, CPU, float32", "", machine(end_to_end), "", *end_to_end_tables(end_to_end)]
+    every = [*cpu, *([gpu] if gpu else []), *([later] if later else [])]
+    lines += [*losing_rows(every), ""]
+    lines += ["## Where somebody else takes less memory", "", "The smallest of the same task, where that is not one pass:", ""]
+    lines += [*rows_with_more_memory(every), ""]
+    for report in end_to_end:
+        lines += [f"## Whole training steps and scoring, float32, {_cpu(report)}", "", machine(report), "", *end_to_end_tables(report)]
     lines += ["## GPU", ""]
     if gpu is None:
         lines += ["Not yet measured. `python -m benchmarks.device` measures it.", ""]
@@ -344,43 +397,46 @@ def _gpu_row(name: str, cells: list[str], bold: str) -> str:
     return f"| {name} | " + " | ".join(bold + cell + bold if cell else "" for cell in cells) + " |"
 
 
-def figures(reports: list[dict], end_to_end: dict | None, gpu: dict | None, later: dict | None) -> str:
+def figures(reports: list[dict], end_to_end: list[dict], gpu: dict | None, later: dict | None) -> str:
     """The README's block: time and memory of both kinds of step from the files of the default size, a GPU's, whole training steps."""
-    columns = [(report, step) for report in reports for step in ("no KL", "KL, online reference")]
-    rows = [{r["step"]: r for r in report["steps"]}[step]["rows"] for report, step in columns]
-    heads = [f"{report['dtype']}, {step}" for report, step in columns]
+    steps = [(report, step) for report in reports for step in report.get("steps", []) if step["step"] in ("no KL", "KL, online reference")]
+    names = (OURS, "plain torch", "plain torch, float32 logits", "torch.compile", "TRL chunked")
     lines = [
-        f"Time over the matrix products of the step, and MiB beyond the gradients ({size_text(reports[0]['steps'][0]['size'])}; "
-        + "; ".join(_where(report) for report in reports) + "; [all results](benchmarks/RESULTS.md)):",
-        "", "| | " + " | ".join(heads) + " |", "| --- |" + " --- |" * len(columns),
+        f"Time over the matrix products of the step (those of `torch.mm`; on a CPU ours may be faster), and MiB beyond the gradients, on "
+        f"two cores of a CPU ({size_text(size_of(reports[0]))}; [all results](benchmarks/RESULTS.md)):",
+        "", "| | " + " | ".join(f"**{name}**" if name == OURS else name for name in names) + " |", "| --- |" + " --- |" * len(names),
     ]  # fmt: skip
-    for name in (OURS, "plain torch", "plain torch, float32 logits", "TRL chunked"):
-        cells = [f"{row[name]['ratio']:.2f} x, {row[name]['extra_bytes'] / MIB:,.0f} MiB" if name in row else "" for row in rows]
-        bold = "**" if name == OURS else ""
-        lines.append(f"| {bold}{name}{bold} | " + " | ".join(bold + cell + bold for cell in cells) + " |")
-    half = [row for (report, _), row in zip(columns, rows) if report["dtype"] == "bfloat16"]
-    if half:
+    for report, step in steps:
+        file = f"[{report['dtype']}, {_cpu(report)}](benchmarks/results/{report['file']}), revision {report['revision']}"
+        found = [(name, step["rows"].get(name, {})) for name in names]
+        cells = [f"{row['ratio']:.2f} x, {row['extra_bytes'] / MIB:,.0f} MiB" if "ratio" in row else "" for _, row in found]
+        cells[0] = f"**{cells[0]}**"
+        lines.append(f"| {file}, {step['step']} | " + " | ".join(cells) + " |")
+    half = [step["rows"] for report, step in steps if report["dtype"] == "bfloat16"][:2]
+    if len(half) == 2:
         errors = [[max(row[name]["error"].values()) for row in half] for name in (OURS, "plain torch")]
         ours, plain = (f"{100 * a:.1f} % (with KL {100 * b:.1f} %)" for a, b in errors)
         lines += [
             "",
             f"Largest error of bfloat16 gradients, against float64: {ours}; plain torch, which rounds its logits, {plain}.",
         ]
-    lines += [text for report in reports if report.get("ops") for text in ("", log_probs(report))]
+    measured = {report["dtype"]: report for report in reversed(reports) if report.get("ops")}  # of the newest file
+    lines += [text for report in reversed(measured.values()) for text in ("", log_probs(report))]
     lines += gpu_figures(gpu, later) if gpu else ["", "On a GPU: not yet measured."]
-    if end_to_end is not None:
-        step = end_to_end["steps"][0]
-
-        def whole(name: str) -> str:
-            row = step["rows"][name]
-            return f"{row['tokens_per_second']:.0f} tokens/s and {row['peak_bytes'] / MIB:,.0f} MiB"
-
+    told = []
+    for report in end_to_end:
+        rows = report["steps"][0]["rows"]
+        whole = [
+            f"{rows[n]['tokens_per_second']:.0f} tokens/s and {rows[n]['peak_bytes'] / MIB:,.0f} MiB" for n in ("tisdpo", "TRL", "unfused")
+        ]
+        file = f"[data](benchmarks/results/{report['file']})"
+        told.append("{}; TRL's trainer {}, plain torch {} ".format(*whole) + f"({_cpu(report)}; {file})")
+    if told:
+        step = end_to_end[0]["steps"][0]
         lines += [
             "",
-            f"Whole DPO training steps of a small {step['model']} (V = {step['shape']['vocabulary']:,}, float32, "
-            f"{end_to_end['device']['cores']} CPU cores) that all take the same batch: {whole('tisdpo')}; "
-            f"TRL's trainer {whole('TRL')}, plain torch {whole('unfused')} "
-            f"([data](benchmarks/results/{end_to_end['file']})).",
+            f"Whole DPO training steps of a small {step['model']} (V = {step['shape']['vocabulary']:,}, float32, two CPU cores) that all "
+            f"take the same batch: {'. '.join(told)}. On a CPU TRL projects prompts and padding, too; on a GPU it need not.",
         ]
     return "\n".join(lines) + "\n"
 
@@ -397,7 +453,7 @@ def log_probs(report: dict) -> str:
         found = measured.get(step.name, {})
         whole = min((name for name in found if name.startswith(LOGITS)), key=lambda name: found[name]["seconds"], default="")
         names = {OUR_OPS: "", whole: f"the fastest with all logits at once, `{whole}`:", "TRL chunked": "TRL's chunked operator"}
-        names |= {"F.linear_cross_entropy": "`F.linear_cross_entropy`"}
+        names |= {"F.linear_cross_entropy": "`F.linear_cross_entropy`", "F.linear_cross_entropy, one chunk": "the same in one chunk"}
         if step.op == "from logits":
             names = {OUR_OPS: "", "F.cross_entropy": "`F.cross_entropy`", "TRL selective_log_softmax": "TRL's `selective_log_softmax`"}
         rows = [(text, found[name]) for name, text in names.items() if name in found]
@@ -412,13 +468,13 @@ def log_probs(report: dict) -> str:
         "`linear_nll_loss`, forward and backward,": Step(op="nll"),
     }
     found = [f"- {what} {text}" for what, step in parts.items() if (text := told(step))]
-    return "\n".join([f"Log-probs alone, for other trainers ({report['dtype']}, same sizes):", "", *(found or ["- not measured"])])
+    where = report.get("where_ops") or (_where(report) if "device" in report else report["dtype"])
+    return "\n".join([f"Log-probs alone, for other trainers ({where}; same sizes):", "", *(found or ["- not measured"])])
 
 
 def _where(report: dict) -> str:
-    device = report["device"]
-    what = f"{device['cores']} cores of an {device['name']} with {device['vectors'].replace('AVX512', 'AVX-512')}"
-    return f"[{report['dtype']}](benchmarks/results/{report['file']}): {what}, backend `{report['backend']}`"
+    file = f"[{report['dtype']}](benchmarks/results/{report['file']})"
+    return f"{file}, {report['device']['cores']} cores of an {_cpu(report)}, revision {report['revision']}"
 
 
 def with_figures(text: str, block: str) -> str:
@@ -542,22 +598,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where the pages are not what the files give")
     args = parser.parse_args(argv)
     cpu = newest_of_each_size()
-    if not (cpu and plotted(cpu[0]) and cpu[0]["dtype"] == "float32"):
+    if not (cpu and of_default_size(cpu[0]) and cpu[0]["dtype"] == "float32"):
         print(f"no cpu-float32-*.json of the default size in {RESULTS}; run python -m benchmarks.run", file=sys.stderr)
         return 2
-    end_to_end = newest("end-to-end")
+    end_to_end = newest_of_each_cpu("end-to-end")
     gpu, later = newest("device"), newest("without-logits")
     later = later if gpu and later and later["date"] > gpu["date"] else None
     text = page(cpu, end_to_end, gpu, later)
-    readme = with_figures(README.read_text(), figures([report for report in cpu if plotted(report)], end_to_end, gpu, later))
+    readme = with_figures(README.read_text(), figures([report for report in cpu if of_default_size(report)], end_to_end, gpu, later))
     if args.check:
         stale = [path.name for path, new in ((PAGE, text), (README, readme)) if not path.exists() or path.read_text() != new]
-        stale += stale_plots([report for report in cpu if plotted(report)])
+        stale += stale_plots(plotted(cpu))
         print(f"not what the JSON files give: {', '.join(stale)}; run python -m benchmarks.plot" if stale else "up to date")
         return int(bool(stale))
     PAGE.write_text(text)
     README.write_text(readme)
-    for report in filter(plotted, cpu):
+    for report in plotted(cpu):
         for part, plot in PLOTTED.items():
             if report.get(part):
                 plot(report)

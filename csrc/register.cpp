@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <new>
 #include <optional>
@@ -50,7 +51,7 @@ std::string capability() {
 #endif
   const char* asked = std::getenv("TISDPO_CPU_CAPABILITY");
   if (!asked || !*asked) return best;
-  STD_TORCH_CHECK((" " + levels + " ").find(" " + std::string(asked) + " ") != std::string::npos,
+  STD_TORCH_CHECK(!std::strchr(asked, ' ') && (" " + levels + " ").find(" " + std::string(asked) + " ") != std::string::npos,
                   "TISDPO_CPU_CAPABILITY must be one of what this CPU can run (", levels, "), got ", asked);
   return asked;
 }

@@ -4,6 +4,7 @@ import json
 import platform
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -234,13 +235,14 @@ def test_the_command_of_a_file_names_no_place(monkeypatch):
 
 
 def test_losing_rows_are_named():
+    cpu = {"device": {"name": "X", "vectors": "AVX2"}}
     row = {"task": "TIS-DPO", "error": {"loss": 0.0}, "p20": 1.0, "p80": 1.0, "ratio": 1.0}
     result = {
         "size": {"tokens": 10**5, "hidden": 8, "vocabulary": 10**5, "pairs": 1, "masked": 0.0}, "dtype": "float32", "step": "no KL",
         "rows": {OURS: row | {"seconds": 2.0}, "plain torch": row | {"seconds": 1.0}, "less": row | {"seconds": 0.5, "task": "DPO"}},
     }  # fmt: skip
     assert plot.lost(result) == [("plain torch", 2.0)]
-    reason, line = plot.losing_rows([{"steps": [result]}])
+    reason, line = plot.losing_rows([cpu | {"steps": [result]}])
     assert reason.startswith("- **plain torch**: it holds all logits at once") and line.endswith("2.00 times as fast")
     close = {"rows": {OURS: row | {"seconds": 1.0, "ratio": 1.02}, "plain torch": row | {"seconds": 1.1, "ratio": 1.0}}}
     assert plot.lost(close) == [("plain torch", 1.02)]  # by the ratio, though not by the time
@@ -251,12 +253,12 @@ def test_losing_rows_are_named():
         "step": Step(op="log-probs").name,
         "rows": {OUR_OPS: row | {"seconds": 2.0}, "TRL chunked": row | {"seconds": 1.0}} | result["rows"],
     }
-    reasons = [line for line in plot.losing_rows([{"ops": [result | alone]}]) if line.startswith("- ")]
+    reasons = [line for line in plot.losing_rows([cpu | {"ops": [result | alone]}]) if line.startswith("- ")]
     assert "- **plain torch**: it keeps all logits for the backward" in reasons[1] and reasons[0] == "- **TRL chunked**: not explained yet."
     gpu = plot.losing_rows([{"device": {"sms": 9}, "tests": {"passed": False}, "steps": [result]}])
     assert gpu[1].endswith("not all GPU tests passed, see there")
     result["rows"]["fast"] = result["rows"].pop("plain torch")
-    assert plot.losing_rows([{"steps": [result]}])[0] == "- **fast**: not explained yet."
+    assert plot.losing_rows([cpu | {"steps": [result]}])[0] == "- **fast**: not explained yet."
     json.dumps(result)
 
 
@@ -352,7 +354,39 @@ def test_a_part_that_the_newest_file_lacks_is_that_of_the_file_before(curves, tm
     (report,) = plot.newest_of_each_size()
     assert report["file"] == "cpu-float32-a-2026-11-26.json" and report["revision"] == "a later one"
     assert report["scaling"] == old["scaling"] and list(report["parts_of"]) == ["scaling"]
-    assert "cpu-float32-a-2026-11-25.json" in plot.page([report], None, None, None).split("### Scaling")[1]
+    assert "cpu-float32-a-2026-11-25.json" in plot.page([report], [], None, None).split("### Scaling")[1]
+
+
+def test_every_kind_of_cpu_has_its_table_and_parts_without_steps_too(tmp_path, monkeypatch):
+    old = json.loads((plot.RESULTS / "cpu-float32-amd-epyc-2026-11-25.json").read_text())
+    ops = json.loads((plot.RESULTS / "cpu-float32-ops-amd-epyc-2026-11-27.json").read_text())
+    other = {"device": old["device"] | {"name": "Another(R) Processor"}, "date": "2026-11-28T00:00:00"}
+    files = {"cpu-float32-a-2026-11-25.json": old, "cpu-float32-ops-b-2026-11-28.json": ops | other}
+    for name, report in files.items():
+        (tmp_path / name).write_text(json.dumps(report))
+    monkeypatch.setattr(plot, "RESULTS", tmp_path)
+    first, second = plot.newest_of_each_size()
+    assert first["file"].startswith("cpu-float32-ops-b") and second["file"] == "cpu-float32-a-2026-11-25.json"
+    assert plot.plotted([first, second]) == [second]
+    text, block = plot.page([first, second], [], None, None), plot.figures([first, second], [], None, None)
+    assert "## Log-probs alone on a CPU, float32, Another, AVX-512" in text
+    assert "## The loss step on a CPU, float32, AMD EPYC, AVX-512" in text
+    assert block.count("float32, AMD EPYC, AVX-512]") == 2 and "cpu-float32-ops-b-2026-11-28.json), 2 cores of an Another" in block
+    files["cpu-float32-a-2026-11-26.json"] = old | {"revision": "another"} | other  # now that CPU has steps, and keeps its log-probs
+    (tmp_path / "cpu-float32-a-2026-11-26.json").write_text(json.dumps(files["cpu-float32-a-2026-11-26.json"]))
+    first, second = plot.newest_of_each_size()
+    assert first["revision"] == "another" and first["ops"] and "ops-b" in first["parts_of"]["ops"]
+
+
+def test_who_takes_less_memory_is_named():
+    row = {"task": "TIS-DPO", "seconds": 2.0, "extra_bytes": 9 << 20}
+    rows = {OURS: row, "a": row | {"extra_bytes": 5 << 20, "seconds": 3.0}, "b": row | {"extra_bytes": 6 << 20}, "c": {"skipped": "no"}}
+    result = {"step": "no KL", "dtype": "float32", "size": asdict(Size()), "rows": rows}
+    report = {"device": {"name": "X", "vectors": "AVX2"}, "steps": [result]}
+    (line,) = plot.rows_with_more_memory([report])
+    assert line.endswith("a 5 MiB instead of 9 MiB, in 1.5 times as long") and line.startswith("- float32, X, AVX2, no KL, N = 1,024")
+    rows["a"] = rows["b"] = row | {"extra_bytes": (9 << 20) - 1}
+    assert plot.rows_with_more_memory([report]) == ["None."]
 
 
 # On a GPU machine Triton compiles, so tensors of the CPU have no Triton backend; `benchmarks.device` runs the part itself there.

@@ -262,6 +262,8 @@ def test_arguments_are_checked_by_name():
             run(**arguments)
     with pytest.raises(RuntimeError, match=r"cu_seqlens must not decrease and lie within 0..3, got 4 at 1"):
         ops.spread(None, None, torch.ones(3), torch.tensor([0, 4]), torch.ones(3), torch.ones(3))
+    with level("default avx2"), pytest.raises(RuntimeError, match="got default avx2"):
+        run()
     with level("sse9"), pytest.raises(RuntimeError, match=r"TISDPO_CPU_CAPABILITY must be one of .*\(default.*\), got sse9"):
         run()
 

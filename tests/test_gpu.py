@@ -111,6 +111,7 @@ def test_log_probs_of_bfloat16_inputs():
 @pytest.mark.parametrize("step", OP_STEPS, ids=lambda s: s.name)
 def test_log_probs_for_other_losses(monkeypatch, step, tokens, dtype):
     monkeypatch.setenv("TISDPO_CHUNK_MIB", "1")
+    monkeypatch.setattr(products, "SLICE_BYTES", 64 * 256)  # several slices of what waits
     problem = Problem(replace(SMALL, tokens=tokens), dtype, "cuda")
     assert problem.logits.dtype == dtype  # made now, so that everybody reads the same
     waits = token_stats.waiting_sizes(problem.weight, problem.target, -100) is not None

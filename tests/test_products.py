@@ -332,13 +332,37 @@ def test_log_probs_whose_derivatives_wait(monkeypatch, rows, dtype, rounds, froz
 
 @pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize("rows, price", [(H // 2 - 1, 4), (H // 2, 3), (H - 3, 3), (H, 3), (H + 1, 4)])
-def test_derivatives_of_a_float32_head_wait_too(compiles, rows, price, name):
-    """Counted by the profiler, whoever makes the products."""
+def test_derivatives_of_a_float32_head_wait_too(monkeypatch, compiles, rows, price, name):
+    """Counted by the profiler, whoever makes the products, which write where other slices of D still wait."""
     compiles(name)
+    monkeypatch.setattr(products, "IN_PLACE_BYTES", 70 * H * 4)
+    monkeypatch.setattr(backend, "chunk_rows", lambda *a: 7)
+    case, g = make_case((rows,), H=H, V=V, dtype=torch.float32), torch.randn(rows)
+
+    def run(dtype=torch.float32):
+        policy = [x.detach().to(dtype).requires_grad_() for x in (case.hidden, case.weight, case.bias)]
+        tisdpo.linear_token_logps(*policy[:2], case.target, bias=policy[2]).logps.backward(g.to(dtype))
+        return [x.grad for x in policy]
+
+    assert head_products(run, rows, vocabulary=(V, *range(1, V))) == price
+    for found, exact in zip(run(), run(torch.float64)):
+        torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-5 * exact.abs().max().item())
+
+
+def test_no_number_is_read_where_there_is_none():
+    hidden, weight = (torch.empty(n, H, device="meta", requires_grad=True) for n in (H, V))
+    logps = tisdpo.linear_token_logps(hidden, weight, torch.zeros(H, dtype=torch.int64, device="meta")).logps
+    assert logps.is_meta and logps.shape == (H,)
+
+
+@pytest.mark.parametrize("rows", [H, 2 * H])
+def test_a_second_derivative_is_refused_whether_something_waits_or_not(rows):
     case = make_case((rows,), H=H, V=V, dtype=torch.float32)
     hidden, weight = case.hidden.requires_grad_(), case.weight.requires_grad_()
-    run = lambda: tisdpo.linear_token_logps(hidden, weight, case.target).logps.sum().backward()  # noqa: E731
-    assert head_products(run, rows, vocabulary=(V, *range(1, V))) == price
+    logps = tisdpo.linear_token_logps(hidden, weight, case.target).logps
+    (grad,) = torch.autograd.grad(logps.sum(), weight, create_graph=True, retain_graph=False)
+    with pytest.raises(RuntimeError, match="autograd"):
+        grad.square().sum().backward()
 
 
 @pytest.fixture

@@ -187,7 +187,7 @@ class WaitingRows:
         return torch.cat([column_sums(d, coefficient) for _, _, d in self.slices])
 
     def product(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """dWeight for hidden [n, H], rounded to 16 bits; D is gone then, but not with an `out` of its own."""
+        """dWeight for hidden [n, H] in the dtype of the head; D is gone then, but not with an `out` of its own."""
         hidden, result = hidden.to(self.result.dtype), self.result if out is None else out
         widest = max((last - first for (first, last, _), at_once in zip(self.slices, self.at_once) if not at_once), default=0)
         dtype = result.dtype if rounds_itself(result) else torch.float32
@@ -243,7 +243,7 @@ def rounds_itself(x: Tensor) -> bool:
 
 @cache
 def keeps_sums(device: torch.device, a: torch.dtype, b: torch.dtype) -> bool:
-    """Whether `_mm` makes the product of operands of these dtypes, in float32, without widening one of them first."""
+    """Whether such operands have a product of their own in `_mm`: with float32 sums, and without widening one of them first."""
     if device.type == "cpu":
         return {a, b} <= compiled() or (a != b and {a, b} <= compiled() | {torch.float32})
     return a == b and a.itemsize == 2 and _works(lambda x: torch.mm(x, x, out_dtype=torch.float32), device)
