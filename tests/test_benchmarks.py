@@ -9,7 +9,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from benchmarks import baselines, end_to_end, measure, plot, roofline, run, studies
+from benchmarks import baselines, end_to_end, measure, pictures, plot, roofline, run, studies
 from benchmarks.registry import (
     ALL_MODES,
     OP_STEPS,
@@ -218,11 +218,11 @@ def test_the_sentence_on_log_probs_needs_no_peer():
 
 def test_a_stale_picture_is_found(tmp_path, monkeypatch):
     report = plot.newest_of_each_size()[0]
-    monkeypatch.setattr(plot, "PLOTS", tmp_path)
-    assert "steps-float32.svg" in plot.stale_plots([report])
-    plot.plot_steps(report)
-    assert "steps-float32.svg" not in plot.stale_plots([report])
-    assert "steps-float32.svg" in plot.stale_plots([report | {"steps": report["steps"][:2]}])
+    monkeypatch.setattr(pictures, "PLOTS", tmp_path)
+    assert "steps-float32.svg" in pictures.stale_plots([report])
+    pictures.plot_steps(report)
+    assert "steps-float32.svg" not in pictures.stale_plots([report])
+    assert "steps-float32.svg" in pictures.stale_plots([report | {"steps": report["steps"][:2]}])
 
 
 def test_the_command_of_a_file_names_no_place(monkeypatch):
