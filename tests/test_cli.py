@@ -8,11 +8,12 @@ import types
 
 import pytest
 import tiny
+import torch
 
 import tisdpo
 from tisdpo import cli, doctor
 from tisdpo.errors import InputError
-from tisdpo.ops import backend
+from tisdpo.ops import backend, extension
 
 CONFIG = """
 data: {source: synthetic}
@@ -282,6 +283,20 @@ def test_doctor_tells_versions_devices_backend_and_packages(capsys, monkeypatch)
     assert re.search(r"bf16 on cpu +heads are (multiplied as they are|widened to float32)", out)
     for extra in doctor.EXTRAS:
         assert re.search(rf"^  {extra} ", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "level, told", [("avx2", "no faster than float32"), ("avx512_bf16", r"\(in pairs, AVX-512 BF16\)"), ("amx", r"\(AMX\)")]
+)
+def test_doctor_says_what_multiplies_bfloat16(monkeypatch, level, told):
+    if extension.problem():
+        pytest.skip("no C++ extension")
+    monkeypatch.setenv("TISDPO_CPU_CAPABILITY", level)
+    try:
+        torch.ops.tisdpo_cpp.capability()
+    except RuntimeError:
+        pytest.skip(f"this CPU cannot run {level}")
+    assert re.search(f"multiplied as they are, with float32 sums.*{told}", dict(doctor.backends())["bf16 on cpu"])
 
 
 def test_doctor_says_whether_a_head_has_logits(monkeypatch):

@@ -90,7 +90,11 @@ def usable_cores() -> int:
 
 def _multiplied(device: str, dtype: torch.dtype) -> str:
     if products.keeps_sums(torch.device(device), dtype, dtype):
-        return "multiplied as they are, with float32 sums"
+        units = {"amx": " (AMX)", "avx512_bf16": " (in pairs, AVX-512 BF16)"}
+        level = torch.ops.tisdpo_cpp.capability() if device == "cpu" else ""
+        if device == "cpu" and level not in units:
+            return "widened to float32 as they are packed: float32 sums, no faster than float32 heads"
+        return f"multiplied as they are, with float32 sums{units.get(level, '')}"
     return "widened to float32 a slice at a time: no product here keeps float32 sums"
 
 
