@@ -35,9 +35,9 @@ def _write(figure, name: str, data) -> None:
     plt.close(figure)
 
 
-def stale_plots(reports: list[dict]) -> list[str]:
-    """Pictures that are not there, or were made of other figures."""
-    names = {f"{part}-{r['dtype']}.svg": (r[part], r["steps"]) for r in reports for part in PLOTTED if r.get(part)}
+def stale_plots(reports: dict[tuple[str, str], dict]) -> list[str]:
+    """Pictures, of (part, dtype), that are not there, or were made of other figures."""
+    names = {f"{part}-{dtype}.svg": (report[part], report["steps"]) for (part, dtype), report in reports.items()}
     made = {name: (PLOTS / name).read_text() if (PLOTS / name).exists() else "" for name in names}
     return [name for name, data in names.items() if f"figures {digest(data)}" not in made[name]]
 

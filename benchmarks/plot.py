@@ -105,9 +105,10 @@ def of_default_size(report: dict) -> bool:
     return size_of(report) == asdict(Size())
 
 
-def plotted(reports: list[dict]) -> list[dict]:
-    """The reports that have pictures: of each dtype the first of the default size that has steps."""
-    return list({r["dtype"]: r for r in reversed(reports) if of_default_size(r) and r.get("steps")}.values())[::-1]
+def pictured(reports: list[dict]) -> dict[tuple[str, str], dict]:
+    """The report of the picture of (part, dtype): the first of the default size that has such a part and steps."""
+    whole = [report for report in reports if of_default_size(report) and report.get("steps")]
+    return {(part, report["dtype"]): report for report in reversed(whole) for part in PLOTTED if report.get(part)}
 
 
 # Tables
@@ -297,7 +298,8 @@ def page(cpu: list[dict], end_to_end: list[dict], gpu: dict | None, later: dict 
         where = f"{report['dtype']}, {_cpu(report)}" + ("" if of_default_size(report) else f", {size_text(size_of(report))}")
         what = "The loss step" if report.get("steps") else "Log-probs alone"
         lines += [f"## {what} on a CPU, {where}", "", machine(report), ""]
-        if report in plotted(cpu):
+        drawn = [part for (part, _), of in pictured(cpu).items() if of is report]
+        if "steps" in drawn:
             name = f"steps-{report['dtype']}.svg"
             lines += [f"![time, memory and error of every kind of step](plots/{name})", ""]
         for result in report.get("steps", []):
@@ -309,12 +311,12 @@ def page(cpu: list[dict], end_to_end: list[dict], gpu: dict | None, later: dict 
                 lines += step_table(result)
         if "roofline" in report:
             lines += [f"### Ceilings, {where}", ""]
-            lines += [f"![roofline](plots/roofline-{report['dtype']}.svg)", ""] if report in plotted(cpu) else []
+            lines += [f"![roofline](plots/roofline-{report['dtype']}.svg)", ""] if "roofline" in drawn else []
             lines += [report["parts_of"]["roofline"], ""] if "roofline" in report["parts_of"] else []
             lines += roofline_table(report["roofline"])
         if report.get("scaling"):
             lines += [f"### Scaling, {where}, no KL, trainable head", ""]
-            lines += [f"![scaling](plots/scaling-{report['dtype']}.svg)", ""] if report in plotted(cpu) else []
+            lines += [f"![scaling](plots/scaling-{report['dtype']}.svg)", ""] if "scaling" in drawn else []
             lines += [report["parts_of"]["scaling"], ""] if "scaling" in report["parts_of"] else []
             lines += scaling_table(report["scaling"])
     lines += ["## Where somebody else is faster", "", "Rows above in which a provider that computes the same task beats one pass:", ""]
@@ -501,15 +503,13 @@ def main(argv: list[str] | None = None) -> int:
     readme = with_figures(README.read_text(), figures([report for report in cpu if of_default_size(report)], end_to_end, gpu, later))
     if args.check:
         stale = [path.name for path, new in ((PAGE, text), (README, readme)) if not path.exists() or path.read_text() != new]
-        stale += stale_plots(plotted(cpu))
+        stale += stale_plots(pictured(cpu))
         print(f"not what the JSON files give: {', '.join(stale)}; run python -m benchmarks.plot" if stale else "up to date")
         return int(bool(stale))
     PAGE.write_text(text)
     README.write_text(readme)
-    for report in plotted(cpu):
-        for part, plot in PLOTTED.items():
-            if report.get(part):
-                plot(report)
+    for (part, _), report in pictured(cpu).items():
+        PLOTTED[part](report)
     print(f"{PAGE}, {PLOTS}, {README}")
     return 0
 

@@ -219,10 +219,10 @@ def test_the_sentence_on_log_probs_needs_no_peer():
 def test_a_stale_picture_is_found(tmp_path, monkeypatch):
     report = plot.newest_of_each_size()[0]
     monkeypatch.setattr(pictures, "PLOTS", tmp_path)
-    assert "steps-float32.svg" in pictures.stale_plots([report])
+    assert "steps-float32.svg" in pictures.stale_plots({("steps", "float32"): report})
     pictures.plot_steps(report)
-    assert "steps-float32.svg" not in pictures.stale_plots([report])
-    assert "steps-float32.svg" in pictures.stale_plots([report | {"steps": report["steps"][:2]}])
+    assert "steps-float32.svg" not in pictures.stale_plots({("steps", "float32"): report})
+    assert "steps-float32.svg" in pictures.stale_plots({("steps", "float32"): report | {"steps": report["steps"][:2]}})
 
 
 def test_the_command_of_a_file_names_no_place(monkeypatch):
@@ -367,7 +367,7 @@ def test_every_kind_of_cpu_has_its_table_and_parts_without_steps_too(tmp_path, m
     monkeypatch.setattr(plot, "RESULTS", tmp_path)
     first, second = plot.newest_of_each_size()
     assert first["file"].startswith("cpu-float32-ops-b") and second["file"] == "cpu-float32-a-2026-11-25.json"
-    assert plot.plotted([first, second]) == [second]
+    assert set(plot.pictured([first, second])) == {(part, "float32") for part in pictures.PLOTTED}
     text, block = plot.page([first, second], [], None, None), plot.figures([first, second], [], None, None)
     assert "## Log-probs alone on a CPU, float32, Another, AVX-512" in text
     assert "## The loss step on a CPU, float32, AMD EPYC, AVX-512" in text
