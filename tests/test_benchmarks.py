@@ -217,7 +217,7 @@ def test_the_sentence_on_log_probs_needs_no_peer():
 
 
 def test_a_stale_picture_is_found(tmp_path, monkeypatch):
-    report = plot.newest_of_each_size()[0]
+    report = plot.pictured(plot.newest_of_each_size())["steps", "float32"]
     monkeypatch.setattr(pictures, "PLOTS", tmp_path)
     assert "steps-float32.svg" in pictures.stale_plots({("steps", "float32"): report})
     pictures.plot_steps(report)

@@ -349,12 +349,6 @@ def test_derivatives_of_a_float32_head_wait_too(monkeypatch, compiles, rows, pri
         torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-5 * exact.abs().max().item())
 
 
-def test_no_number_is_read_where_there_is_none():
-    hidden, weight = (torch.empty(n, H, device="meta", requires_grad=True) for n in (H, V))
-    logps = tisdpo.linear_token_logps(hidden, weight, torch.zeros(H, dtype=torch.int64, device="meta")).logps
-    assert logps.is_meta and logps.shape == (H,)
-
-
 @pytest.mark.parametrize("rows", [H, 2 * H])
 def test_a_second_derivative_is_refused_whether_something_waits_or_not(rows):
     case = make_case((rows,), H=H, V=V, dtype=torch.float32)

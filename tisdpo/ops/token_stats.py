@@ -199,8 +199,8 @@ def waiting_sizes(weight: Tensor, target: Tensor, ignore_index: int) -> list[int
     """[rows that carry loss, columns of the vocabulary whose D waits beside dWeight], if D of a trained head waits; None: it does not.
 
     What waits takes the memory of a dWeight or more, so not for fewer rows than H / 2: then even several calls before one backward take no
-    more than twice their logits in the dtype of the head, as in plain torch. Nor for a compiler's own tensors, or those without values."""
-    if torch.compiler.is_compiling() or weight.is_meta or type(weight) not in (Tensor, torch.nn.Parameter):
+    more than twice their logits in the dtype of the head, as in plain torch. Nor for a compiler's own tensors."""
+    if torch.compiler.is_compiling() or type(weight) not in (Tensor, torch.nn.Parameter):
         return None
     if weight.dtype != torch.float32 and not (weight.dtype == torch.bfloat16 and products.WaitingRows.serves(weight, 0)):
         return None
