@@ -181,13 +181,12 @@ def losing_rows(reports: list[dict]) -> list[str]:
     found: dict[tuple[str, str], list[str]] = {}
     for report in reports:
         curves = [(point, f"curve of {name}") for name, c in report.get("scaling", {}).items() for point in c["points"]]
-        cpu = "" if "sms" in report.get("device", {}) else f", {_cpu(report)}"
         for result, where in [(r, r["step"]) for r in report.get("steps", []) + report.get("ops", [])] + curves:
             for name, factor in lost(result):
                 reason = ON_GPU if "sms" in report.get("device", {}) and name.startswith(WHOLE) else why(name, result)
                 close = ", ranges overlap" if result["rows"][name]["p80"] > result["rows"][ours_of(result)]["p20"] else ""
                 much = "not all GPU tests passed, see there" if red(report) else f"{factor:.2f} times as fast{close}"
-                row = f"  - {result['dtype']}{cpu}, {where}, {size_text(result['size'])}: {much}"
+                row = f"  - {result['dtype']}{_on_cpu(report)}, {where}, {size_text(result['size'])}: {much}"
                 found.setdefault((name, reason), []).append(row)
     return [line for (name, reason), rows in found.items() for line in (f"- **{name}**: {reason}.", *rows)] or ["None."]
 
@@ -196,14 +195,13 @@ def rows_with_more_memory(reports: list[dict]) -> list[str]:
     """By kind of step, who computes the same task in less memory than one pass, by more than 1 MiB: the one with the least."""
     lines = []
     for report in reports:
-        cpu = "" if "sms" in report.get("device", {}) else f", {_cpu(report)}"
         for result in report.get("steps", []) + report.get("ops", []):
             rows = {name: row for name, row in result["rows"].items() if row.get("extra_bytes") is not None and "seconds" in row}
             peers = [n for n, row in rows.items() if not n.startswith("tisdpo") and row.get("task") == "TIS-DPO"]
             least, ours = min(peers, key=lambda n: rows[n]["extra_bytes"], default=None), rows.get(ours_of(result))
             if least and ours and rows[least]["extra_bytes"] + MIB < ours["extra_bytes"]:
                 mib, times = (f"{x['extra_bytes'] / MIB:,.0f} MiB" for x in (rows[least], ours)), rows[least]["seconds"] / ours["seconds"]
-                row = f"{result['dtype']}{cpu}, {result['step']}, {size_text(result['size'])}"
+                row = f"{result['dtype']}{_on_cpu(report)}, {result['step']}, {size_text(result['size'])}"
                 lines.append(f"- {row}: {least} {' instead of '.join(mib)}, in {times:.2g} times as long")
     return lines or ["None."]
 
@@ -216,6 +214,11 @@ def red(report: dict) -> bool:
 def _cpu(report: dict) -> str:
     name, vectors = cpu_of(report)
     return f"{name.replace('(R)', '').replace(' Processor', '')}, {vectors.replace('AVX512', 'AVX-512')}"
+
+
+def _on_cpu(report: dict) -> str:
+    """Which CPU, among rows of several; nothing of a GPU."""
+    return "" if "sms" in report["device"] else f", {_cpu(report)}"
 
 
 def machine(report: dict) -> str:

@@ -1,9 +1,9 @@
 // Matrix products of items of any type with float32 sums, for vectors of LANES floats. Included once by each kernels_*.cpp.
 //
 // Both operands are widened to float32 as they are packed, a part of the contraction at a time: b in panels of a few vectors,
-// [DEPTH, WIDTH], which stay in the first-level cache (of sixteen lanes in the second) while a block of rows passes by; a in groups of HEIGHT rows. The sums of HEIGHT rows
-// and WIDTH columns are in registers. What is packed next is fetched meanwhile. (The blocks are those of Goto and van de Geijn,
-// 10.1145/1356052.1356053.)
+// [DEPTH, WIDTH], which stay in the first-level cache (of sixteen lanes in the second) while a block of rows passes by; a in groups of
+// HEIGHT rows. The sums of HEIGHT rows and WIDTH columns are in registers. What is packed next is fetched meanwhile. (The blocks are those
+// of Goto and van de Geijn, 10.1145/1356052.1356053.)
 //
 // Bytes: each item of b is read and packed once for every share of rows, each of a once for every group of column tiles, out is read and
 // written for every DEPTH of the contraction. Floor: the CPU's multiply-adds, two vectors in a cycle and core; with AVX2 on two cores of a

@@ -202,11 +202,11 @@ def waiting_sizes(weight: Tensor, target: Tensor, ignore_index: int) -> list[int
     more than twice their logits in the dtype of the head, as in plain torch. Nor for a compiler's own tensors."""
     if torch.compiler.is_compiling() or type(weight) not in (Tensor, torch.nn.Parameter):
         return None
-    if weight.dtype != torch.float32 and not (weight.dtype == torch.bfloat16 and products.WaitingRows.serves(weight, 0)):
+    narrow, hidden_size = weight.dtype == torch.bfloat16, weight.shape[1]
+    if not (products.WaitingRows.serves(weight, 0) if narrow else weight.dtype == torch.float32):
         return None
     rows = len(target) if ignore_index == values.NOTHING else int((target != ignore_index).sum())
-    most = weight.shape[1] * (2 if weight.dtype == torch.bfloat16 else 1)
-    if not weight.shape[1] <= 2 * rows <= 2 * most:
+    if 2 * rows < hidden_size or not (products.WaitingRows.few(rows, hidden_size) if narrow else rows <= hidden_size):
         return None
     return [rows, products.WaitingRows.columns_beside(weight.shape, rows, products.rounds_itself(weight))]
 
