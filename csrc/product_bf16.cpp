@@ -294,9 +294,9 @@ bool has_amx_bf16() {  // not by __builtin_cpu_supports, where older compilers r
 
 bool has_brgemm() { return brgemm && brgemm_release; }
 
-extern const ProductKernels bf16_products{TILE, TILE, TILE, DEPTH, 4 * WORDS, 2 * DEPTH, multiply_columns<false>, pack_columns,
+extern const ProductKernels bf16_products{TILE, TILE, TILE, DEPTH, 0, 4 * WORDS, 2 * DEPTH, multiply_columns<false>, pack_columns,
                                           multiply_rows<false>};
-extern const ProductKernels brgemm_products{TILE, TILE, TILE, DEPTH, 4 * WORDS, 2 * DEPTH, multiply_columns<true>, pack_columns,
+extern const ProductKernels brgemm_products{TILE, TILE, TILE, DEPTH, 0, 4 * WORDS, 2 * DEPTH, multiply_columns<true>, pack_columns,
                                             multiply_rows<true>};
 
 }  // namespace tisdpo

@@ -32,6 +32,9 @@ constexpr int64_t GRAIN = 32768;
 // Rows of out are shared out by so many: a multiple of what every product (product_kernels.h) sums in registers together.
 constexpr int64_t GROUP = 6;
 
+// A matrix of so many floats stays in the second-level cache (2 MB) of those CPUs whose products may be turned.
+constexpr int64_t TURNED_ITEMS = 3 << 17;
+
 // The levels that this CPU can run, and the one that is taken: "avx512" widens bfloat16 to float32, "avx512_bf16" multiplies it in pairs,
 // "amx" leaves it to brgemm, which does without AMX, too. Intel's pairs take four times as long as a multiply-add (benchmarks/NOTES.md).
 std::string capability() {
@@ -248,12 +251,13 @@ const ProductKernels& products(Type a, Type b) {
 }
 
 // The types of items whose products are to be made by `mm`: 16-bit ones, as torch has none that keep their float32 sums, and float32 where
-// that was measured to be faster than torch's: with AVX2 on AMD's CPUs, for which MKL takes slower code.
+// that was measured to be faster than torch's: with AVX2 on AMD's CPUs, for which MKL takes slower code, and with AVX-512 on Intel's.
 std::string multiplied() {
-  if (capability() == "default") return "";
+  std::string level = capability();
+  if (level == "default") return "";
   std::string types = "bfloat16 float16";
 #ifdef __x86_64__
-  if (__builtin_cpu_is("amd") && capability() == "avx2") types += " float32";
+  if (level == "avx2" ? __builtin_cpu_is("amd") : __builtin_cpu_is("intel")) types += " float32";
 #endif
   return types;
 }
@@ -271,8 +275,14 @@ void mm(const Tensor& a, const Tensor& b, const Tensor& out, bool add) {
     return;
   }
   const ProductKernels& run = products(p.a.type, p.b.type);
+  // Where the rows of both lie along K and a has the fewer, a's are packed, if they fit into the cache and at most a sixteenth is padding.
+  int64_t padded = run.turned_width ? parts(M, run.turned_width) * run.turned_width : 0;
+  if (padded && !p.a_is_transposed() && p.b.column_stride != 1 && M <= N && padded * 16 <= M * 17 && padded * K <= TURNED_ITEMS) {
+    p = p.turned();
+    std::swap(M, N);
+  }
   int64_t threads = torch::stable::get_num_threads(), columns = parts(N, run.columns), depths = parts(K, run.depth);
-  if (p.a_is_transposed()) {
+  if (p.a_is_transposed() || p.out_is_transposed) {
     Scratch packed(columns * depths * run.tile_bytes);
     torch::stable::parallel_for(0, columns, 1, [&](int64_t first, int64_t last) { run.pack_columns(p, first, last, packed.data); });
     int64_t height = parts(parts(M, threads), GROUP) * GROUP;
@@ -284,14 +294,14 @@ void mm(const Tensor& a, const Tensor& b, const Tensor& out, bool add) {
   }
   // Groups of up to 8 column tiles, so that out is in the cache while the contraction goes on; as many for one thread as for another, and
   // where they are too few, of rows too.
-  int64_t wanted = std::min(columns, parts(parts(columns, 8), threads) * threads), width = parts(columns, wanted);
-  int64_t groups = parts(columns, width), shares = std::clamp<int64_t>(threads / groups, 1, parts(M, GROUP));
+  int64_t wanted = std::min(columns, parts(parts(columns, 8), threads) * threads), together = parts(columns, wanted);
+  int64_t groups = parts(columns, together), shares = std::clamp<int64_t>(threads / groups, 1, parts(M, GROUP));
   int64_t height = parts(parts(M, shares), GROUP) * GROUP;
   torch::stable::parallel_for(0, groups * shares, 1, [&](int64_t first, int64_t last) {
-    Scratch scratch(width * run.tile_bytes + run.block_rows * run.row_bytes);
+    Scratch scratch(2 * together * run.tile_bytes + run.block_rows * run.row_bytes);
     for (int64_t i = first; i < last; i++) {
-      int64_t group = i / shares * width, top = i % shares * height;
-      if (top < M) run.multiply_columns(p, group, std::min(group + width, columns), top, std::min(top + height, M), scratch.data);
+      int64_t group = i / shares * together, top = i % shares * height;
+      if (top < M) run.multiply_columns(p, group, std::min(group + together, columns), top, std::min(top + height, M), scratch.data);
     }
   });
 }

@@ -56,19 +56,20 @@ void fold() {
 
 // out [M, N] += a [M, K] @ b [K, N], in the shares of two threads.
 void product() {
-  auto sizes = read<int64_t>(7);  // M, N, K, types, and whether each is stored by columns
+  auto sizes = read<int64_t>(8);  // M, N, K, types, whether each is stored by columns, and whether to turn the product
   int64_t M = sizes[0], N = sizes[1], K = sizes[2];
   Type types[2] = {(Type)sizes[3], (Type)sizes[4]};
   auto a = read<char>(M * K * bytes(types[0])), b = read<char>(K * N * bytes(types[1]));
   auto out = read<float>(M * N);
   Matrix x{a.data(), types[0], sizes[5] ? 1 : K, sizes[5] ? M : 1}, y{b.data(), types[1], sizes[6] ? 1 : N, sizes[6] ? K : 1};
   Product p{x, y, M, N, K, out.data(), N, true};
-  int64_t columns = parts(N, products.columns), depths = parts(K, products.depth), half = M / 24 * 12;
+  if (sizes[7]) p = p.turned();
+  int64_t columns = parts(p.N, products.columns), depths = parts(K, products.depth), half = p.M / 24 * 12;
   std::vector<char> packed(columns * depths * products.tile_bytes);
-  std::vector<char> scratch(columns * products.tile_bytes + (products.block_rows + depths * products.rows) * products.row_bytes);
-  if (p.a_is_transposed()) {
+  std::vector<char> scratch(2 * columns * products.tile_bytes + (products.block_rows + depths * products.rows) * products.row_bytes);
+  if (p.a_is_transposed() || sizes[7]) {
     for (auto share : {0, 1}) products.pack_columns(p, share ? columns / 2 : 0, share ? columns : columns / 2, packed.data());
-    for (auto share : {0, 1}) products.multiply_rows(p, share ? half : 0, share ? M : half, packed.data(), scratch.data());
+    for (auto share : {0, 1}) products.multiply_rows(p, share ? half : 0, share ? p.M : half, packed.data(), scratch.data());
   } else {
     for (auto share : {0, 1})
       products.multiply_columns(p, share ? columns / 2 : 0, share ? columns : columns / 2, 0, M, scratch.data());

@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 from contextlib import contextmanager
+from itertools import product
 
 import pytest
 import torch
@@ -324,18 +325,18 @@ def test_products_do_not_depend_on_the_number_of_threads(name, layout, dtype):
 
 
 @levels
-@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize("layouts", product(["rows", "columns"], repeat=2))
 @pytest.mark.parametrize("dtype", TYPES)
-def test_a_product_spreads_what_is_not_finite_no_further_than_it_must(name, dtype, layout):
+def test_a_product_spreads_what_is_not_finite_no_further_than_it_must(name, dtype, layouts):
     """An infinite or missing number belongs to its row or column of the result: padding of the tiles is no part of it."""
-    a, b = matrix(70, 300, layout, 1, dtype), matrix(300, 70, layout, 2, dtype)
+    a, b = matrix(62, 300, layouts[0], 1, dtype), matrix(300, 70, layouts[1], 2, dtype)
     a[3, 299], b[17, 69] = math.inf, math.nan
-    out = torch.empty(70, 70)
+    out = torch.empty(62, 70)
     with level(name):
         torch.ops.tisdpo_cpp.mm(a, b, out, False)
     finite = out.isfinite()
     assert not finite[3].any() and out[:, 69].isnan().all()
-    assert finite.sum() == 69 * 69
+    assert finite.sum() == 61 * 69
 
 
 @needs_extension

@@ -84,12 +84,16 @@ def test_folds_equal_the_formulas(program, dtype, kl, transform):
         assert (d[4] == 0).all()
 
 
-@pytest.mark.parametrize("by_columns", [(False, False), (False, True), (True, False), (True, True)])
+@pytest.mark.parametrize("by_columns", [(False, False), (False, True), (True, False), (True, True), "turned"])
 @pytest.mark.parametrize("types", [(0, 0), (1, 1), (2, 2), (0, 1), (1, 2)])
 def test_products_keep_their_float32_sums(program, types, by_columns):
+    turned = by_columns == "turned"  # which only products of sixteen lanes are
+    if turned and len(program) > 1:  # NEON
+        return
+    by_columns = (False, True) if turned else by_columns
     for M, N, K in ((1, 1, 1), (5, 63, 17), (13, 65, 257), (97, 129, 300), (300, 33, 513)):
         a, b = normal(M, K, seed=1, scale=1.0, dtype=TYPES[types[0]]), normal(K, N, seed=2, scale=1.0, dtype=TYPES[types[1]])
         out = normal(M, N, seed=3)
         stored = [x.T if columns else x for x, columns in zip((a, b), by_columns)]
-        found = call(program, struct.pack("=8q", 1, M, N, K, *types, *by_columns), *stored, out).view(M, N)
+        found = call(program, struct.pack("=9q", 1, M, N, K, *types, *by_columns, turned), *stored, out).view(M, N)
         torch.testing.assert_close(found.double(), out.double() + a.double() @ b.double(), rtol=2e-7, atol=4e-7 * K)
