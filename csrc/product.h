@@ -39,15 +39,16 @@ struct ProductKernels {
   int64_t rows, columns;  // of a tile
   int64_t block_rows;     // of a that are packed at a time
   int64_t depth;          // of a part of the contraction
-  int64_t turned_width;   // columns summed at least where multiply_rows serves the `turned` product of a few rows, too; else 0
+  int64_t turned_width;   // 0, or where multiply_rows serves `turned` products, too: their columns are summed in multiples of it
   int64_t tile_bytes;     // such a part of the columns of a tile of b, packed
   int64_t row_bytes;      // and of a row of a
 
   // Column tiles first..last and rows top..bottom of out. For an `a` whose rows are stored one by one.
-  // `scratch`: twice tile_bytes for each of the tiles, row_bytes for each row of a block.
+  // `scratch`: twice tile_bytes for each of the tiles (some use it once), row_bytes for each row of a block.
   void (*multiply_columns)(const Product&, int64_t first, int64_t last, int64_t top, int64_t bottom, char* scratch);
 
-  // For a transposed `a` (with a turned_width for any): column tiles first..last of b into `packed`, tile_bytes for each part of each; then the rows top..bottom of out.
+  // For a transposed `a`, with a turned_width for any: column tiles first..last of b into `packed`, tile_bytes for each part of each; then
+  // the rows top..bottom of out.
   // `scratch`: row_bytes for each row of a tile and part.
   void (*pack_columns)(const Product&, int64_t first, int64_t last, char* packed);
   void (*multiply_rows)(const Product&, int64_t top, int64_t bottom, const char* packed, char* scratch);

@@ -10,9 +10,9 @@
 // become the panels, so that nothing of the head is transposed, but the sums.
 //
 // Bytes: each item of b is read and packed once for every share of rows, each of a once for every group of column tiles, out is read and
-// written for every DEPTH of the contraction. Floor: the CPU's multiply-adds, two vectors in a cycle and core; with AVX2 on two cores of a
-// Zen 3, 195 GFLOP/s from registers, 127 to 161 were measured, MKL 102 to 148; with AVX-512 on two of an Emerald Rapids, 350, of bfloat16
-// 290 to 305, torch 160, of float32 270 to 305, MKL 240 to 310 (benchmarks/NOTES.md).
+// written for every DEPTH of the contraction (a turned product's once). Floor: the CPU's multiply-adds, two vectors in a cycle and core;
+// with AVX2 on two cores of a Zen 3, 195 GFLOP/s from registers, 127 to 161 were measured, MKL 102 to 148; with AVX-512 on two of an
+// Emerald Rapids, 350, of bfloat16 290 to 305, torch 160, of float32 270 to 305, MKL 240 to 310 (benchmarks/NOTES.md).
 #include "product.h"
 #include "vectors.h"
 
@@ -30,8 +30,8 @@ constexpr int64_t ROWS = 96, COLUMNS = 64;             // of a tile: whole group
 constexpr int64_t BLOCK_ROWS = 288;                    // of a, packed at a time: 288 KB, for the second-level cache
 constexpr int64_t SWEEP = WIDE ? HEIGHT : BLOCK_ROWS;  // rows of it that meet one panel after the other
 constexpr int64_t DEPTH = 256;                         // a panel is 16 KB, with sixteen lanes 64, from the second-level cache
-constexpr int64_t LINES = WIDE ? 1 : 8;                // fetched for later at a time, with each group of sums or, of sixteen lanes,
-constexpr int64_t STEP = 8;                            // with so much of the contraction of each
+constexpr int64_t STEP = WIDE ? 8 : DEPTH;             // of the contraction, with which
+constexpr int64_t LINES = WIDE ? 1 : 8;                // so many cache lines are fetched for later
 static_assert(ROWS % HEIGHT == 0 && ROWS % LANES == 0 && BLOCK_ROWS % HEIGHT == 0 && COLUMNS % WIDTH == 0 && DEPTH % LANES == 0, "whole");
 
 INLINE int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -146,8 +146,8 @@ void pack_transposed(const Matrix& a, int64_t i, int64_t m, int64_t k, int64_t d
   (type == Type::float32 ? function<Type::float32>(__VA_ARGS__)                        \
                          : type == Type::bfloat16 ? function<Type::bfloat16>(__VA_ARGS__) : function<Type::float16>(__VA_ARGS__))
 
-// Whether m rows need no packing: whole groups of float32 that lie along K.
-INLINE bool as_they_are(const Matrix& a, int64_t m) { return WIDE && a.type == Type::float32 && m % HEIGHT == 0; }
+// Whether whole groups of rows, which lie along K, are multiplied where they are.
+INLINE bool unpacked(const Matrix& a) { return WIDE && a.type == Type::float32; }
 
 // The cache lines of what is packed or stored next, to be fetched a few at a time while something else is multiplied: its rows are far
 // apart in memory, and no hardware prefetcher follows. (Where a panel comes from the second-level cache, many at a time would delay it.)
@@ -219,73 +219,75 @@ class Packing {
   int64_t rows_ = 0, columns_ = 0, stride_ = 0, column_ = 0;
 };
 
-// Adds the products of a column of a, HEIGHT items, and of the first VECTORS vectors of a row of a panel.
-template <int64_t VECTORS>
-INLINE void add_products(const float* a, int64_t stride, const float* b, Float (&sums)[HEIGHT][VECTORS]) {
-  Float vectors[VECTORS];
+// Adds the products of a column of a, HEIGHT items, and of the first COUNT vectors of a row of a panel.
+template <int64_t COUNT>
+INLINE void add_products(const float* a, int64_t stride, const float* b, Float (&sums)[HEIGHT][COUNT]) {
+  Float vectors[COUNT];
 #pragma GCC unroll 4
-  for (int64_t v = 0; v < VECTORS; v++) vectors[v] = load<Float>(b + v * LANES);
+  for (int64_t v = 0; v < COUNT; v++) vectors[v] = load<Float>(b + v * LANES);
 #pragma GCC unroll 12
   for (int64_t r = 0; r < HEIGHT; r++) {
     Float x = every(a[r * stride]);
 #pragma GCC unroll 4
-    for (int64_t v = 0; v < VECTORS; v++) sums[r][v] += x * vectors[v];
+    for (int64_t v = 0; v < COUNT; v++) sums[r][v] += x * vectors[v];
   }
 }
 
-// The sums over `depth` of HEIGHT rows and the first VECTORS vectors of a panel, to the `rows` and n columns of out that exist. Rows of a
+// The sums over `depth` of HEIGHT rows and the first COUNT vectors of a panel, to the `rows` and n columns of out that exist. Rows of a
 // are a_stride apart, or where it is packed transposed HEIGHT items of them lie together.
-template <bool TRANSPOSED, int64_t VECTORS, class Next>
+template <bool TRANSPOSED, int64_t COUNT, class Next>
 void multiply_group(int64_t depth, const float* a, int64_t a_stride, const float* b, float* out, int64_t stride, int64_t rows, int64_t n,
                     bool add, Next& next, Ahead& ahead) {
 #pragma GCC unroll 12
   for (int64_t r = 0; r < HEIGHT; r++)
     if (r < rows) __builtin_prefetch(out + r * stride, 1);
-  Float sums[HEIGHT][VECTORS] = {};
+  Float sums[HEIGHT][COUNT] = {};
   if constexpr (WIDE) {
     for (int64_t d = 0; d < depth;) {
       next.step();
       ahead.step();
       for (int64_t stop = at_most(d + STEP, depth); d < stop; d++)
-        add_products<VECTORS>(a + d * (TRANSPOSED ? HEIGHT : 1), TRANSPOSED ? 1 : a_stride, b + d * WIDTH, sums);
+        add_products<COUNT>(a + d * (TRANSPOSED ? HEIGHT : 1), TRANSPOSED ? 1 : a_stride, b + d * WIDTH, sums);
     }
   } else {
     next.step();
     ahead.step();
 #pragma GCC unroll 4
     for (int64_t d = 0; d < depth; d++)
-      add_products<VECTORS>(a + d * (TRANSPOSED ? HEIGHT : 1), TRANSPOSED ? 1 : DEPTH, b + d * WIDTH, sums);
+      add_products<COUNT>(a + d * (TRANSPOSED ? HEIGHT : 1), TRANSPOSED ? 1 : DEPTH, b + d * WIDTH, sums);
   }
-  if (rows >= HEIGHT && n >= VECTORS * LANES) {
+  if (rows >= HEIGHT && n >= COUNT * LANES) {
 #pragma GCC unroll 12
     for (int64_t r = 0; r < HEIGHT; r++)
 #pragma GCC unroll 4
-      for (int64_t v = 0; v < VECTORS; v++) {
+      for (int64_t v = 0; v < COUNT; v++) {
         float* to = out + r * stride + v * LANES;
         store(to, add ? load<Float>(to) + sums[r][v] : sums[r][v]);
       }
     return;
   }
-  float all[HEIGHT][VECTORS * LANES];
+  float all[HEIGHT][COUNT * LANES];
 #pragma GCC unroll 12
   for (int64_t r = 0; r < HEIGHT; r++)
 #pragma GCC unroll 4
-    for (int64_t v = 0; v < VECTORS; v++) store(&all[r][v * LANES], sums[r][v]);
+    for (int64_t v = 0; v < COUNT; v++) store(&all[r][v * LANES], sums[r][v]);
   for (int64_t r = 0; r < at_most(rows, HEIGHT); r++)
-    for (int64_t c = 0; c < at_most(n, VECTORS * LANES); c++) out[r * stride + c] = add ? out[r * stride + c] + all[r][c] : all[r][c];
+    for (int64_t c = 0; c < at_most(n, COUNT * LANES); c++) out[r * stride + c] = add ? out[r * stride + c] + all[r][c] : all[r][c];
 }
 
 template <bool TRANSPOSED, class Next>
 void multiply_tile(int64_t depth, const float* a, int64_t a_stride, const float* b, float* out, int64_t stride, int64_t rows, int64_t n,
                    bool add, Next& next, Ahead& ahead) {
-  constexpr int64_t TWO = VECTORS < 2 ? VECTORS : 2, THREE = VECTORS < 3 ? VECTORS : 3;
-  constexpr decltype(&multiply_group<TRANSPOSED, 1, Next>) all = multiply_group<TRANSPOSED, VECTORS, Next>;
-  constexpr decltype(all) of_vectors[] = {multiply_group<TRANSPOSED, 1, Next>, multiply_group<TRANSPOSED, TWO, Next>,
-                                          multiply_group<TRANSPOSED, THREE, Next>, all};
-  for (int64_t c = 0; c < n; c += WIDTH)
+  for (int64_t c = 0; c < n; c += WIDTH) {
+    auto group = multiply_group<TRANSPOSED, VECTORS, Next>;
+    if constexpr (WIDE) {  // of a few columns no more sums than vectors
+      constexpr decltype(group) of_vectors[] = {multiply_group<TRANSPOSED, 1, Next>, multiply_group<TRANSPOSED, 2, Next>,
+                                                multiply_group<TRANSPOSED, 3, Next>};
+      if (n - c <= WIDTH - LANES) group = of_vectors[parts(n - c, LANES) - 1];
+    }
     for (int64_t r = 0; r < rows; r += HEIGHT)
-      (WIDE ? of_vectors[at_most(parts(n - c, LANES), VECTORS) - 1] : all)(
-          depth, a + r * a_stride, a_stride, b + c * DEPTH, out + r * stride + c, stride, rows - r, n - c, add, next, ahead);
+      group(depth, a + r * a_stride, a_stride, b + c * DEPTH, out + r * stride + c, stride, rows - r, n - c, add, next, ahead);
+  }
 }
 
 template <class Next>
@@ -306,15 +308,15 @@ void multiply_parts(const Product& p, int64_t first, int64_t last, int64_t top, 
     }
     for (int64_t i = top, m; i < bottom; i += m) {
       m = at_most(BLOCK_ROWS, bottom - i);
-      if (as_they_are(p.a, m - m % HEIGHT) && m > HEIGHT) m -= m % HEIGHT;
+      if (unpacked(p.a) && m > HEIGHT) m -= m % HEIGHT;  // the last few rows are a block of their own
       const float* rows = a;
       int64_t stride = DEPTH, next_i = i + m;
-      if (as_they_are(p.a, m))
+      if (unpacked(p.a) && m % HEIGHT == 0)
         rows = reinterpret_cast<const float*>(p.a.at(i, k)), stride = p.a.row_stride;
       else
         OF_TYPE(p.a.type, pack_rows, p.a, i, m, k, depth, a);
       Ahead ahead;
-      if (next_i < bottom) ahead = Ahead(p.a, next_i, at_most(BLOCK_ROWS, bottom - next_i), k, depth);
+      if (next_i + HEIGHT <= bottom) ahead = Ahead(p.a, next_i, at_most(BLOCK_ROWS, bottom - next_i), k, depth);
       else if (next_k < p.K) ahead = Ahead(p.a, top, at_most(BLOCK_ROWS, bottom - top), next_k, next_depth);
       for (int64_t r = 0; r < m; r += SWEEP)
         for (int64_t j = begin; j < end; j += COLUMNS)
@@ -367,12 +369,12 @@ Ahead tile_of_out(const Product& p, int64_t i, int64_t m, int64_t j, int64_t n) 
 
 template <bool TRANSPOSED>
 void multiply_blocks(const Product& p, int64_t top, int64_t bottom, const char* packed, char* scratch) {
-  float tile[ROWS * COLUMNS];
+  alignas(64) float tile[ROWS * COLUMNS];
   for (int64_t i = top; i < bottom; i += ROWS) {
     int64_t m = at_most(ROWS, bottom - i), next = i + ROWS;
     const float* a = reinterpret_cast<float*>(scratch);
-    int64_t a_stride = DEPTH, part = ROWS;  // of a: between rows, and for each item of K
-    if (!TRANSPOSED && as_they_are(p.a, m)) {
+    int64_t a_stride = DEPTH, part = ROWS;  // of a, in floats: from row to row, and from an item of K to the next, in whole parts
+    if (!TRANSPOSED && unpacked(p.a) && m % HEIGHT == 0) {
       a = reinterpret_cast<const float*>(p.a.at(i, 0)), a_stride = p.a.row_stride, part = 1;
     } else {
       for (int64_t k = 0; k < p.K; k += DEPTH) {
@@ -391,8 +393,8 @@ void multiply_blocks(const Product& p, int64_t top, int64_t bottom, const char* 
       int64_t n = at_most(COLUMNS, p.N - j), next_j = j + COLUMNS;
       Ahead next_out;
       if (p.out_is_transposed) next_out = tile_of_out(p, i, m, j, n);
-      else if (next_j < p.N) next_out = tile_of_out(p, i, m, next_j, at_most(COLUMNS, p.N - next_j));
-      else if (next < bottom) next_out = tile_of_out(p, next, at_most(ROWS, bottom - next), 0, at_most(COLUMNS, p.N));
+      else if (WIDE && next_j < p.N) next_out = tile_of_out(p, i, m, next_j, at_most(COLUMNS, p.N - next_j));
+      else if (WIDE && next < bottom) next_out = tile_of_out(p, next, at_most(ROWS, bottom - next), 0, at_most(COLUMNS, p.N));
       float* out = p.out_is_transposed ? tile : p.out + i * p.out_stride + j;
       int64_t stride = p.out_is_transposed ? COLUMNS : p.out_stride;
       int64_t wide = p.out_is_transposed ? parts(n, LANES) * LANES : n;  // a tile has room for whole vectors

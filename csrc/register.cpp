@@ -32,7 +32,7 @@ constexpr int64_t GRAIN = 32768;
 // Rows of out are shared out by so many: a multiple of what every product (product_kernels.h) sums in registers together.
 constexpr int64_t GROUP = 6;
 
-// A matrix of so many floats stays in the second-level cache (2 MB) of those CPUs whose products may be turned.
+// So many floats of whole panels stay in the second-level cache while rows pass by (2 MB, on the CPU that was measured).
 constexpr int64_t TURNED_ITEMS = 3 << 17;
 
 // The levels that this CPU can run, and the one that is taken: "avx512" widens bfloat16 to float32, "avx512_bf16" multiplies it in pairs,
@@ -251,7 +251,8 @@ const ProductKernels& products(Type a, Type b) {
 }
 
 // The types of items whose products are to be made by `mm`: 16-bit ones, as torch has none that keep their float32 sums, and float32 where
-// that was measured to be faster than torch's: with AVX2 on AMD's CPUs, for which MKL takes slower code, and with AVX-512 on Intel's.
+// that was measured to be faster than torch's (on one CPU of each kind, for the few hundred rows of a chunk): with AVX2 on AMD's, for which
+// MKL takes slower code, and with AVX-512 on Intel's.
 std::string multiplied() {
   std::string level = capability();
   if (level == "default") return "";
@@ -276,8 +277,8 @@ void mm(const Tensor& a, const Tensor& b, const Tensor& out, bool add) {
   }
   const ProductKernels& run = products(p.a.type, p.b.type);
   // Where the rows of both lie along K and a has the fewer, a's are packed, if they fit into the cache and at most a sixteenth is padding.
-  int64_t padded = run.turned_width ? parts(M, run.turned_width) * run.turned_width : 0;
-  if (padded && !p.a_is_transposed() && p.b.column_stride != 1 && M <= N && padded * 16 <= M * 17 && padded * K <= TURNED_ITEMS) {
+  int64_t padded = run.turned_width ? parts(M, run.turned_width) * run.turned_width : 0, panels = parts(M, run.columns) * run.columns * K;
+  if (padded && !p.a_is_transposed() && p.b.column_stride != 1 && M <= N && padded * 16 <= M * 17 && panels <= TURNED_ITEMS) {
     p = p.turned();
     std::swap(M, N);
   }
@@ -285,7 +286,8 @@ void mm(const Tensor& a, const Tensor& b, const Tensor& out, bool add) {
   if (p.a_is_transposed() || p.out_is_transposed) {
     Scratch packed(columns * depths * run.tile_bytes);
     torch::stable::parallel_for(0, columns, 1, [&](int64_t first, int64_t last) { run.pack_columns(p, first, last, packed.data); });
-    int64_t height = parts(parts(M, threads), GROUP) * GROUP;
+    int64_t group = p.out_is_transposed ? 8 * GROUP : GROUP;  // whole cache lines of out
+    int64_t height = parts(parts(M, threads), group) * group;
     torch::stable::parallel_for(0, parts(M, height), 1, [&](int64_t first, int64_t last) {
       Scratch scratch(depths * run.rows * run.row_bytes);
       run.multiply_rows(p, first * height, std::min(last * height, M), packed.data, scratch.data);
