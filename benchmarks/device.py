@@ -28,7 +28,7 @@ from benchmarks import roofline
 from benchmarks.measure import GPU_TESTS, ROOT, compare, default_path, environment, reason, save, table
 from benchmarks.registry import HEADS, MODES, OP_STEPS, PROVIDERS, Size
 
-# (head, mode of the step): limit of our time over the products, from docs/design.md
+# (head, mode of the step): limit of our time over the products, on an H200, from docs/design.md
 GOALS = {("Llama-3-8B", mode.name): limit for mode, limit in zip(MODES, (1.13, 1.15, 1.12, 1.13))}
 
 # (head, N) in the order of what matters most, for as long as there is time; log-probs alone at one of them
@@ -202,7 +202,13 @@ def main(argv: list[str] | None = None) -> int:
                 first = (head, n) in (ORDER[0], ("smoke", 96)) and not step.frozen
                 able = [p for p in PROVIDERS if p.function(step)]
                 providers = [p for p in able if first or p.name not in COMPILED_ANEW]
-                result = compare(size, step, providers, args.rounds, device, dtype, check=n <= 8192)  # the truth is time that is not there
+                try:  # of many tokens the truth is time that is not there
+                    result = compare(size, step, providers, args.rounds, device, dtype, check=n <= 8192)
+                except Exception as error:  # which may stay with this process; the sanitizer's may name the cause
+                    report.setdefault("failed", []).append(f"{head}, N={n}, {step.name}: {reason(error)}")
+                    clock.say(f"given up: {report['failed'][-1]}")
+                    keep()
+                    continue
                 what = "compiled anew for every shape: " + (
                     "not measured" if step.op else "at the first head, length and kinds of step only"
                 )
@@ -215,20 +221,22 @@ def main(argv: list[str] | None = None) -> int:
                     torch.cuda.empty_cache()
     if "sanitizer" in parts and device == "cuda" and clock.has(60):
         clock.say("compute-sanitizer")
-        report["sanitizer"] = sanitizer(min(140.0, clock.left))
+        report["sanitizer"] = sanitizer(min(140.0, clock.left - 25))
         print(report["sanitizer"].get("reason") or ("clean" if report["sanitizer"]["clean"] else "\n".join(report["sanitizer"]["tail"])))
-    if "bandwidth" in parts and device == "cuda" and clock.has(60):
+        keep()
+    if "bandwidth" in parts and device == "cuda" and clock.has(20):
         clock.say("Nsight Compute")
         report["nsight"] = nsight(min(90.0, clock.left))
         print(*report["nsight"].get("csv", [])[:30], report["nsight"].get("reason", ""), sep="\n")
     report["seconds"] = clock.seconds
     keep()
     red = "tests" in report and not report["tests"]["passed"]
-    print("the tests failed: no figure of this run is a result" if red else table(report["steps"] + report["ops"], GOALS))
-    print(*report.get("left_out", []), sep="\n")
+    goals = GOALS if "H200" in report["device"].get("name", "") else None
+    print("the tests failed: no figure of this run is a result" if red else table(report["steps"] + report["ops"], goals))
+    print(*report.get("left_out", []), *report.get("failed", []), sep="\n")
     if output is not None:
         print(f"written to {output}")
-    return 1 if red else 0
+    return 1 if red or report.get("failed") else 0
 
 
 if __name__ == "__main__":

@@ -56,9 +56,12 @@ def reports_of(kind: str) -> list[dict]:
     return sorted(found, key=lambda report: (report["file"][-15:], report["date"]))
 
 
-def newest(kind: str) -> dict | None:
-    """The newest results/<kind>-*.json that has steps."""
-    return next((report for report in reversed(reports_of(kind)) if report.get("steps")), None)
+def newest_of_each_gpu() -> list[tuple[dict, dict | None]]:
+    """For each GPU the newest device-*.json that has steps, and the newest without-logits-*.json if it is newer; the newest GPU first."""
+    first, again = ({r["device"]["name"]: r for r in reports_of(kind) if r.get("steps")} for kind in ("device", "without-logits"))
+    order = sorted(first.items(), key=lambda item: item[1]["date"], reverse=True)
+    found = [(report, again.get(name)) for name, report in order]
+    return [(report, later if later and later["date"] > report["date"] else None) for report, later in found]
 
 
 def newest_of_each_cpu(kind: str) -> list[dict]:
@@ -186,7 +189,7 @@ def losing_rows(reports: list[dict]) -> list[str]:
                 reason = ON_GPU if "sms" in report.get("device", {}) and name.startswith(WHOLE) else why(name, result)
                 close = ", ranges overlap" if result["rows"][name]["p80"] > result["rows"][ours_of(result)]["p20"] else ""
                 much = "not all GPU tests passed, see there" if red(report) else f"{factor:.2f} times as fast{close}"
-                row = f"  - {result['dtype']}{_on_cpu(report)}, {where}, {size_text(result['size'])}: {much}"
+                row = f"  - {result['dtype']}{_on(report)}, {where}, {size_text(result['size'])}: {much}"
                 found.setdefault((name, reason), []).append(row)
     return [line for (name, reason), rows in found.items() for line in (f"- **{name}**: {reason}.", *rows)] or ["None."]
 
@@ -201,7 +204,7 @@ def rows_with_more_memory(reports: list[dict]) -> list[str]:
             least, ours = min(peers, key=lambda n: rows[n]["extra_bytes"], default=None), rows.get(ours_of(result))
             if least and ours and rows[least]["extra_bytes"] + MIB < ours["extra_bytes"]:
                 mib, times = (f"{x['extra_bytes'] / MIB:,.0f} MiB" for x in (rows[least], ours)), rows[least]["seconds"] / ours["seconds"]
-                row = f"{result['dtype']}{_on_cpu(report)}, {result['step']}, {size_text(result['size'])}"
+                row = f"{result['dtype']}{_on(report)}, {result['step']}, {size_text(result['size'])}"
                 lines.append(f"- {row}: {least} {' instead of '.join(mib)}, in {times:.2g} times as long")
     return lines or ["None."]
 
@@ -216,9 +219,9 @@ def _cpu(report: dict) -> str:
     return f"{name.replace('(R)', '').replace(' Processor', '')}, {vectors.replace('AVX512', 'AVX-512')}"
 
 
-def _on_cpu(report: dict) -> str:
-    """Which CPU, among rows of several; nothing of a GPU."""
-    return "" if "sms" in report["device"] else f", {_cpu(report)}"
+def _on(report: dict) -> str:
+    """Which machine, among rows of several."""
+    return f", {report['device']['name'] if 'sms' in report['device'] else _cpu(report)}"
 
 
 def machine(report: dict) -> str:
@@ -290,7 +293,7 @@ def _longest(row: dict) -> str:
     return f"more than {row['points'][-1][0]:,}" if row["longest"] is None else f"{row['longest']:,}"
 
 
-def page(cpu: list[dict], end_to_end: list[dict], gpu: dict | None, later: dict | None) -> str:
+def page(cpu: list[dict], end_to_end: list[dict], gpus: list[tuple[dict, dict | None]]) -> str:
     """RESULTS.md. later: steps that were measured on the same GPU after `gpu`, see `main`."""
     lines = [
         "# Results", "",
@@ -323,17 +326,17 @@ def page(cpu: list[dict], end_to_end: list[dict], gpu: dict | None, later: dict 
             lines += [report["parts_of"]["scaling"], ""] if "scaling" in report["parts_of"] else []
             lines += scaling_table(report["scaling"])
     lines += ["## Where somebody else is faster", "", "Rows above in which a provider that computes the same task beats one pass:", ""]
-    every = [*cpu, *([gpu] if gpu else []), *([later] if later else [])]
+    every = [*cpu, *(report for both in gpus for report in both if report)]
     lines += [*losing_rows(every), ""]
     lines += ["## Where somebody else takes less memory", "", "The smallest of the same task, where that is not one pass:", ""]
     lines += [*rows_with_more_memory(every), ""]
     for report in end_to_end:
         lines += [f"## Whole training steps and scoring, float32, {_cpu(report)}", "", machine(report), "", *end_to_end_tables(report)]
-    lines += ["## GPU", ""]
-    if gpu is None:
-        lines += ["Not yet measured. `python -m benchmarks.device` measures it.", ""]
-    else:
-        lines += [machine(gpu), "", f"- Tests marked gpu: {gpu.get('tests', {}).get('summary', 'not run')}."]
+    if not gpus:
+        lines += ["## GPU", "", "Not yet measured. `python -m benchmarks.device` measures it.", ""]
+    for gpu, later in gpus:
+        lines += [f"## GPU, {gpu['device']['name']}", "", machine(gpu), ""]
+        lines += [f"- Tests marked gpu: {gpu.get('tests', {}).get('summary', 'not run')}."]
         lines += [f"- {remark}" for remark in gpu.get("remarks", [])]
         if gpu.get("sanitizer", {}).get("ran"):
             lines += [f"- compute-sanitizer (memcheck) over small cases: {'clean' if gpu['sanitizer']['clean'] else 'NOT clean'}."]
@@ -341,11 +344,14 @@ def page(cpu: list[dict], end_to_end: list[dict], gpu: dict | None, later: dict 
         if "ceilings" in gpu.get("roofline", {}):
             lines += ["### Ceilings, and the products and folds of 2048 rows of 128256", "", *roofline_table(gpu["roofline"])]
         lines += gpu_steps(gpu)
+        if gpu.get("failed"):
+            lines += ["Given up: " + "; ".join(gpu["failed"]) + ".", ""]
         if gpu.get("left_out"):
             lines += ["No time was left for: " + "; ".join(text.removesuffix(": no time left") for text in gpu["left_out"]) + ".", ""]
-    if later is not None:
-        lines += [f"## GPU, revision {later['revision']}", "", machine(later), "", f"- Tests marked gpu: {later['tests']['summary']}."]
-        lines += [*(f"- {remark}" for remark in later["remarks"]), "", *gpu_steps(later)]
+        if later is not None:
+            lines += [f"## GPU, {gpu['device']['name']}, revision {later['revision']}", "", machine(later), ""]
+            lines += [f"- Tests marked gpu: {later['tests']['summary']}.", *(f"- {remark}" for remark in later["remarks"]), ""]
+            lines += gpu_steps(later)
     return "\n".join(lines)
 
 
@@ -401,7 +407,7 @@ def _gpu_row(name: str, cells: list[str], bold: str) -> str:
     return f"| {name} | " + " | ".join(bold + cell + bold if cell else "" for cell in cells) + " |"
 
 
-def figures(reports: list[dict], end_to_end: list[dict], gpu: dict | None, later: dict | None) -> str:
+def figures(reports: list[dict], end_to_end: list[dict], gpus: list[tuple[dict, dict | None]]) -> str:
     """The README's block: time and memory of both kinds of step from the files of the default size, a GPU's, whole training steps."""
     steps = [(report, step) for report in reports for step in report.get("steps", []) if step["step"] in ("no KL", "KL, online reference")]
     names = (OURS, "plain torch", "plain torch, float32 logits", "torch.compile", "TRL chunked")
@@ -426,7 +432,7 @@ def figures(reports: list[dict], end_to_end: list[dict], gpu: dict | None, later
         ]
     measured = {report["dtype"]: report for report in reversed(reports) if report.get("ops")}  # of the newest file
     lines += [text for report in reversed(measured.values()) for text in ("", log_probs(report))]
-    lines += gpu_figures(gpu, later) if gpu else ["", "On a GPU: not yet measured."]
+    lines += [line for both in gpus for line in gpu_figures(*both)] or ["", "On a GPU: not yet measured."]
     told = []
     for report in end_to_end:
         rows = report["steps"][0]["rows"]
@@ -501,10 +507,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"no cpu-float32-*.json of the default size in {RESULTS}; run python -m benchmarks.run", file=sys.stderr)
         return 2
     end_to_end = newest_of_each_cpu("end-to-end")
-    gpu, later = newest("device"), newest("without-logits")
-    later = later if gpu and later and later["date"] > gpu["date"] else None
-    text = page(cpu, end_to_end, gpu, later)
-    readme = with_figures(README.read_text(), figures([report for report in cpu if of_default_size(report)], end_to_end, gpu, later))
+    gpus = newest_of_each_gpu()
+    text = page(cpu, end_to_end, gpus)
+    readme = with_figures(README.read_text(), figures([report for report in cpu if of_default_size(report)], end_to_end, gpus))
     if args.check:
         stale = [path.name for path, new in ((PAGE, text), (README, readme)) if not path.exists() or path.read_text() != new]
         stale += stale_plots(pictured(cpu))

@@ -19,6 +19,8 @@
 #include <optional>
 #include <string>
 
+#include <unistd.h>
+
 namespace {
 
 using namespace tisdpo;
@@ -250,15 +252,24 @@ const ProductKernels& products(Type a, Type b) {
   return default_products;
 }
 
+// Bytes of each core's second-level cache, 0 where the system does not say.
+inline int64_t second_level_cache() {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  return sysconf(_SC_LEVEL2_CACHE_SIZE);
+#else
+  return 0;
+#endif
+}
+
 // The types of items whose products are to be made by `mm`: 16-bit ones, as torch has none that keep their float32 sums, and float32 where
 // that was measured to be faster than torch's (on one CPU of each kind, for the few hundred rows of a chunk): with AVX2 on AMD's, for which
-// MKL takes slower code, and with AVX-512 on Intel's.
+// MKL takes slower code, and with AVX-512 on Intel's whose second-level cache is as large as what is packed and stored there.
 std::string multiplied() {
   std::string level = capability();
   if (level == "default") return "";
   std::string types = "bfloat16 float16";
 #ifdef __x86_64__
-  if (level == "avx2" ? __builtin_cpu_is("amd") : __builtin_cpu_is("intel")) types += " float32";
+  if (level == "avx2" ? __builtin_cpu_is("amd") : __builtin_cpu_is("intel") && second_level_cache() >= 2 << 20) types += " float32";
 #endif
   return types;
 }

@@ -9,9 +9,10 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from benchmarks import baselines, end_to_end, measure, pictures, plot, roofline, run, studies
+from benchmarks import baselines, device, end_to_end, measure, pictures, plot, roofline, run, studies
 from benchmarks.registry import (
     ALL_MODES,
+    MODES,
     OP_STEPS,
     OUR_OPS,
     OURS,
@@ -205,6 +206,37 @@ def test_the_readme_shows_a_later_run_of_a_gpu_as_one():
     assert "At revision aaa not every" in "\n".join(plot.gpu_figures({k: v for k, v in report.items() if k != "tests"}, later))
 
 
+def test_a_gpu_does_not_replace_another(tmp_path, monkeypatch):
+    monkeypatch.setattr(plot, "RESULTS", tmp_path)
+    assert plot.newest_of_each_gpu() == []
+    for file, name, date in (
+        ("device-a-2026-01-01", "A", "2026-01-01T10"), ("device-a-2026-01-03", "A", "2026-01-03T10"),
+        ("device-b-2026-01-04", "B", "2026-01-04T10"), ("device-c-2026-01-06", "C", "2026-01-06T10"),
+        ("without-logits-a-2026-01-05", "A", "2026-01-05T10"), ("without-logits-b-2026-01-02", "B", "2026-01-02T10"),
+    ):  # fmt: skip
+        report = {"device": {"name": name, "sms": 9}, "date": date, "steps": [] if name == "C" else ["a step"]}
+        (tmp_path / f"{file}.json").write_text(json.dumps(report))
+    found = [(gpu["file"], later and later["file"]) for gpu, later in plot.newest_of_each_gpu()]
+    assert found == [("device-b-2026-01-04.json", None), ("device-a-2026-01-03.json", "without-logits-a-2026-01-05.json")]
+
+
+def test_a_step_that_raises_does_not_end_the_run_of_a_gpu(tmp_path, monkeypatch, capsys):
+    own = device.compare
+
+    def compare(size, step, *rest, **options):
+        if step == MODES[1]:
+            raise RuntimeError("an illegal memory access was encountered")
+        return own(size, step, *rest, **options)
+
+    monkeypatch.setattr(device, "compare", compare)
+    output = tmp_path / "out.json"
+    assert device.main(["--smoke", "--only", "steps", "--rounds", "1", "--output", str(output)]) == 1
+    report = json.loads(output.read_text())
+    assert report["failed"] == [f"smoke, N=96, {MODES[1].name}: RuntimeError: an illegal memory access was encountered"]
+    assert report["failed"][0] in capsys.readouterr().out and len(report["steps"]) == len(MODES) - 1 and report["ops"]
+    assert not list(tmp_path.glob("*.part"))
+
+
 def test_the_sentence_on_log_probs_needs_no_peer():
     row = {"seconds": 0.02, "extra_bytes": 3 << 20}
     rows = {OUR_OPS: row, "F.cross_entropy": row | {"seconds": 0.05}}
@@ -255,7 +287,7 @@ def test_losing_rows_are_named():
     }
     reasons = [line for line in plot.losing_rows([cpu | {"ops": [result | alone]}]) if line.startswith("- ")]
     assert "- **plain torch**: it keeps all logits for the backward" in reasons[1] and reasons[0] == "- **TRL chunked**: not explained yet."
-    gpu = plot.losing_rows([{"device": {"sms": 9}, "tests": {"passed": False}, "steps": [result]}])
+    gpu = plot.losing_rows([{"device": {"name": "H100", "sms": 9}, "tests": {"passed": False}, "steps": [result]}])
     assert gpu[1].endswith("not all GPU tests passed, see there")
     result["rows"]["fast"] = result["rows"].pop("plain torch")
     assert plot.losing_rows([cpu | {"steps": [result]}])[0] == "- **fast**: not explained yet."

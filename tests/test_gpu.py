@@ -22,6 +22,13 @@ CHUNKED = [  # tokens, vocabulary, masked, FEW_ITEMS
 REAL = Size(tokens=600, hidden=1024, vocabulary=128256, pairs=4)
 
 
+@pytest.fixture(autouse=True)
+def memory_for_others():
+    """Several processes share the GPU."""
+    yield
+    torch.cuda.empty_cache()
+
+
 def error(results, truth):
     return [0.0 if x is None else relative_error(x, y) for x, y in zip(results, truth)]
 
@@ -81,7 +88,8 @@ def test_a_product_with_long_sums_is_rounded_once():
 def test_a_product_of_many_tiles_is_rounded_once():
     """Just above FEW_ITEMS, where the library rounds."""
     g = torch.Generator("cuda").manual_seed(0)
-    d, hidden = (torch.randn(66_000, n, device="cuda", generator=g).bfloat16() for n in (products.FEW_ITEMS // 256, 256))
+    widths = products.FEW_ITEMS // 256, 256
+    d, hidden = (torch.randn(66_000, n, device="cuda", dtype=torch.bfloat16, generator=g) for n in widths)
     found = products.grad_weight(d, hidden)
     truth = torch.cat([part.double().T @ hidden.double() for part in d.split(8192, 1)])
     assert relative_error(found, truth) <= 1.1 * relative_error(truth.bfloat16(), truth)
