@@ -93,6 +93,7 @@ def newest_of_each_size() -> list[dict]:
             for part in parts:
                 if len(report.get(part, ())) < len(before.get(part, ())):
                     report[part], report["parts_of"][part] = before[part], before["parts_of"].get(part, machine(before))
+                    report["where_" + part] = before.get("where_" + part) or _where(before)
             found[key] = report
             continue
         before["newest"] = report["date"]

@@ -386,7 +386,7 @@ def test_a_part_that_the_newest_file_lacks_is_that_of_the_file_before(curves, tm
     (report,) = plot.newest_of_each_size()
     assert report["file"] == "cpu-float32-a-2026-11-26.json" and report["revision"] == "a later one"
     assert report["scaling"] == old["scaling"] and list(report["parts_of"]) == ["scaling"]
-    assert "cpu-float32-a-2026-11-25.json" in plot.page([report], [], None, None).split("### Scaling")[1]
+    assert "cpu-float32-a-2026-11-25.json" in plot.page([report], [], []).split("### Scaling")[1]
 
 
 def test_every_kind_of_cpu_has_its_table_and_parts_without_steps_too(tmp_path, monkeypatch):
@@ -400,7 +400,7 @@ def test_every_kind_of_cpu_has_its_table_and_parts_without_steps_too(tmp_path, m
     first, second = plot.newest_of_each_size()
     assert first["file"].startswith("cpu-float32-ops-b") and second["file"] == "cpu-float32-a-2026-11-25.json"
     assert set(plot.pictured([first, second])) == {(part, "float32") for part in pictures.PLOTTED}
-    text, block = plot.page([first, second], [], None, None), plot.figures([first, second], [], None, None)
+    text, block = plot.page([first, second], [], []), plot.figures([first, second], [], [])
     assert "## Log-probs alone on a CPU, float32, Another, AVX-512" in text
     assert "## The loss step on a CPU, float32, AMD EPYC, AVX-512" in text
     assert block.count("float32, AMD EPYC, AVX-512]") == 2 and "cpu-float32-ops-b-2026-11-28.json), 2 cores of an Another" in block
@@ -408,6 +408,7 @@ def test_every_kind_of_cpu_has_its_table_and_parts_without_steps_too(tmp_path, m
     (tmp_path / "cpu-float32-a-2026-11-26.json").write_text(json.dumps(files["cpu-float32-a-2026-11-26.json"]))
     first, second = plot.newest_of_each_size()
     assert first["revision"] == "another" and first["ops"] and "ops-b" in first["parts_of"]["ops"]
+    assert "cpu-float32-ops-b-2026-11-28.json), 2 cores of an Another" in plot.figures([first, second], [], [])
 
 
 def test_who_takes_less_memory_is_named():
