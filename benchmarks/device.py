@@ -204,7 +204,7 @@ def main(argv: list[str] | None = None) -> int:
                 providers = [p for p in able if first or p.name not in COMPILED_ANEW]
                 try:  # of many tokens the truth is time that is not there
                     result = compare(size, step, providers, args.rounds, device, dtype, check=n <= 8192)
-                except Exception as error:  # which may stay with this process; the sanitizer's may name the cause
+                except Exception as error:  # of any kind: other steps are results, and the sanitizer, a new process, may name the cause
                     report.setdefault("failed", []).append(f"{head}, N={n}, {step.name}: {reason(error)}")
                     clock.say(f"given up: {report['failed'][-1]}")
                     keep()

@@ -307,14 +307,14 @@ void mm(const Tensor& a, const Tensor& b, const Tensor& out, bool add) {
   }
   // Groups of up to 8 column tiles, so that out is in the cache while the contraction goes on; as many for one thread as for another, and
   // where they are too few, of rows too.
-  int64_t wanted = std::min(columns, parts(parts(columns, 8), threads) * threads), together = parts(columns, wanted);
-  int64_t groups = parts(columns, together), shares = std::clamp<int64_t>(threads / groups, 1, parts(M, GROUP));
+  int64_t wanted = std::min(columns, parts(parts(columns, 8), threads) * threads), width = parts(columns, wanted);
+  int64_t groups = parts(columns, width), shares = std::clamp<int64_t>(threads / groups, 1, parts(M, GROUP));
   int64_t height = parts(parts(M, shares), GROUP) * GROUP;
   torch::stable::parallel_for(0, groups * shares, 1, [&](int64_t first, int64_t last) {
-    Scratch scratch(2 * together * run.tile_bytes + run.block_rows * run.row_bytes);
+    Scratch scratch(2 * width * run.tile_bytes + run.block_rows * run.row_bytes);
     for (int64_t i = first; i < last; i++) {
-      int64_t group = i / shares * together, top = i % shares * height;
-      if (top < M) run.multiply_columns(p, group, std::min(group + together, columns), top, std::min(top + height, M), scratch.data);
+      int64_t group = i / shares * width, top = i % shares * height;
+      if (top < M) run.multiply_columns(p, group, std::min(group + width, columns), top, std::min(top + height, M), scratch.data);
     }
   });
 }
