@@ -209,26 +209,27 @@ void statistics(const Fold& f, const Statistics& out, int64_t begin_row, int64_t
   }
 }
 
-void gradient(const Fold& f, const Statistics& stats, const Upstream& upstream, const Rows& out, int64_t begin_row, int64_t end_row) {
+void gradient(const Fold& f, const Statistics& stats, const Upstream& upstream, const Rows& out, int64_t first, int64_t last,
+              int64_t begin_row, int64_t end_row) {
   alignas(64) float z_buffer[BLOCK], q_buffer[BLOCK], d_buffer[BLOCK];
   float slope = f.outer * f.inner;  // dz/d raw, of a soft cap where it is steepest
   for (int64_t row = begin_row; row < end_row; row++) {
     int64_t target = f.target[row], item = bytes(out.type);
     char* out_row = out.row(row);
     if (target < 0) {
-      __builtin_memset(out_row, 0, f.vocabulary * item);
+      __builtin_memset(out_row, 0, (last - first) * item);
       continue;
     }
     float lse = stats.lse[row], ref_lse = f.kl == KL::none ? 0 : stats.ref_lse[row];
     float g = (upstream.g_logp ? upstream.g_logp[row] : 1) * slope, g_kl = f.kl == KL::none ? 0 : upstream.g_kl[row] * slope;
     float factor = f.kl == KL::reverse ? -g - g_kl * (lse - ref_lse + stats.kl[row]) : g_kl - g;
-    for (int64_t begin = 0; begin < f.vocabulary; begin += BLOCK) {
-      int64_t n = f.vocabulary - begin < BLOCK ? f.vocabulary - begin : BLOCK;
+    for (int64_t begin = first; begin < last; begin += BLOCK) {
+      int64_t n = last - begin < BLOCK ? last - begin : BLOCK;
       const float* z = logits(f, f.policy, row, begin, n, z_buffer);
       const float* q = f.kl == KL::none ? nullptr : logits(f, f.reference, row, begin, n, q_buffer);
       // D may lie over z: a vector is read before it is written, and items of D are no wider than those of z
       bool direct = out.type == Type::float32 && n % LANES == 0;
-      float* d = direct ? reinterpret_cast<float*>(out_row) + begin : d_buffer;
+      float* d = direct ? reinterpret_cast<float*>(out_row) + begin - first : d_buffer;
       bool here = begin <= target && target < begin + n;
       if (f.kl == KL::none) {
         for (int64_t i = 0; i < n; i += LANES) store(d + i, exp(load<Float>(z + i) - lse) * factor);
@@ -250,7 +251,7 @@ void gradient(const Fold& f, const Statistics& stats, const Upstream& upstream, 
         }
       }
       if (!direct) {
-        char* to = out_row + begin * item;
+        char* to = out_row + (begin - first) * item;
         if (out.type == Type::float32) narrow(d, n, Type::float32, to);
         else if (out.type == Type::bfloat16) narrow(d, n, Type::bfloat16, to);
         else narrow(d, n, Type::float16, to);

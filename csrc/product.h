@@ -26,6 +26,13 @@ struct Product {
 
   INLINE bool a_is_transposed() const { return a.column_stride != 1; }
 
+  // Its part k..k+depth of the contraction, added to those before it.
+  INLINE Product part(int64_t k, int64_t depth) const {
+    Product p = *this;
+    p.a.data = a.at(0, k), p.b.data = b.at(k, 0), p.K = depth, p.add = add || k > 0;
+    return p;
+  }
+
   // The same as out^T = b^T @ a^T, where the rows of a and the columns of b lie along K.
   INLINE Product turned() const {
     return {{b.data, b.type, b.column_stride, 1}, {a.data, a.type, 1, a.row_stride}, N, M, K, out, out_stride, add, true};

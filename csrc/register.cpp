@@ -153,23 +153,26 @@ void statistics(const Tensor& z, const Tensor& target, const OptionalTensor& ref
   over_rows(rows, f.vocabulary, [&](int64_t begin, int64_t end) { run.statistics(f, columns, begin, end); });
 }
 
-// `out` may lie over z: in the same place, as items that are no wider.
+// Of the columns from `first` on, as many as `out` has. It may lie over z: in the same place, as items that are no wider.
 void gradient(const Tensor& z, const Tensor& target, const OptionalTensor& ref_z, const OptionalTensor& bias,
               const OptionalTensor& ref_bias, const std::string& kl, double inner, double outer, bool softcap, const Tensor& lse,
               const OptionalTensor& ref_lse, const OptionalTensor& divergence, const OptionalTensor& g_logp, const OptionalTensor& g_kl,
-              const Tensor& out) {
+              int64_t first, const Tensor& out) {
   Fold f = fold_of(z, target, ref_z, bias, ref_bias, kl, inner, outer, softcap);
   int64_t rows = target.numel();
   STD_TORCH_CHECK(kl.empty() || (ref_lse && divergence && g_kl), "ref_lse, divergence and g_kl must be given with kl=", kl, ", got ",
                   ref_lse.has_value(), ", ", divergence.has_value(), ", ", g_kl.has_value());
   Statistics stats{floats(lse, "lse", rows), nullptr, floats(ref_lse, "ref_lse", rows), nullptr, floats(divergence, "divergence", rows)};
   Upstream upstream{floats(g_logp, "g_logp", rows), floats(g_kl, "g_kl", rows)};
-  Rows d = rows_of(out, "out", rows, f.vocabulary);
+  int64_t width = out.dim() ? out.size(out.dim() - 1) : 0;
+  STD_TORCH_CHECK(first >= 0 && width <= f.vocabulary - first, "first must leave out's ", width, " columns within the vocabulary size ",
+                  f.vocabulary, ", got ", first);
+  Rows d = rows_of(out, "out", rows, width);
   int64_t item = bytes(f.policy.rows.type);
   STD_TORCH_CHECK(rows == 0 || d.data != f.policy.rows.data || bytes(d.type) <= item, "out over z must have items of at most ", item,
                   " bytes, got ", bytes(d.type));
   const Kernels& run = kernels();
-  over_rows(rows, f.vocabulary, [&](int64_t begin, int64_t end) { run.gradient(f, stats, upstream, d, begin, end); });
+  over_rows(rows, f.vocabulary, [&](int64_t begin, int64_t end) { run.gradient(f, stats, upstream, d, first, first + width, begin, end); });
 }
 
 // The boundaries of sequences, which must stay within the tokens.
@@ -274,6 +277,19 @@ std::string multiplied() {
   return types;
 }
 
+// A product by shares of rows, for which all of b is packed.
+void multiply_by_rows(const ProductKernels& run, const Product& p) {
+  int64_t threads = torch::stable::get_num_threads(), columns = parts(p.N, run.columns), depths = parts(p.K, run.depth);
+  Scratch packed(columns * depths * run.tile_bytes);
+  torch::stable::parallel_for(0, columns, 1, [&](int64_t first, int64_t last) { run.pack_columns(p, first, last, packed.data); });
+  int64_t group = p.out_is_transposed ? 8 * GROUP : GROUP;  // whole cache lines of out
+  int64_t height = parts(parts(p.M, threads), group) * group;
+  torch::stable::parallel_for(0, parts(p.M, height), 1, [&](int64_t first, int64_t last) {
+    Scratch scratch(depths * run.rows * run.row_bytes);
+    run.multiply_rows(p, first * height, std::min(last * height, p.M), packed.data, scratch.data);
+  });
+}
+
 // out [M, N] = a [M, K] @ b [K, N], or out += it, with float32 sums.
 void mm(const Tensor& a, const Tensor& b, const Tensor& out, bool add) {
   STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2, "a and b must be matrices, got shapes ", shape(a), " and ", shape(b));
@@ -293,18 +309,17 @@ void mm(const Tensor& a, const Tensor& b, const Tensor& out, bool add) {
     p = p.turned();
     std::swap(M, N);
   }
-  int64_t threads = torch::stable::get_num_threads(), columns = parts(N, run.columns), depths = parts(K, run.depth);
-  if (p.a_is_transposed() || p.out_is_transposed) {
-    Scratch packed(columns * depths * run.tile_bytes);
-    torch::stable::parallel_for(0, columns, 1, [&](int64_t first, int64_t last) { run.pack_columns(p, first, last, packed.data); });
-    int64_t group = p.out_is_transposed ? 8 * GROUP : GROUP;  // whole cache lines of out
-    int64_t height = parts(parts(M, threads), group) * group;
-    torch::stable::parallel_for(0, parts(M, height), 1, [&](int64_t first, int64_t last) {
-      Scratch scratch(depths * run.rows * run.row_bytes);
-      run.multiply_rows(p, first * height, std::min(last * height, M), packed.data, scratch.data);
-    });
+  if (p.out_is_transposed) return multiply_by_rows(run, p);
+  if (p.a_is_transposed()) {
+    // With sixteen lanes a part of the contraction at a time, so that what is packed of b stays in the second-level cache: that saves more
+    // than it costs to read out again (a short rest goes with the part before it). With eight it makes no difference.
+    for (int64_t k = 0, size; k < K; k += size) {
+      size = !run.turned_width || 2 * (K - k) < 3 * run.depth ? K - k : run.depth;
+      multiply_by_rows(run, p.part(k, size));
+    }
     return;
   }
+  int64_t threads = torch::stable::get_num_threads(), columns = parts(N, run.columns);
   // Groups of up to 8 column tiles, so that out is in the cache while the contraction goes on; as many for one thread as for another, and
   // where they are too few, of rows too.
   int64_t wanted = std::min(columns, parts(parts(columns, 8), threads) * threads), width = parts(columns, wanted);
@@ -327,7 +342,7 @@ STABLE_TORCH_LIBRARY(tisdpo_cpp, m) {
       "Tensor(a!) out) -> ()");
   m.def(
       "gradient(Tensor z, Tensor target, Tensor? ref_z, Tensor? bias, Tensor? ref_bias, str kl, float inner, float outer, bool softcap, "
-      "Tensor lse, Tensor? ref_lse, Tensor? divergence, Tensor? g_logp, Tensor? g_kl, Tensor(a!) out) -> ()");
+      "Tensor lse, Tensor? ref_lse, Tensor? divergence, Tensor? g_logp, Tensor? g_kl, int first, Tensor(a!) out) -> ()");
   m.def(
       "sequence_sums(Tensor logps, Tensor ref_logps, Tensor? kl, Tensor cu_seqlens, Tensor? token_weights, Tensor? pos_logps, "
       "Tensor? neg_logps, float k, float mu_chosen, float mu_rejected, float lower, float upper, Tensor(a!) sums, Tensor(b!) used) -> ()");

@@ -111,6 +111,11 @@ def test_folds_equal_the_formulas(name, case):
         assert d is out
         assert_as_accurate(d, wide, true, largest, "gradient")
         assert (d.reshape(-1, V)[target < 0] == 0).all()
+        for columns in ((0, (V + 1) // 2), (V // 2, V)):
+            for by, x, y in ((cpp_fold, z, q), (torch_fold, z.float(), q.float())):
+                part = torch.full((*z.shape[:-1], columns[1] - columns[0]), math.nan)
+                gradient(x, target, y, stats, g, g_kl, *biases, kl, transform, by=by, out=part, columns=columns)
+                assert_as_accurate(part, wide[..., slice(*columns)], true[..., slice(*columns)], largest, f"{columns} by {by.__name__}")
         over = z.clone()  # in place, in a 16-bit type a rounding of the same
         assert gradient(over, target, q, stats, g, g_kl, *biases, kl, transform) is over
         assert torch.equal(over, d.to(z.dtype))
@@ -261,6 +266,9 @@ def test_arguments_are_checked_by_name():
     }.items():
         with pytest.raises(RuntimeError, match=message):
             run(**arguments)
+    options = (None, None, None, "", 1.0, 1.0, False, torch.ones(2), None, None, None, None)
+    with pytest.raises(RuntimeError, match="first must leave out's 3 columns within the vocabulary size 5, got 3"):
+        ops.gradient(z, target, *options, 3, torch.empty(2, 3))
     with pytest.raises(RuntimeError, match=r"cu_seqlens must not decrease and lie within 0..3, got 4 at 1"):
         ops.spread(None, None, torch.ones(3), torch.tensor([0, 4]), torch.ones(3), torch.ones(3))
     with level("default avx2"), pytest.raises(RuntimeError, match="got default avx2"):

@@ -331,7 +331,7 @@ def head_bytes(shape: Shape, plan: Plan) -> int:
     if alone:
         return logits + v * h * b + 2 * 4 * n * h + states
     if waits:
-        beside = n * products.WaitingRows.columns_beside((v, h), n, not cpu) * b
+        beside = n * products.WaitingRows.columns_without_room((v, h), n, not cpu) * b
         finishing = min(v * h * 4, products.SLICE_BYTES) + 4 * n * h
         held = 4 * h * (n if cpu else min(n, HIDDEN_ROWS))  # D @ W
         return max(logits, finishing) + v * h * b + beside + held + states

@@ -21,13 +21,15 @@ def statistics(z, target, ref_z, bias, ref_bias, ignored, kl, logit_scale, softc
 
 
 def gradient(
-    z, target, ref_z, stats, g_logp, g_kl, bias, ref_bias, ignored, kl, logit_scale, softcap, temperature, *, out=None, dtype=None
-):
+    z, target, ref_z, stats, g_logp, g_kl, bias, ref_bias, ignored, kl, logit_scale, softcap, temperature,
+    *, out=None, dtype=None, columns=None,
+):  # fmt: skip
     """`Fold.gradient`. Items of `dtype` that are narrower than those of z lie at the start of each row of z."""
     if not _rows_in_one_piece(z, ref_z, out):
         return torch_fold.gradient(
-            z, target, ref_z, stats, g_logp, g_kl, bias, ref_bias, ignored, kl, logit_scale, softcap, temperature, out=out, dtype=dtype
-        )
+            z, target, ref_z, stats, g_logp, g_kl, bias, ref_bias, ignored, kl, logit_scale, softcap, temperature,
+            out=out, dtype=dtype, columns=columns,
+        )  # fmt: skip
     dtype = dtype or z.dtype
     if out is None and dtype.itemsize > z.dtype.itemsize:
         out = torch.empty(z.shape, dtype=dtype, device=z.device)
@@ -36,7 +38,8 @@ def gradient(
     lse, _, ref_lse, _, divergence = stats
     vectors = _vectors(lse, *((ref_lse, divergence, g_logp, g_kl) if kl else (None, None, g_logp, None)))
     options = _options(kl, logit_scale, softcap, temperature)
-    _ops().gradient(z, target.contiguous(), ref_z if kl else None, *_vectors(bias, ref_bias), *options, *vectors, out)
+    first = 0 if columns is None else columns[0]
+    _ops().gradient(z, target.contiguous(), ref_z if kl else None, *_vectors(bias, ref_bias), *options, *vectors, first, out)
     return out
 
 

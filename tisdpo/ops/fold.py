@@ -68,15 +68,14 @@ class Fold(NamedTuple):
         """The derivative of sum(g_logp * logp + g_kl * KL) with respect to raw logits z, from the `stats` of the same rows.
 
         g_logp [n] or None for ones; g_kl [n], exactly with a KL. Written to `out` (shape of z), or else over z, as items of `dtype`
-        (default: that of z): the result may then be a view of z's memory, and z is gone either way. columns: of the Triton kernel only, the
-        first and the last column of z [n, V] that are asked for, written to `out` [n, last - first]; z is then left alone.
+        (default: that of z): the result may then be a view of z's memory, and z is gone either way. columns: the first
+        and the last column of z [n, V] that are asked for, written to `out` [n, last - first]; z is then left alone.
         """
         folds = implementation(self.backend)
         g_kl = None if self.kl is None else g_kl
-        options = {} if columns is None else {"columns": columns}
         return folds.gradient(
             z, target, ref_z, stats[:5], g_logp, g_kl, self.bias, self.ref_bias, self.ignored, self.kl, *self.transform,
-            out=out, dtype=dtype, **options,
+            out=out, dtype=dtype, columns=columns,
         )  # fmt: skip
 
 

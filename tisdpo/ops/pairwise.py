@@ -51,7 +51,7 @@ def linear_pairwise(
         target, ref_logps = target.masked_fill(rows.ignored, -1), None if ref_logps is None else ref_logps.masked_fill(rows.ignored, 0)
     policy, reference = heads(hidden, weight, ref_hidden, ref_weight, index)
     folds = folds._replace(ignored=rows.ignored is not None)
-    grads = GradientSums(policy, tuple(needs), most, by_columns=name == "triton")
+    grads = GradientSums(policy, tuple(needs), most)
     walk = _Walk(policy, reference, target, token_weights, ref_logps, rows, objective, folds, no_logits, grads)
     chunks = [walk.chunk(first, rows.bounds[first : last + 1], normalizer) for first, last in walk.chunks(rows.bounds)]
     if chunks:

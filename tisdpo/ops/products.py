@@ -7,6 +7,7 @@ to float32 a slice of the vocabulary at a time, so that no float32 copy of the h
 `out=` or in-place calls: autocast, which may be on while an operator runs, would round the operands of the others to 16 bits.
 """
 
+import math
 from functools import cache
 
 import torch
@@ -117,36 +118,37 @@ class WaitingRows:
 
     It waits by columns: as many as fit in the memory of the result, the others beside it. A slice of columns, [n, w], lies in one piece
     and becomes one product. Where that has the dtype of the result, slices are as wide as lets their rows of the result lie where nothing
-    waits any more, and are written there at once; the others go by way of a buffer, as do all of 16 bits on a CPU, in float32.
+    waits any more, and are written there at once; the others go by way of a buffer, as do all of 16 bits on a CPU, in float32. Of a float32
+    head so many columns wait beside it that all slices are written at once.
     """
 
     def __init__(self, weight: Tensor, rows: int, memory: tuple[Tensor, Tensor] | None = None):
         """memory: `result` and `others` of one of the same sizes, whose D goes on waiting."""
         vocabulary, hidden_size = weight.shape
-        self.result, rounds = weight.new_empty(weight.shape) if memory is None else memory[0], rounds_itself(weight)
-        direct, large = rounds or weight.dtype == torch.float32, rounds or weight.device.type != "cpu"
-        inside = vocabulary - self.columns_beside(weight.shape, rows, rounds)
+        self.result = weight.new_empty(weight.shape) if memory is None else memory[0]
+        direct, step = rounds_itself(weight) or weight.dtype == torch.float32, self.step(weight)
+        inside = vocabulary - self.columns_beside(weight, rows)
         place = self.result.view(-1)
         offset = (len(place) - inside * rows) // ALIGNED * ALIGNED  # D lies at the end
-        step = max(1, (4 * SLICE_BYTES if large else IN_PLACE_BYTES) // (max(hidden_size, 1) * 4))
-        step = -(-step // ALIGNED) * ALIGNED if large else step
         self.slices: list[tuple[int, int, Tensor]] = []  # first and last column, D
         self.at_once: list[bool] = []  # whether the product may be written to its place
         first = 0
         while first < inside:
             free = (offset + first * rows) // max(hidden_size, 1) // ALIGNED * ALIGNED if direct else 0  # rows of the result
             last = max(first + step, free)
-            last = inside if inside - last < ALIGNED else last  # a narrow last slice would begin where rows of the result before it lie
+            if inside - last < ALIGNED and last > free:  # a narrow last slice would begin where rows of the result before it lie
+                last = inside
+            last = min(last, inside)
             part = place[offset + first * rows : offset + last * rows]
             self.slices.append((first, last, part.view(rows, last - first)))
             self.at_once.append(direct and last * hidden_size <= offset + first * rows)
             first = last
         self.others = others = weight.new_empty(rows, vocabulary - inside) if memory is None else memory[1]
-        step = max(vocabulary - inside, 1) if rounds else step
+        step = max(vocabulary - inside, 1) if direct else step
         for first in range(inside, vocabulary, step):
             last = min(first + step, vocabulary)
             self.slices.append((first, last, others[:, first - inside : last - inside]))
-            self.at_once.append(rounds)
+            self.at_once.append(direct)
 
     @staticmethod
     def serves(weight: Tensor, rows: int) -> bool:
@@ -159,7 +161,24 @@ class WaitingRows:
         return rows <= 2 * hidden_size
 
     @staticmethod
-    def columns_beside(shape: tuple[int, int], rows: int, rounds: bool) -> int:
+    def step(weight: Tensor) -> int:
+        """Columns of a slice, or more."""
+        size = IN_PLACE_BYTES if weight.device.type == "cpu" and not rounds_itself(weight) else 4 * SLICE_BYTES
+        return math.ceil(size // (max(weight.shape[1], 1) * 4) / ALIGNED) * ALIGNED
+
+    @staticmethod
+    def columns_beside(weight: Tensor, rows: int) -> int:
+        """Columns of D [rows, V] that wait beside the memory of dWeight [V, H]."""
+        vocabulary, hidden_size = weight.shape
+        beside = WaitingRows.columns_without_room(weight.shape, rows, rounds_itself(weight))
+        if weight.dtype == torch.float32 and hidden_size:
+            # the rows of the result for the last slice of `step` columns end before that slice: beside * hidden_size >= step * rows
+            width = math.ceil((WaitingRows.step(weight) + ALIGNED) * rows / hidden_size)
+            beside = max(beside, math.ceil(width / ALIGNED) * ALIGNED)
+        return min(beside, vocabulary)
+
+    @staticmethod
+    def columns_without_room(shape: tuple[int, int], rows: int, rounds: bool) -> int:
         """Columns of D for which the memory of a result of this shape, [V, H], does not suffice. Where the product rounds itself an eighth
         of that memory stays free, for the first slices that are written at once."""
         vocabulary, hidden_size = shape
@@ -169,11 +188,6 @@ class WaitingRows:
     def places(self, a: int, b: int) -> list[tuple[int, int, Tensor]]:
         """(first, last, D[a:b, first:last]) for all slices of columns."""
         return [(first, last, d[a:b]) for first, last, d in self.slices]
-
-    def put(self, a: int, b: int, d: Tensor) -> None:
-        """Rows a..b of D."""
-        for first, last, place in self.places(a, b):
-            place.copy_(d[:, first:last])
 
     def grad_hidden(self, a: int, b: int, weight: Tensor) -> Tensor:
         """Rows a..b of D @ weight [V, H] in float32, a sum over the slices."""

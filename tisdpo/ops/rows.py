@@ -87,7 +87,7 @@ class Visits:
         self.dtype = products.gradient_dtype(policy.weight.device, policy.weight.dtype)
         if not no_logits:
             self.tiles = Tiles(policy, reference, rows)
-        if (no_logits and grads is not None and not grads.by_columns) or (apart and folds.kl is not None):
+        if (no_logits and grads is not None and not grads.waits) or (apart and folds.kl is not None):
             self.d = torch.empty(rows, len(policy.weight), dtype=self.dtype, device=policy.weight.device)
 
     def visit(
@@ -146,7 +146,7 @@ def needs_no_logits(policy: HeadRows, reference: HeadRows | None, folds: fold.Fo
 def visit_rows(policy: HeadRows, models: int, no_logits: bool, grads: "GradientSums | None") -> int:
     """The most rows of a visit. models: whose logits live at a time; grads: for whom D is, None for statistics alone."""
     rows = policy.chunk_rows(models, grads is None or grads.later, no_logits)
-    if no_logits and (grads is None or grads.by_columns):  # what is needed then: two float32 partial results a row and tile
+    if no_logits and (grads is None or grads.waits):  # what is needed then: two float32 partial results a row and tile
         sums = 8 * math.ceil(len(policy.weight) / TILE_COLUMNS)
         return max(rows, min(DIRECT_ROWS, backend.chunk_bytes(policy.weight.device.type, 1, True) // sums))
     return rows
@@ -184,11 +184,11 @@ class GradientSums:
     """
 
     def __init__(
-        self, rows: HeadRows, needs: tuple[bool, bool, bool], most: int, by_columns: bool = False, *, wide: bool = False,
+        self, rows: HeadRows, needs: tuple[bool, bool, bool], most: int, *, wide: bool = False,
         waiting: products.WaitingRows | None = None,
     ):  # fmt: skip
-        """most: rows of a chunk of whole pairs; by_columns: the backend writes D for ranges of columns, so to where it waits; wide: the
-        gradient of hidden stays in the accumulation dtype; waiting: where D is to wait, or does so already."""
+        """most: rows of a chunk of whole pairs; wide: the gradient of hidden stays in the accumulation dtype; waiting: where D is to wait,
+        or does so already."""
         self.rows, self.needs = rows, needs
         self.dtype = dtype = accumulation_dtype(rows.hidden.dtype)
         self.count = len(rows.hidden) if rows.index is None else len(rows.index)
@@ -202,7 +202,6 @@ class GradientSums:
         self.hidden = make(rows.hidden.shape, dtype=dtype if wide else rows.hidden.dtype) if needs[0] else empty(0)
         self.summed = products.SummedRows(rows.weight) if needs[1] and not (self.waits or self.alone) else None
         self.later = self.waits or not (needs[1] or needs[2])
-        self.by_columns = self.waits and by_columns
         self.bias = rows.weight.new_zeros(len(rows.weight), dtype=dtype) if needs[2] and not self.waits else empty(0)
         self.held: list[tuple[int, int, Tensor | None]] = []  # D @ W of rows a..b, without the factors; None: of the D that waits
         if self.waits:
@@ -227,13 +226,11 @@ class GradientSums:
             self.bias += products.column_sums(d, coefficient)
 
     def places(self, a: int, b: int) -> list[tuple[int, int, Tensor]] | None:
-        """(first, last, D [b-a, last-first]) for all ranges of columns, where D of the rows a..b is wanted; None: anywhere."""
-        return self.waiting.places(a, b) if self.by_columns else None
+        """(first, last, D [b-a, last-first]) for all ranges of columns, where D of the rows a..b waits; None: it does not."""
+        return self.waiting.places(a, b) if self.waits else None
 
     def hold(self, a: int, b: int, d: Tensor | None) -> None:
         """The rows a..b, whose coefficients follow, with D [b-a, V], or None where it is in its `places`."""
-        if self.waits and d is not None:
-            self.waiting.put(a, b, d)
         if self.needs[0]:
             self.held.append((a, b, None if d is None else products.grad_hidden(d, self.rows.weight, self.dtype)))
 

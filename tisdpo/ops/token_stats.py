@@ -176,7 +176,6 @@ def linear_token_stats(
         for sums, d in zip(slopes, derivatives):
             sums.add(a, b, d, found.scaled(ones))
         if memory:
-            visits.grads.hold(a, b, derivatives[0])
             factors[rows] = found.scaled(ones)
         _scatter(outputs, rows, found)
     later = [memory.result, memory.others, factors] if memory else [x.hidden for x in slopes]
@@ -208,7 +207,7 @@ def waiting_sizes(weight: Tensor, target: Tensor, ignore_index: int) -> list[int
     rows = len(target) if ignore_index == values.NOTHING else int((target != ignore_index).sum())
     if 2 * rows < hidden_size or not (products.WaitingRows.few(rows, hidden_size) if narrow else rows <= hidden_size):
         return None
-    return [rows, products.WaitingRows.columns_beside(weight.shape, rows, products.rounds_itself(weight))]
+    return [rows, products.WaitingRows.columns_beside(weight, rows)]
 
 
 @backends.operator("tisdpo::waiting_gradients")
@@ -242,7 +241,7 @@ def _(g_logps, inside, beside, factors, hidden, weight, target, ignore_index, ne
 
 def _of_waiting(g_logps, inside, beside, factors, hidden, weight, target, ignore_index, needs, out):
     policy = HeadRows(hidden, weight, kept_index(target, ignore_index))
-    sums = GradientSums(policy, tuple(needs), 0, True, waiting=products.WaitingRows(weight, len(beside), (inside, beside)))
+    sums = GradientSums(policy, tuple(needs), 0, waiting=products.WaitingRows(weight, len(beside), (inside, beside)))
     sums.hold(0, sums.count, None)
     sums.scale(0, sums.count, (g_logps * factors)[place(policy.index, 0, sums.count)])
     return sums.result(out)
@@ -322,9 +321,9 @@ def visits_of_rows(
     if apart:
         grads = _slopes(policy)
     elif waiting is not None:
-        grads = GradientSums(policy, (False, True, False), 0, name == "triton", waiting=waiting)
+        grads = GradientSums(policy, (False, True, False), 0, waiting=waiting)
     else:
-        grads = None if needs is None else GradientSums(policy, tuple(needs), most, by_columns=name == "triton")
+        grads = None if needs is None else GradientSums(policy, tuple(needs), most)
     rows = visit_rows(policy, models, no_logits, grads)
     if apart and kl is not None:
         rows = max(1, 2 * rows // 3)  # D of the log-probs beside two models' logits

@@ -26,9 +26,12 @@ def statistics(z, target, ref_z, bias, ref_bias, ignored, kl, logit_scale, softc
 
 
 def gradient(
-    z, target, ref_z, stats, g_logp, g_kl, bias, ref_bias, ignored, kl, logit_scale, softcap, temperature, *, out=None, dtype=None
-):
+    z, target, ref_z, stats, g_logp, g_kl, bias, ref_bias, ignored, kl, logit_scale, softcap, temperature,
+    *, out=None, dtype=None, columns=None,
+):  # fmt: skip
     """`Fold.gradient`."""
+    first, last = columns or (0, z.shape[-1])
+    z, ref_z, bias, ref_bias = (None if x is None else x[..., first:last] for x in (z, ref_z, bias, ref_bias))
     wide = accumulation_dtype(z.dtype)
     transform = logit_scale, softcap, temperature
     result = z if out is None else out
@@ -36,8 +39,8 @@ def gradient(
         in_place = out is None and z.dtype == wide and isinstance(rows, slice)
         x = matrix(z)[rows].to(wide, copy=not in_place)
         q = None if kl is None else _transformed(matrix(ref_z)[rows].to(wide), ref_bias, transform)
-        columns = [None if s is None else s[place] for s in (*stats, g_logp, g_kl)]
-        d = _block_gradient_(x, target[place], q, *columns, bias, kl, transform)
+        vectors = [None if s is None else s[place] for s in (*stats, g_logp, g_kl)]
+        d = _block_gradient_(x, target[place] - first, q, *vectors, bias, kl, transform)
         if not in_place:
             matrix(result)[rows] = d.to(result.dtype)
     if ignored:
@@ -153,8 +156,9 @@ def _block_gradient_(z, target, q, lse, logp, ref_lse, ref_logp, divergence, g_l
         torch.sub(logits, lse[:, None], out=z).exp_().mul_((g_kl + factor)[:, None]).sub_(q)
     else:
         torch.sub(logits, lse[:, None], out=z).exp_().mul_(factor if g_logp is None else factor[:, None])
-    rows = torch.arange(len(z), device=z.device)
-    z[rows, target] += 1.0 if g_logp is None else g_logp
+    rows, columns = torch.arange(len(z), device=z.device), z.shape[1]
+    here = ((target >= 0) & (target < columns)).to(z.dtype)  # 0 where the target is none of these columns
+    z[rows, target.clamp(0, columns - 1)] += here if g_logp is None else here * g_logp
     if softcap is not None or slope != 1.0:
         z.mul_(slope)
     return z
