@@ -52,7 +52,8 @@ struct Upstream {
 struct Kernels {
   void (*statistics)(const Fold&, const Statistics&, int64_t begin, int64_t end);
   // Columns first..last of the logits, to as many of out.
-  void (*gradient)(const Fold&, const Statistics&, const Upstream&, const Rows& out, int64_t first, int64_t last, int64_t begin, int64_t end);
+  void (*gradient)(const Fold&, const Statistics&, const Upstream&, const Rows& out, int64_t first, int64_t last, int64_t begin,
+                   int64_t end);
 };
 
 extern const Kernels default_kernels, avx2_kernels, avx512_kernels;

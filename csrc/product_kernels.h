@@ -10,9 +10,10 @@
 // become the panels, so that nothing of the head is transposed, but the sums.
 //
 // Bytes: each item of b is read and packed once for every share of rows, each of a once for every group of column tiles, out is read and
-// written for every DEPTH of the contraction (a turned product's once). Floor: the CPU's multiply-adds, two vectors in a cycle and core;
-// with AVX2 on two cores of a Zen 3, 195 GFLOP/s from registers, 127 to 161 were measured, MKL 102 to 148; with AVX-512 on two of an
-// Emerald Rapids, 350, of bfloat16 290 to 305, torch 160, of float32 270 to 305, MKL 240 to 310 (benchmarks/NOTES.md).
+// written for every DEPTH of the contraction (a turned product's once, and with eight lanes a transposed a's). Floor: the CPU's
+// multiply-adds, two vectors in a cycle and core; with AVX2 on two cores of a Zen 3, 195 GFLOP/s from registers, 127 to 161 were measured,
+// MKL 102 to 148; with AVX-512 on two of an Emerald Rapids, 350, of bfloat16 290 to 305, torch 160, of float32 290 to 310, MKL 240 to 310
+// (benchmarks/NOTES.md).
 #include "product.h"
 #include "vectors.h"
 

@@ -28,6 +28,9 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+// Of the schemas below, as tisdpo/ops/extension.py has it: to be raised with every change.
+constexpr int64_t INTERFACE = 2;
+
 // At least so many logits or tokens for each thread.
 constexpr int64_t GRAIN = 32768;
 
@@ -36,6 +39,8 @@ constexpr int64_t GROUP = 6;
 
 // So many floats of whole panels stay in the second-level cache while rows pass by (2 MB, on the CPU that was measured).
 constexpr int64_t TURNED_ITEMS = 3 << 17;
+
+int64_t interface() { return INTERFACE; }
 
 // The levels that this CPU can run, and the one that is taken: "avx512" widens bfloat16 to float32, "avx512_bf16" multiplies it in pairs,
 // "amx" leaves it to brgemm, which does without AMX, too. Intel's pairs take four times as long as a multiply-add (benchmarks/NOTES.md).
@@ -153,26 +158,25 @@ void statistics(const Tensor& z, const Tensor& target, const OptionalTensor& ref
   over_rows(rows, f.vocabulary, [&](int64_t begin, int64_t end) { run.statistics(f, columns, begin, end); });
 }
 
-// Of the columns from `first` on, as many as `out` has. It may lie over z: in the same place, as items that are no wider.
+// Of columns first..last of z. `out` may lie over z: in the same place, as items that are no wider.
 void gradient(const Tensor& z, const Tensor& target, const OptionalTensor& ref_z, const OptionalTensor& bias,
               const OptionalTensor& ref_bias, const std::string& kl, double inner, double outer, bool softcap, const Tensor& lse,
               const OptionalTensor& ref_lse, const OptionalTensor& divergence, const OptionalTensor& g_logp, const OptionalTensor& g_kl,
-              int64_t first, const Tensor& out) {
+              int64_t first, int64_t last, const Tensor& out) {
   Fold f = fold_of(z, target, ref_z, bias, ref_bias, kl, inner, outer, softcap);
   int64_t rows = target.numel();
   STD_TORCH_CHECK(kl.empty() || (ref_lse && divergence && g_kl), "ref_lse, divergence and g_kl must be given with kl=", kl, ", got ",
                   ref_lse.has_value(), ", ", divergence.has_value(), ", ", g_kl.has_value());
   Statistics stats{floats(lse, "lse", rows), nullptr, floats(ref_lse, "ref_lse", rows), nullptr, floats(divergence, "divergence", rows)};
   Upstream upstream{floats(g_logp, "g_logp", rows), floats(g_kl, "g_kl", rows)};
-  int64_t width = out.dim() ? out.size(out.dim() - 1) : 0;
-  STD_TORCH_CHECK(first >= 0 && width <= f.vocabulary - first, "first must leave out's ", width, " columns within the vocabulary size ",
-                  f.vocabulary, ", got ", first);
-  Rows d = rows_of(out, "out", rows, width);
+  STD_TORCH_CHECK(0 <= first && first <= last && last <= f.vocabulary, "first and last must lie within the vocabulary size ",
+                  f.vocabulary, ", got ", first, " and ", last);
+  Rows d = rows_of(out, "out", rows, last - first);
   int64_t item = bytes(f.policy.rows.type);
   STD_TORCH_CHECK(rows == 0 || d.data != f.policy.rows.data || bytes(d.type) <= item, "out over z must have items of at most ", item,
                   " bytes, got ", bytes(d.type));
   const Kernels& run = kernels();
-  over_rows(rows, f.vocabulary, [&](int64_t begin, int64_t end) { run.gradient(f, stats, upstream, d, first, first + width, begin, end); });
+  over_rows(rows, last - first, [&](int64_t begin, int64_t end) { run.gradient(f, stats, upstream, d, first, last, begin, end); });
 }
 
 // The boundaries of sequences, which must stay within the tokens.
@@ -312,7 +316,8 @@ void mm(const Tensor& a, const Tensor& b, const Tensor& out, bool add) {
   if (p.out_is_transposed) return multiply_by_rows(run, p);
   if (p.a_is_transposed()) {
     // With sixteen lanes a part of the contraction at a time, so that what is packed of b stays in the second-level cache: that saves more
-    // than it costs to read out again (a short rest goes with the part before it). With eight it makes no difference.
+    // than it costs to read out again (a short rest goes with the part before it). It makes no difference with eight, nor for more columns
+    // than fit there.
     for (int64_t k = 0, size; k < K; k += size) {
       size = !run.turned_width || 2 * (K - k) < 3 * run.depth ? K - k : run.depth;
       multiply_by_rows(run, p.part(k, size));
@@ -342,12 +347,14 @@ STABLE_TORCH_LIBRARY(tisdpo_cpp, m) {
       "Tensor(a!) out) -> ()");
   m.def(
       "gradient(Tensor z, Tensor target, Tensor? ref_z, Tensor? bias, Tensor? ref_bias, str kl, float inner, float outer, bool softcap, "
-      "Tensor lse, Tensor? ref_lse, Tensor? divergence, Tensor? g_logp, Tensor? g_kl, int first, Tensor(a!) out) -> ()");
+      "Tensor lse, Tensor? ref_lse, Tensor? divergence, Tensor? g_logp, Tensor? g_kl, int first, int last, "
+      "Tensor(a!) out) -> ()");
   m.def(
       "sequence_sums(Tensor logps, Tensor ref_logps, Tensor? kl, Tensor cu_seqlens, Tensor? token_weights, Tensor? pos_logps, "
       "Tensor? neg_logps, float k, float mu_chosen, float mu_rejected, float lower, float upper, Tensor(a!) sums, Tensor(b!) used) -> ()");
   m.def("spread(Tensor? g_D, Tensor? g_K, Tensor weights, Tensor cu_seqlens, Tensor(a!) out_D, Tensor(b!) out_K) -> ()");
   m.def("mm(Tensor a, Tensor b, Tensor(a!) out, bool add) -> ()");
+  m.def("interface() -> int");
   m.def("capability() -> str");
   m.def("multiplied() -> str");
 }
@@ -361,6 +368,7 @@ STABLE_TORCH_LIBRARY_IMPL(tisdpo_cpp, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tisdpo_cpp, CompositeExplicitAutograd, m) {
+  m.impl("interface", TORCH_BOX(&interface));
   m.impl("capability", TORCH_BOX(&capability));
   m.impl("multiplied", TORCH_BOX(&multiplied));
 }

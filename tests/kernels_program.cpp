@@ -49,15 +49,13 @@ void fold() {
   float* c = columns.data();
   Statistics s{c, c + rows, c + 2 * rows, c + 3 * rows, c + 4 * rows};
   kernels.statistics(f, s, 0, rows);
-  for (int64_t half : {0, 1}) {  // two ranges of columns
-    int64_t first = half ? V / 2 : 0, last = half ? V : V / 2;
-    kernels.gradient(f, s, {g.data(), g_kl.data()}, {(char*)(d.data() + first), Type::float32, 1, V, 0}, first, last, 0, rows);
-  }
+  for (int64_t first : {int64_t(0), V / 2})  // all columns, and the second half again
+    kernels.gradient(f, s, {g.data(), g_kl.data()}, {(char*)(d.data() + first), Type::float32, 1, V, 0}, first, V, 0, rows);
   fwrite(c, 4, 5 * rows, stdout);
   fwrite(d.data(), 4, rows * V, stdout);
 }
 
-// out [M, N] += a [M, K] @ b [K, N], in the shares of two threads.
+// out [M, N] += a [M, K] @ b [K, N], in the shares of two threads; of a transposed a a part of K after the other.
 void product() {
   auto sizes = read<int64_t>(8);  // M, N, K, types, whether each is stored by columns, and whether to turn the product
   int64_t M = sizes[0], N = sizes[1], K = sizes[2];
@@ -71,8 +69,12 @@ void product() {
   std::vector<char> packed(columns * depths * products.tile_bytes);
   std::vector<char> scratch(2 * columns * products.tile_bytes + (products.block_rows + depths * products.rows) * products.row_bytes);
   if (p.a_is_transposed() || sizes[7]) {
-    for (auto share : {0, 1}) products.pack_columns(p, share ? columns / 2 : 0, share ? columns : columns / 2, packed.data());
-    for (auto share : {0, 1}) products.multiply_rows(p, share ? half : 0, share ? p.M : half, packed.data(), scratch.data());
+    int64_t depth = sizes[7] ? K : products.depth;
+    for (int64_t k = 0; k < K; k += depth) {
+      Product part = p.part(k, K - k < depth ? K - k : depth);
+      for (auto share : {0, 1}) products.pack_columns(part, share ? columns / 2 : 0, share ? columns : columns / 2, packed.data());
+      for (auto share : {0, 1}) products.multiply_rows(part, share ? half : 0, share ? p.M : half, packed.data(), scratch.data());
+    }
   } else {
     for (auto share : {0, 1})
       products.multiply_columns(p, share ? columns / 2 : 0, share ? columns : columns / 2, 0, M, scratch.data());

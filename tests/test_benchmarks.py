@@ -9,7 +9,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from benchmarks import baselines, device, end_to_end, measure, pictures, plot, roofline, run, studies
+from benchmarks import baselines, device, end_to_end, measure, pictures, plot, readme, reports, roofline, run, studies, tables
 from benchmarks.registry import (
     ALL_MODES,
     MODES,
@@ -125,7 +125,7 @@ def test_where_memory_reaches_the_limit():
 
 
 def test_the_pages_are_what_the_files_give(capsys):
-    if not plot.newest_of_each_size():
+    if not reports.newest_of_each_size():
         pytest.skip("nothing measured yet")
     assert plot.main(["--check"]) == 0, capsys.readouterr().out
 
@@ -197,18 +197,18 @@ def test_the_readme_shows_a_later_run_of_a_gpu_as_one():
     }  # fmt: skip
     later = report | {"file": "b.json", "revision": "bbb", "tests": {"passed": False, "summary": "1 failed"}}
     later["steps"] = [step | {"step": "no KL", "products_seconds": 0.02, "rows": {OURS: row | {"seconds": 0.025, "ratio": 1.25}}}]
-    alone, both = "\n".join(plot.gpu_figures(report, None)), "\n".join(plot.gpu_figures(report, later))
+    alone, both = "\n".join(readme.gpu_figures(report, None)), "\n".join(readme.gpu_figures(report, later))
     assert "38.4 ms, 5 MiB" in alone and "bbb" not in alone and "not every GPU test" not in alone
-    assert "| **tisdpo one pass**, [revision bbb](benchmarks/results/b.json) | **25 ms, 5 MiB** |  |" in both
-    assert "the products alone took 20, - ms. Its" in both and "At revision bbb not every GPU test was seen to pass (1 failed)" in both
-    green = "\n".join(plot.gpu_figures(report, later | {"tests": {"passed": True, "summary": "9 passed"}}))
+    assert "| **tisdpo one pass**, [bbb](benchmarks/results/b.json) | **25 ms, 5 MiB** |  |" in both
+    assert "the products alone took 20, - ms. At" in both and "At revision bbb not every GPU test was seen to pass (1 failed)" in both
+    green = "\n".join(readme.gpu_figures(report, later | {"tests": {"passed": True, "summary": "9 passed"}}))
     assert "| **25 ms, 5 MiB, 1.25 x** |  |" in green and "not every GPU test" not in green
-    assert "At revision aaa not every" in "\n".join(plot.gpu_figures({k: v for k, v in report.items() if k != "tests"}, later))
+    assert "At revision aaa not every" in "\n".join(readme.gpu_figures({k: v for k, v in report.items() if k != "tests"}, later))
 
 
 def test_a_gpu_does_not_replace_another(tmp_path, monkeypatch):
-    monkeypatch.setattr(plot, "RESULTS", tmp_path)
-    assert plot.newest_of_each_gpu() == []
+    monkeypatch.setattr(reports, "RESULTS", tmp_path)
+    assert reports.newest_of_each_gpu() == []
     for file, name, date in (
         ("device-a-2026-01-01", "A", "2026-01-01T10"), ("device-a-2026-01-03", "A", "2026-01-03T10"),
         ("device-b-2026-01-04", "B", "2026-01-04T10"), ("device-c-2026-01-06", "C", "2026-01-06T10"),
@@ -216,7 +216,7 @@ def test_a_gpu_does_not_replace_another(tmp_path, monkeypatch):
     ):  # fmt: skip
         report = {"device": {"name": name, "sms": 9}, "date": date, "steps": [] if name == "C" else ["a step"]}
         (tmp_path / f"{file}.json").write_text(json.dumps(report))
-    found = [(gpu["file"], later and later["file"]) for gpu, later in plot.newest_of_each_gpu()]
+    found = [(gpu["file"], later and later["file"]) for gpu, later in reports.newest_of_each_gpu()]
     assert found == [("device-b-2026-01-04.json", None), ("device-a-2026-01-03.json", "without-logits-a-2026-01-05.json")]
 
 
@@ -237,19 +237,21 @@ def test_a_step_that_raises_does_not_end_the_run_of_a_gpu(tmp_path, monkeypatch,
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_the_sentence_on_log_probs_needs_no_peer():
+def test_the_table_of_log_probs_needs_no_peer():
     row = {"seconds": 0.02, "extra_bytes": 3 << 20}
     rows = {OUR_OPS: row, "F.cross_entropy": row | {"seconds": 0.05}}
-    told = plot.log_probs({"dtype": "float32", "ops": [{"step": Step(op="from logits").name, "rows": rows}]})
-    assert told.endswith("`token_logps` from logits, forward and backward, 20 ms and 3 MiB (`F.cross_entropy` 50 ms and 3 MiB)")
-    assert plot.log_probs({"dtype": "float32", "ops": []}).endswith("- not measured")
-    rows = {OUR_OPS: row, "plain torch": row | {"seconds": 0.05}, "torch.compile": row | {"seconds": 0.04}}
-    told = plot.log_probs({"dtype": "float32", "ops": [{"step": Step(op="nll").name, "rows": rows}]})
-    assert told.endswith("forward and backward, 20 ms and 3 MiB (the fastest with all logits at once, `torch.compile`: 40 ms and 3 MiB)")
+    told = readme.log_probs({"dtype": "float32", "ops": [{"step": Step(op="from logits").name, "rows": rows}]})
+    assert told[-1] == "| `token_logps`, from logits | **20 ms, 3 MiB** | 50 ms, 3 MiB |  |  |"
+    assert readme.log_probs({"dtype": "float32", "ops": []})[-1].endswith("not measured.")
+    slow, fast = row | {"seconds": 0.05}, row | {"seconds": 0.04}
+    rows = {OUR_OPS: row, "plain torch": slow, "torch.compile": fast}
+    rows |= {"F.linear_cross_entropy": slow, "F.linear_cross_entropy, one chunk": fast}
+    told = readme.log_probs({"dtype": "float32", "ops": [{"step": Step(op="nll").name, "rows": rows}]})
+    assert told[-1] == "| `linear_nll_loss` | **20 ms, 3 MiB** | 40 ms, 3 MiB |  | 40 ms, 3 MiB |"
 
 
 def test_a_stale_picture_is_found(tmp_path, monkeypatch):
-    report = plot.pictured(plot.newest_of_each_size())["steps", "float32"]
+    report = reports.pictured(reports.newest_of_each_size())["steps", "float32"]
     monkeypatch.setattr(pictures, "PLOTS", tmp_path)
     assert "steps-float32.svg" in pictures.stale_plots({("steps", "float32"): report})
     pictures.plot_steps(report)
@@ -273,24 +275,24 @@ def test_losing_rows_are_named():
         "size": {"tokens": 10**5, "hidden": 8, "vocabulary": 10**5, "pairs": 1, "masked": 0.0}, "dtype": "float32", "step": "no KL",
         "rows": {OURS: row | {"seconds": 2.0}, "plain torch": row | {"seconds": 1.0}, "less": row | {"seconds": 0.5, "task": "DPO"}},
     }  # fmt: skip
-    assert plot.lost(result) == [("plain torch", 2.0)]
-    reason, line = plot.losing_rows([cpu | {"steps": [result]}])
+    assert tables.lost(result) == [("plain torch", 2.0)]
+    reason, line = tables.losing_rows([cpu | {"steps": [result]}])
     assert reason.startswith("- **plain torch**: it holds all logits at once") and line.endswith("2.00 times as fast")
     close = {"rows": {OURS: row | {"seconds": 1.0, "ratio": 1.02}, "plain torch": row | {"seconds": 1.1, "ratio": 1.0}}}
-    assert plot.lost(close) == [("plain torch", 1.02)]  # by the ratio, though not by the time
+    assert tables.lost(close) == [("plain torch", 1.02)]  # by the ratio, though not by the time
     whole = result | {"products": 3, "products_seconds": 1.0, "products_tflops": 1.0}
-    assert "1.00" in "".join(plot.step_table(whole)) and "1.00" not in "".join(plot.step_table(whole, ratios=False))
+    assert "1.00" in "".join(tables.step_table(whole)) and "1.00" not in "".join(tables.step_table(whole, ratios=False))
     alone = {
         "op": "log-probs",
         "step": Step(op="log-probs").name,
         "rows": {OUR_OPS: row | {"seconds": 2.0}, "TRL chunked": row | {"seconds": 1.0}} | result["rows"],
     }
-    reasons = [line for line in plot.losing_rows([cpu | {"ops": [result | alone]}]) if line.startswith("- ")]
+    reasons = [line for line in tables.losing_rows([cpu | {"ops": [result | alone]}]) if line.startswith("- ")]
     assert "- **plain torch**: it keeps all logits for the backward" in reasons[1] and reasons[0] == "- **TRL chunked**: not explained yet."
-    gpu = plot.losing_rows([{"device": {"name": "H100", "sms": 9}, "tests": {"passed": False}, "steps": [result]}])
+    gpu = tables.losing_rows([{"device": {"name": "H100", "sms": 9}, "tests": {"passed": False}, "steps": [result]}])
     assert gpu[1].endswith("not all GPU tests passed, see there")
     result["rows"]["fast"] = result["rows"].pop("plain torch")
-    assert plot.losing_rows([cpu | {"steps": [result]}])[0] == "- **fast**: not explained yet."
+    assert tables.losing_rows([cpu | {"steps": [result]}])[0] == "- **fast**: not explained yet."
     json.dumps(result)
 
 
@@ -378,37 +380,37 @@ def test_freed_memory_is_kept():
 
 @pytest.mark.parametrize("curves", [(), ("tokens",)])
 def test_a_part_that_the_newest_file_lacks_is_that_of_the_file_before(curves, tmp_path, monkeypatch):
-    old = json.loads((plot.RESULTS / "cpu-float32-amd-epyc-2026-11-25.json").read_text())
+    old = json.loads((measure.RESULTS / "cpu-float32-amd-epyc-2026-11-25.json").read_text())
     new = old | {"scaling": {name: old["scaling"][name] for name in curves}, "revision": "a later one"}
     for name, report in {"cpu-float32-a-2026-11-25.json": old, "cpu-float32-a-2026-11-26.json": new}.items():
         (tmp_path / name).write_text(json.dumps(report))
-    monkeypatch.setattr(plot, "RESULTS", tmp_path)
-    (report,) = plot.newest_of_each_size()
+    monkeypatch.setattr(reports, "RESULTS", tmp_path)
+    (report,) = reports.newest_of_each_size()
     assert report["file"] == "cpu-float32-a-2026-11-26.json" and report["revision"] == "a later one"
     assert report["scaling"] == old["scaling"] and list(report["parts_of"]) == ["scaling"]
     assert "cpu-float32-a-2026-11-25.json" in plot.page([report], [], []).split("### Scaling")[1]
 
 
 def test_every_kind_of_cpu_has_its_table_and_parts_without_steps_too(tmp_path, monkeypatch):
-    old = json.loads((plot.RESULTS / "cpu-float32-amd-epyc-2026-11-25.json").read_text())
-    ops = json.loads((plot.RESULTS / "cpu-float32-ops-amd-epyc-2026-11-27.json").read_text())
+    old = json.loads((measure.RESULTS / "cpu-float32-amd-epyc-2026-11-25.json").read_text())
+    ops = json.loads((measure.RESULTS / "cpu-float32-ops-amd-epyc-2026-11-27.json").read_text())
     other = {"device": old["device"] | {"name": "Another(R) Processor"}, "date": "2026-11-28T00:00:00"}
     files = {"cpu-float32-a-2026-11-25.json": old, "cpu-float32-ops-b-2026-11-28.json": ops | other}
     for name, report in files.items():
         (tmp_path / name).write_text(json.dumps(report))
-    monkeypatch.setattr(plot, "RESULTS", tmp_path)
-    first, second = plot.newest_of_each_size()
+    monkeypatch.setattr(reports, "RESULTS", tmp_path)
+    first, second = reports.newest_of_each_size()
     assert first["file"].startswith("cpu-float32-ops-b") and second["file"] == "cpu-float32-a-2026-11-25.json"
-    assert set(plot.pictured([first, second])) == {(part, "float32") for part in pictures.PLOTTED}
-    text, block = plot.page([first, second], [], []), plot.figures([first, second], [], [])
+    assert set(reports.pictured([first, second])) == {(part, "float32") for part in pictures.PLOTTED}
+    text, block = plot.page([first, second], [], []), readme.figures([first, second], [], [])
     assert "## Log-probs alone on a CPU, float32, Another, AVX-512" in text
     assert "## The loss step on a CPU, float32, AMD EPYC, AVX-512" in text
-    assert block.count("float32, AMD EPYC, AVX-512]") == 2 and "cpu-float32-ops-b-2026-11-28.json), 2 cores of an Another" in block
+    assert block.count("float32, AMD EPYC, AVX-512 ([") == 2 and "cpu-float32-ops-b-2026-11-28.json), 2 cores of an Another" in block
     files["cpu-float32-a-2026-11-26.json"] = old | {"revision": "another"} | other  # now that CPU has steps, and keeps its log-probs
     (tmp_path / "cpu-float32-a-2026-11-26.json").write_text(json.dumps(files["cpu-float32-a-2026-11-26.json"]))
-    first, second = plot.newest_of_each_size()
+    first, second = reports.newest_of_each_size()
     assert first["revision"] == "another" and first["ops"] and "ops-b" in first["parts_of"]["ops"]
-    assert "cpu-float32-ops-b-2026-11-28.json), 2 cores of an Another" in plot.figures([first, second], [], [])
+    assert "cpu-float32-ops-b-2026-11-28.json), 2 cores of an Another" in readme.figures([first, second], [], [])
 
 
 def test_who_takes_less_memory_is_named():
@@ -416,10 +418,10 @@ def test_who_takes_less_memory_is_named():
     rows = {OURS: row, "a": row | {"extra_bytes": 5 << 20, "seconds": 3.0}, "b": row | {"extra_bytes": 6 << 20}, "c": {"skipped": "no"}}
     result = {"step": "no KL", "dtype": "float32", "size": asdict(Size()), "rows": rows}
     report = {"device": {"name": "X", "vectors": "AVX2"}, "steps": [result]}
-    (line,) = plot.rows_with_more_memory([report])
+    (line,) = tables.rows_with_more_memory([report])
     assert line.endswith("a 5 MiB instead of 9 MiB, in 1.5 times as long") and line.startswith("- float32, X, AVX2, no KL, N = 1,024")
     rows["a"] = rows["b"] = row | {"extra_bytes": (9 << 20) - 1}
-    assert plot.rows_with_more_memory([report]) == ["None."]
+    assert tables.rows_with_more_memory([report]) == ["None."]
 
 
 # On a GPU machine Triton compiles, so tensors of the CPU have no Triton backend; `benchmarks.device` runs the part itself there.

@@ -131,9 +131,12 @@ def test_a_narrow_gradient_shares_the_memory_of_the_logits(kl, dtype, name):
     with level(name):
         stats = statistics(z, target, q, kl=kl)
         wide = gradient(z.clone(), target, q, stats, None, torch.ones(4), kl=kl)
+        parts = [torch.empty(4, b - a, dtype=dtype) for a, b in ((0, 1000), (1000, 3001))]
+        for part, columns in zip(parts, ((0, 1000), (1000, 3001))):
+            gradient(z, target, q, stats, None, torch.ones(4), kl=kl, out=part, columns=columns)
         narrow = gradient(z, target, q, stats, None, torch.ones(4), kl=kl, dtype=dtype)
     assert narrow.dtype == dtype and narrow.data_ptr() == z.data_ptr() and narrow.stride() == (6002, 1)
-    assert torch.equal(narrow, wide.to(dtype))
+    assert torch.equal(narrow, wide.to(dtype)) and torch.equal(torch.cat(parts, 1), narrow)
     assert gradient(q.to(dtype), target, None, stats, None, None, dtype=torch.float32).dtype == torch.float32  # needs new memory
 
 
@@ -267,8 +270,10 @@ def test_arguments_are_checked_by_name():
         with pytest.raises(RuntimeError, match=message):
             run(**arguments)
     options = (None, None, None, "", 1.0, 1.0, False, torch.ones(2), None, None, None, None)
-    with pytest.raises(RuntimeError, match="first must leave out's 3 columns within the vocabulary size 5, got 3"):
-        ops.gradient(z, target, *options, 3, torch.empty(2, 3))
+    with pytest.raises(RuntimeError, match="first and last must lie within the vocabulary size 5, got 3 and 6"):
+        ops.gradient(z, target, *options, 3, 6, torch.empty(2, 3))
+    with pytest.raises(RuntimeError, match=r"out must have 2 rows of 3 logits .* got shape \[2, 2\]"):
+        ops.gradient(z, target, *options, 1, 4, torch.empty(2, 2))
     with pytest.raises(RuntimeError, match=r"cu_seqlens must not decrease and lie within 0..3, got 4 at 1"):
         ops.spread(None, None, torch.ones(3), torch.tensor([0, 4]), torch.ones(3), torch.ones(3))
     with level("default avx2"), pytest.raises(RuntimeError, match="got default avx2"):

@@ -1,5 +1,6 @@
 """The code in README.md runs as it stands."""
 
+import json
 import math
 import re
 import runpy
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import tiny
 
+from tisdpo import cli
 from tisdpo.hf import save_model
 from tisdpo.scored import make_provenance, save_scored
 
@@ -46,6 +48,26 @@ def test_the_loop_of_the_usage_page(demo):
         exec(USAGE[0].replace("lr=1e-6", f"lr={rate}"), scope := {})
         loss[rate] = scope["output"].loss.item()
     assert loss["0.0"] == pytest.approx(math.log(2), abs=1e-5) and 0 < loss["1e-2"] < 0.69
+
+
+def test_the_log_probs_of_the_usage_page():
+    exec(USAGE[1], scope := {})
+    scope["loss"].backward()
+    assert scope["hidden"].grad.isfinite().all() and scope["head"].weight.grad.abs().sum() > 0
+
+
+def test_lora_as_the_usage_page_has_it(tmp_path, monkeypatch):
+    pytest.importorskip("peft", reason="needs the extra peft")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(cli, "_quiet", lambda debug: None)
+    save_model(tiny.model(), tiny.tokenizer(), tmp_path / "my-7b")
+    (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(pair) for pair in tiny.pairs(24)[:16]))
+    (command,) = re.findall(r"^tisdpo (score .*)$", (README.parent / "docs/usage.md").read_text(), flags=re.MULTILINE)
+    assert cli.main(command.split()) == 0
+    exec(USAGE[2], scope := {})
+    logs = scope["trainer"].state.log_history
+    assert logs[0]["loss"] == pytest.approx(math.log(2), abs=2e-2) and (tmp_path / "out/adapter_model.safetensors").exists()
 
 
 def test_the_trl_example_and_the_example_script(demo):

@@ -17,7 +17,8 @@ from report_fixture import METRIC_INFO, fake_metrics
 
 from tisdpo import heatmap, intervals, plots
 from tisdpo.errors import InputError
-from tisdpo.report import duration, heatmap_html, heatmap_terminal, write_report
+from tisdpo.heatmap import heatmap_terminal
+from tisdpo.report import duration, heatmap_html, write_report
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 

@@ -13,8 +13,9 @@ from pair_tokenizers import CHAT_TEMPLATE, NO_SYSTEM_TEMPLATE, bpe, words
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import tisdpo
-from tisdpo.data import PairCollator, chat_template_fingerprint, load_pairs, model_fingerprint, tokenize_pairs, tokenizer_fingerprint
+from tisdpo.data import PairCollator, load_pairs, tokenize_pairs
 from tisdpo.errors import InputError
+from tisdpo.fingerprints import chat_template_fingerprint, model_fingerprint, tokenizer_fingerprint
 from tisdpo.provenance import FORMAT
 from tisdpo.scored import ids_fingerprint, import_official_weights, load_provenance, load_scored, make_provenance, save_scored
 from tisdpo.weighting import Weighting, contrast_weights

@@ -176,6 +176,16 @@ def test_reference_log_probs_per_token_from_a_cache(tmp_path):
     assert [a["loss"] for a in again] == pytest.approx([b["loss"] for b in online], rel=1e-5)
 
 
+@pytest.mark.parametrize("precompute", [False, True])
+def test_a_second_model_that_no_row_needs_is_named(precompute, tmp_path, caplog):
+    oracle.tiny_model(2).save_pretrained(tmp_path / "model")
+    rows = scored(tmp_path, reference=oracle.tiny_model(2))
+    args = TISDPOConfig(**arguments(tmp_path, precompute_ref_log_probs=precompute))
+    run = TISDPOTrainer(str(tmp_path / "model"), args=args, train_dataset=rows, processing_class=tokenizer())
+    assert (run.ref_model is None) == precompute
+    assert ("set precompute_ref_log_probs=True, then it is not loaded" in caplog.text) == (not precompute)
+
+
 def scored(tmp_path, reference=None, made_with=None):
     """A scored set of ready ids, with log-probs of the reference if there is one."""
     rows = tisdpo.data.tokenize_pairs(oracle.pairs(), tokenizer(), max_length=64)[0]

@@ -57,6 +57,19 @@ def flat_masks(flat: bool) -> Iterator[None]:
 
 
 @contextmanager
+def evaluating(*models):
+    """The models in evaluation mode; afterwards each in the mode it had."""
+    modes = [model.training for model in models]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for model, mode in zip(models, modes):
+            model.train(mode)
+
+
+@contextmanager
 def runs_anywhere(model) -> Iterator[None]:
     """Within it a model that waits on the CPU for the GPU that its flash-attn needs has the attention `eager`."""
     config, own = _base(model).config, _implementation(model)
@@ -208,8 +221,6 @@ def leak(model) -> str | None:
     if weight.is_meta or not weight.numel() or waiting:
         return None
     last = [3, 4, 5, 6, 7]
-    training = model.training
-    model.eval()
 
     def hidden(ids: list[int], **inputs) -> Tensor:
         ids = torch.tensor([ids], device=weight.device) % _base(model).config.get_text_config().vocab_size
@@ -217,12 +228,11 @@ def leak(model) -> str | None:
         return model(input_ids=ids, **inputs, head=lambda hidden, head: hidden)[:, -len(last) :].float()
 
     try:
-        flat, other = (hidden([*range(start, start + 9), *last], **flat_inputs([9, 5])) for start in (1, 20))
-        alone = hidden(last)
+        with evaluating(model):
+            flat, other = (hidden([*range(start, start + 9), *last], **flat_inputs([9, 5])) for start in (1, 20))
+            alone = hidden(last)
     except Exception as error:  # of any kind: a keyword that the model does not know, a kernel that does not run here
         return f"its forward refuses a flat batch ({(str(error).strip() or type(error).__name__).splitlines()[0].rstrip('.')})"
-    finally:
-        model.train(training)
     exact = weight.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(weight.device.type)
     scale = alone.abs().max()
     if (flat - other).abs().max() > (1e-5 if exact else 1e-2) * scale:  # the same shapes twice: equal but for the order of experts

@@ -80,13 +80,6 @@ def first_sequences(batch: dict, count: int) -> dict:
     return {**batch, **cut}
 
 
-def unflatten(values: Tensor, completion_mask: Tensor) -> Tensor:
-    """Values [N] of flat completion tokens back in [S, T], 0 elsewhere."""
-    mask = completion_mask.bool().clone()
-    mask[:, 0] = False
-    return values.new_zeros(mask.shape).masked_scatter(mask, values)
-
-
 class TokenBatches:
     """A batch sampler: batches of whole rows with at most `tokens` tokens each, for a `DataLoader` of one of several ranks.
 

@@ -160,13 +160,13 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     pipeline = {
-        "run": (_run, "the whole method: weights, training, evaluation, report.html"),
-        "weights": (_weights, "train the contrastive models and score every token"),
-        "train": (_train, "train (and measure) the policies, after weights"),
-        "eval": (_eval, "evaluate the policies and write metrics.json, after train"),
+        "run": "the whole method: weights, training, evaluation, report.html",
+        "weights": "train the contrastive models and score every token",
+        "train": "train (and measure) the policies, after weights",
+        "eval": "evaluate the policies and write metrics.json, after train",
     }
-    for name, (command, summary) in pipeline.items():
-        sub = _command(commands, name, command, summary, settings="config")
+    for name, summary in pipeline.items():
+        sub = _command(commands, name, _pipeline, summary, settings="config")
         sub.add_argument("config", help="YAML file, or the directory of a run")
         sub.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the file's, see below; values are YAML")
         if name == "train":
@@ -307,11 +307,6 @@ def _settings_help(kind: str) -> str:
 # Commands
 
 
-def _run(arguments) -> None:
-    _check_report(", or use `tisdpo eval`, which stops before it")
-    _pipeline(arguments, "report")
-
-
 def _check_report(otherwise: str = "") -> None:
     """Said now, not when the report is due."""
     for package in ("matplotlib", "jinja2"):
@@ -319,20 +314,11 @@ def _check_report(otherwise: str = "") -> None:
             raise InputError(f'the report needs {package}; run: pip install "tisdpo[report]"{otherwise}')
 
 
-def _weights(arguments) -> None:
-    _pipeline(arguments, "weights")
-
-
-def _train(arguments) -> None:
-    _pipeline(arguments, "train", arguments.scored)
-
-
-def _eval(arguments) -> None:
-    _pipeline(arguments, "eval")
-
-
-def _pipeline(arguments, until: str, scored: str | None = None) -> None:
-    """Read the configuration, go up to a stage, and print where the results are."""
+def _pipeline(arguments) -> None:
+    """Read the configuration, go up to the stage that the command is named after, and print where the results are."""
+    until, scored = "report" if arguments.name == "run" else arguments.name, getattr(arguments, "scored", None)
+    if until == "report":
+        _check_report(", or use `tisdpo eval`, which stops before it")
     from tisdpo.config import load_config
 
     config = load_config(arguments.config, arguments.settings)
@@ -426,14 +412,11 @@ def _show(arguments) -> None:
     if arguments.html is None:
         print(heatmap_terminal(prompt, **sides, color=not arguments.no_color))
         return
-    from tisdpo.files import beside
-    from tisdpo.report import heatmap_html
+    from tisdpo.report import heatmap_html, write_html
 
     name = str(provenance["how"].get("construction", Path(arguments.scored).name))
     entry = {"construction": name, "seed": None, "prompt": prompt, **sides}
-    with beside(arguments.html) as page:
-        page.write_text(heatmap_html([entry], title=f"Token weights ({name}), row {arguments.index}"), encoding="utf-8")
-    print(arguments.html)
+    print(write_html(heatmap_html([entry], title=f"Token weights ({name}), row {arguments.index}"), arguments.html))
 
 
 def _weighting(settings: list[str]):

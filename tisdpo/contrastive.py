@@ -10,7 +10,6 @@ The constructions of the paper (arXiv 2410.04350, section 4.3), as pairs (pi+, p
 Which models they are makes no difference here: `score_contrast` takes two models and, where they differ, their prompts.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,10 +19,10 @@ from tisdpo.data import tokenize_pairs
 from tisdpo.errors import InputError
 from tisdpo.fingerprints import tokenizer_fingerprint
 from tisdpo.hf import load_model, load_tokenizer
-from tisdpo.parts import Scorer, Scoring, tokens_to_score
+from tisdpo.parts import Scorer, Scoring
 from tisdpo.weighting import Weighting, average_ranks, contrast_weights, positions
 
-__all__ = ["Scorer", "rank_correlation", "score_contrast", "system_prompts", "tokens_to_score", "weight_diagnostics"]
+__all__ = ["Scorer", "rank_correlation", "score_contrast", "system_prompts", "weight_diagnostics"]
 
 
 def model_of_run(directory: str | Path, seed: int, name: str, tokenizer):
@@ -73,15 +72,14 @@ def score_contrast(
     pad_token_id: int,
     parts: str | Path,
     batch_tokens: int = 8192,
-    progress: Callable[[int], None] | None = None,
 ):
     """The rows with chosen_contrast and rejected_contrast: raw r_t of every completion token (EOS included), float32, nats.
 
     Scored in parts by `tisdpo.parts.Scoring`: a run killed at any moment goes on where it was, with the same result bit for bit. The
-    directory `parts` is the caller's to remove once the result is stored. `progress` is called with tokens as they are done.
+    directory `parts` is the caller's to remove once the result is stored.
     """
     scoring = Scoring(rows, positive, negative, pad_token_id=pad_token_id, parts=parts, batch_tokens=batch_tokens)
-    scoring.score(progress=progress)
+    scoring.score()
     return scoring.joined()
 
 

@@ -27,7 +27,6 @@ from tqdm.auto import tqdm
 from tisdpo.attention import flat_inputs
 from tisdpo.cached import ReferenceCache
 from tisdpo.errors import InputError
-from tisdpo.fingerprints import chat_template_fingerprint, model_fingerprint, tokenizer_fingerprint
 from tisdpo.readers import ID_COLUMNS, load_pairs
 from tisdpo.rendering import EMPTY, IDENTICAL, IDENTICAL_CUT, NO_PROMPT, TOO_LONG, Rendered, Renderer, as_list
 
@@ -35,14 +34,11 @@ __all__ = [
     "TOKEN_COLUMNS",
     "Counts",
     "PairCollator",
-    "chat_template_fingerprint",
     "holdout",
     "ids_fingerprint",
     "load_pairs",
-    "model_fingerprint",
     "token_sums",
     "tokenize_pairs",
-    "tokenizer_fingerprint",
 ]
 
 SIDES = ("chosen", "rejected")

@@ -16,6 +16,7 @@ from tisdpo.errors import InputError
 from tisdpo.files import remove, write_json
 from tisdpo.fingerprints import tokenizer_fingerprint
 from tisdpo.hf import load_model, load_tokenizer, tiny_llama
+from tisdpo.parts import Scoring
 from tisdpo.prompts import PROMPTS
 from tisdpo.rows import add_reference_logps
 from tisdpo.scored import load_scored, make_provenance, save_scored, scores_of
@@ -248,12 +249,13 @@ class Estimation:
             for scorer, text in zip((positive, negative), self.prompts_of_contrast()):
                 scorer.prompts = contrastive.system_prompts(self.source.pairs, rows, self.tokenizer, text)
         stage = f"scoring {name}"
-        label, tokens = self.label(stage), contrastive.tokens_to_score(rows, positive, negative)
-        with self.timed(stage), tqdm(total=tokens, desc=label, disable=label is None, unit="tok", unit_scale=True) as bar:
-            rows = contrastive.score_contrast(
-                rows, positive, negative, pad_token_id=self.tokenizer.pad_token_id, parts=parts,
-                batch_tokens=self.config.contrast.batch_tokens, progress=bar.update,
-            )  # fmt: skip
+        scoring = Scoring(
+            rows, positive, negative, pad_token_id=self.tokenizer.pad_token_id, parts=parts, batch_tokens=self.config.contrast.batch_tokens
+        )
+        label = self.label(stage)
+        with self.timed(stage), tqdm(total=scoring.tokens(), desc=label, disable=label is None, unit="tok", unit_scale=True) as bar:
+            scoring.score(progress=bar.update)
+            rows = scoring.joined()
         provenance = make_provenance(
             self.tokenizer, max_length=self.config.data.max_length, positive=positive.model, negative=negative.model, how=how
         )

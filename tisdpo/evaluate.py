@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from tisdpo.attention import evaluating
 from tisdpo.batches import flatten_batch
 from tisdpo.errors import InputError
 from tisdpo.functional import linear_token_logps
@@ -134,7 +135,7 @@ def generate(
     _check_room(model, prompt_ids, max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompt_ids[i]), i))  # prompts of similar length together: little padding
     found: list[Generation | None] = [None] * len(prompts)
-    with _evaluating(model), _plain_generation(model):
+    with evaluating(model), _plain_generation(model):
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             responses = _generate_batch(model, tokenizer, [prompt_ids[i] for i in batch], max_new_tokens, temperature, seed, batch)
@@ -203,18 +204,6 @@ def _check_room(model, prompts: list[list[int]], max_new_tokens: int) -> None:
                 f"prompt {n} has {len(ids)} tokens, which with max_new_tokens={max_new_tokens} exceeds the model's {context} positions; "
                 "shorten the prompt or lower max_new_tokens"
             )
-
-
-@contextmanager
-def _evaluating(*models):
-    modes = [model.training for model in models]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for model, mode in zip(models, modes):
-            model.train(mode)
 
 
 @contextmanager
@@ -287,7 +276,7 @@ def kl_to_reference(
     _check_some(generations)
     sums = [0.0] * len(generations)
     lengths = [len(g.prompt_ids) + len(g.ids) for g in generations]
-    with _evaluating(model, ref_model):
+    with evaluating(model, ref_model):
         for batch in plan_batches(lengths, batch_tokens):
             prompts, responses = ([getattr(generations[i], name) for i in batch] for name in ("prompt_ids", "ids"))
             padded = pad_batch(prompts, responses, pad_token_id, next(model.parameters()).device)

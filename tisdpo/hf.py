@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tisdpo.attention import flat_masks, register_varlen, runs_anywhere
+from tisdpo.attention import evaluating, flat_masks, register_varlen, runs_anywhere
 from tisdpo.errors import InputError
 from tisdpo.files import beside
 
@@ -222,14 +222,11 @@ def verify_head(model) -> None:
     if head.weight.is_meta or not head.weight.numel():
         return
     ids = torch.arange(8, device=head.weight.device)[None] % len(head.weight)
-    training = model.training
-    model.eval()
-    with runs_anywhere(model):
+    with evaluating(model), runs_anywhere(model):
         own = model(input_ids=ids, use_cache=False).logits.float()
         raw = model(
             input_ids=ids, head=lambda hidden, head: torch.nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias)
         ).float()
-    model.train(training)
     found = raw * head.logit_scale
     if head.softcap is not None:
         found = head.softcap * torch.tanh(found / head.softcap)

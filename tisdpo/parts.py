@@ -28,16 +28,6 @@ class Scorer:
     prompts: Sequence[Sequence[int]] | None = None
 
 
-def tokens_to_score(rows, positive: Scorer, negative: Scorer) -> int:
-    """How many tokens scoring will report as progress."""
-    return sum(
-        _lengths(
-            [list(scorer.prompts or rows["prompt_ids"]) * 2 for scorer in (positive, negative)],
-            [*rows["chosen_ids"], *rows["rejected_ids"]],
-        )
-    )
-
-
 def _lengths(prompts, completions) -> list[int]:
     """Tokens of prompt and completion, with the longest of the prompts."""
     return [max(len(p[i]) for p in prompts) + len(c) for i, c in enumerate(completions)]

@@ -31,8 +31,6 @@ from tisdpo.summary import collect
 
 log = logging.getLogger("tisdpo")
 
-UNTIL = ("weights", "train", "eval", "report")
-
 
 def run(config: RunConfig, until: str = "report") -> Path:
     """Run (or go on with) everything up to a stage: "weights", "train", "eval" or "report". Returns the run's directory or the report."""

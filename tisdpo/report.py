@@ -14,10 +14,11 @@ import yaml
 
 from tisdpo import plots
 from tisdpo.errors import InputError
-from tisdpo.heatmap import colour_limit, heatmap_groups, heatmap_terminal, scale_ticks, signed
+from tisdpo.files import beside
+from tisdpo.heatmap import colour_limit, heatmap_groups, scale_ticks, signed
 from tisdpo.intervals import Estimate, best_method, decimals, estimate, number
 
-__all__ = ["heatmap_html", "heatmap_terminal", "write_report"]
+__all__ = ["heatmap_html", "write_html", "write_report"]
 
 CONSTRUCTIONS = {
     "P": "one model under a positive and a negative prompt",
@@ -58,13 +59,10 @@ def write_report(metrics: dict, path: str | os.PathLike) -> Path:
 
 
 def write_html(page: str, path: str | os.PathLike) -> Path:
-    """Write beside, then rename: the page is complete or not there."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(page.encode("utf-8", errors="replace"))  # a model may generate half a surrogate pair
-    partial.replace(path)
-    return path
+    """The page is complete or not there. Raises InputError where the disk is full or cannot be written."""
+    with beside(path) as temporary:
+        temporary.write_bytes(page.encode("utf-8", errors="replace"))  # a model may generate half a surrogate pair
+    return Path(path)
 
 
 def heatmap_html(heatmaps: list[dict], *, title: str = "Token weights") -> str:

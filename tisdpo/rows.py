@@ -121,6 +121,11 @@ def add_reference_logps(dataset, reference, pad_token_id: int, accelerator=None)
     return dataset
 
 
+def brings_reference(rows) -> bool:
+    """Whether rows, None for none, carry log-probs of a reference."""
+    return "chosen_ref_logps" in (getattr(rows, "column_names", None) or ())
+
+
 def shared_logps(reference, prompts, completions, pad_token_id: int, accelerator=None) -> list[list[float]]:
     """Log-probs (nats) of the tokens of every completion after its prompt.
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from tisdpo.attention import evaluating
 from tisdpo.batches import flatten_batch
 from tisdpo.functional import linear_token_logps
 from tisdpo.hf import Head, attach_head, model_inputs
@@ -85,12 +86,10 @@ def completion_logps(
     """
     lengths = [len(p) + len(c) for p, c in zip(prompts, completions)]
     out: list[Tensor | None] = [None] * len(lengths)
-    training = model.training
-    model.eval()
-    for batch, (logps,), _ in iterate_logps([(model, prompts)], completions, plan_batches(lengths, batch_tokens), pad_token_id):
-        for i, values in zip(batch, logps):
-            out[i] = values
-        if progress is not None:
-            progress(sum(lengths[i] for i in batch))
-    model.train(training)
+    with evaluating(model):
+        for batch, (logps,), _ in iterate_logps([(model, prompts)], completions, plan_batches(lengths, batch_tokens), pad_token_id):
+            for i, values in zip(batch, logps):
+                out[i] = values
+            if progress is not None:
+                progress(sum(lengths[i] for i in batch))
     return out

@@ -43,7 +43,7 @@ from tisdpo.losses import Objective, loss_of
 from tisdpo.processes import GlobalBatches, check_parallelism, check_whole_weights
 from tisdpo.provenance import check_rows, home_of
 from tisdpo.resume import RemembersRows
-from tisdpo.rows import add_reference_logps, check_kind, datasets_in, each, prepare_rows
+from tisdpo.rows import add_reference_logps, brings_reference, check_kind, datasets_in, each, prepare_rows
 from tisdpo.weighting import Weighting
 
 log = logging.getLogger("tisdpo")
@@ -198,7 +198,7 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, Trainer):
         given = datasets_in({"train": train_dataset}, eval_dataset)
         for dataset in given:
             check_kind(dataset)
-        bring = given and all("chosen_ref_logps" in (rows.column_names or ()) for rows in given)
+        bring = given and all(map(brings_reference, given))
         if args.precompute_ref is False and args.kl is None and bring and ref_model is None and not is_peft_model(model):
             log.warning(
                 "precompute_ref=False keeps a copy of the model in memory, which none of these rows needs: all carry reference log-probs"
@@ -215,12 +215,8 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, Trainer):
 
         self._eval_prefix = None
         self._scorer, self._policy_scores = scorer, scorer is model
-        brought = args.kl is None and train_dataset is not None and "chosen_ref_logps" in (train_dataset.column_names or ())
-        if (
-            args.kl is not None
-            and self.cache is None
-            and any("chosen_ref_logps" in (d.column_names or ()) for d in datasets_in(train_dataset))
-        ):
+        brought = args.kl is None and brings_reference(train_dataset)
+        if args.kl is not None and self.cache is None and any(map(brings_reference, datasets_in(train_dataset))):
             log.warning(UNUSED_LOGPS)
         self._vocabulary = len(head_of(model).weight)
         collator = PairCollator(
@@ -283,7 +279,7 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, Trainer):
     def _with_reference(self, dataset):
         """Prepared rows with the reference's log-probs, where the loss takes those and they do not bring them."""
         scorer = self._scorer
-        if dataset is not None and scorer is not None and "chosen_ref_logps" not in dataset.column_names:
+        if dataset is not None and scorer is not None and not brings_reference(dataset):
             placed = getattr(scorer, "hf_device_map", None) is not None or getattr(scorer, "is_quantized", False) or is_sharded(scorer)
             before = next(scorer.parameters()).device
             if not placed:
@@ -304,7 +300,7 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, Trainer):
         home = home_of(dataset)
         if home is None:
             return
-        used = self.cache is not None or (self.objective.kl is None and "chosen_ref_logps" in dataset.column_names)
+        used = self.cache is not None or (self.objective.kl is None and brings_reference(dataset))
         check_rows(dataset, home, tokenizer, max_length=self._max_length, reference=self._reference_name if used else None)
         if self.cache is not None and (home / FOLDER).is_dir():
             self.cache.add(home)
@@ -423,7 +419,7 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, Trainer):
     def _ready(self, dataset):
         """Rows that come after the constructor, like those that came with it."""
         check_kind(dataset)
-        known = "chosen_ref_logps" in (dataset.column_names or ())
+        known = brings_reference(dataset)
         if self._policy_scores and not is_peft_model(self._scorer) and not known and self.state.global_step > 0:
             raise InputError(
                 "these rows have no reference log-probs, and the reference was the policy before training; give them to the "

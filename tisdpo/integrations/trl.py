@@ -31,7 +31,7 @@ from tisdpo.losses import Objective, loss_of
 from tisdpo.processes import REPEATED, GlobalBatches, check_parallelism
 from tisdpo.provenance import check_rows, home_of, load_provenance
 from tisdpo.resume import RemembersRows
-from tisdpo.rows import shared_logps, weigh
+from tisdpo.rows import brings_reference, shared_logps, weigh
 from tisdpo.trainer import UNUSED_LOGPS, fingerprint_if_here, preference_metrics
 from tisdpo.weighting import Weighting
 
@@ -131,7 +131,8 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, DPOTrainer):
 
     Takes what DPOTrainer takes. The reference is, in this order: with kl=None log-probs per token, where the rows carry them (columns
     `chosen_ref_logps`, `rejected_ref_logps`; sanity_check=False if they are of another model than the policy) or
-    precompute_ref_log_probs=True, which computes them; `ref_model`; of adapters that are new
+    precompute_ref_log_probs=True, which computes those that are missing (and spares the second model that TRL loads without it);
+    `ref_model`; of adapters that are new
     (`peft_config`) the base, adapters off; of a PEFT model that comes with adapters the copy of these that TRL makes; of any other model
     one that TRL loads again.
 
@@ -157,7 +158,7 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, DPOTrainer):
             raise ValueError("vision-language pairs are not supported: their collation happens elsewhere in TRL; use trl.DPOTrainer")
         if type(self.data_collator) is DataCollatorForPreference:
             self.data_collator = WeightedCollator(**vars(self.data_collator))
-        loses = args.method == "tis-dpo" or "chosen_ref_logps" in (getattr(self.train_dataset, "column_names", None) or ())
+        loses = args.method == "tis-dpo" or brings_reference(self.train_dataset)
         if loses and not isinstance(self.data_collator, WeightedCollator):
             raise InputError(
                 f"data_collator is a {type(self.data_collator).__name__}, which leaves out token weights and reference log-probs; derive "
@@ -174,8 +175,13 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, DPOTrainer):
             check_parallelism(self.accelerator.unwrap_model(self.ref_model), self.accelerator)
         self._attach()
         self._check_homes()
+        if ref_model is None and self.ref_model is not None and args.kl is None and all(map(brings_reference, self._datasets())):
+            log.warning(
+                "TRL loaded a second model as the reference, which none of these rows needs: all carry reference log-probs; set "
+                "precompute_ref_log_probs=True, then it is not loaded"
+            )
         brought = self.objective.kl is None and not any(self.train_dataset is other for other in self._computed_here)
-        brought = brought and "chosen_ref_logps" in (getattr(self.train_dataset, "column_names", None) or ())
+        brought = brought and brings_reference(self.train_dataset)
         weighting = Weighting.of(args.weighting) if args.method == "tis-dpo" else None
         self._remember_rows(self.objective.kl, weighting, None if brought else self._reference_name())
 
@@ -186,12 +192,16 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, DPOTrainer):
 
     # Rows
 
+    def _datasets(self) -> list:
+        """Those of training and evaluation that were given."""
+        several = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        return [dataset for dataset in (self.train_dataset, *several) if dataset is not None]
+
     def _check_homes(self) -> None:
         """Refuse rows of scored sets that were made for something else, or that the collator would cut."""
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
-        datasets = [self.train_dataset, *(self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset])]
-        for dataset in datasets:
-            carries = "chosen_ref_logps" in (getattr(dataset, "column_names", None) or ())
+        for dataset in self._datasets():
+            carries = brings_reference(dataset)
             if carries and self.objective.kl is None and self.args.sync_ref_model:
                 raise InputError("the rows carry reference log-probs, so sync_ref_model has no effect; remove the columns or leave it out")
             if carries and self.objective.kl is not None:
@@ -244,7 +254,7 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, DPOTrainer):
 
     def _precompute_ref_logps(self, dataset, name, batch_size):
         """Per token instead of TRL's one number a sequence, which could not be weighted."""
-        if "chosen_ref_logps" in dataset.column_names:
+        if brings_reference(dataset):
             _check_lengths(dataset, "ref_logps")
             return dataset
         reference = self.ref_model if self.ref_model is not None else self.model

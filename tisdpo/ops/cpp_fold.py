@@ -38,8 +38,8 @@ def gradient(
     lse, _, ref_lse, _, divergence = stats
     vectors = _vectors(lse, *((ref_lse, divergence, g_logp, g_kl) if kl else (None, None, g_logp, None)))
     options = _options(kl, logit_scale, softcap, temperature)
-    first = 0 if columns is None else columns[0]
-    _ops().gradient(z, target.contiguous(), ref_z if kl else None, *_vectors(bias, ref_bias), *options, *vectors, first, out)
+    first, last = columns or (0, z.shape[-1])
+    _ops().gradient(z, target.contiguous(), ref_z if kl else None, *_vectors(bias, ref_bias), *options, *vectors, first, last, out)
     return out
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 PACKAGE = Path(__file__).parents[1]
+INTERFACE = 2  # of the operators, as csrc/register.cpp has it: to be raised with every change of a schema
 INSTALL = "pip install --no-build-isolation --no-deps --force-reinstall ."  # from a source tree
 
 
@@ -20,6 +21,6 @@ def problem() -> str:
     except (OSError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         return f"torch {torch.__version__} cannot load its extension ({reason}); in the sources run: {INSTALL}"
-    if not hasattr(torch.ops.tisdpo_cpp, "mm"):
+    if not hasattr(torch.ops.tisdpo_cpp, "interface") or torch.ops.tisdpo_cpp.interface() != INTERFACE:
         return f"its extension was built from older sources; run: {INSTALL}"
     return ""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tisdpo.ops import cpp_fold, torch_fold
+from tisdpo.ops.backend import accumulation_dtype
 
 
 class Transform(NamedTuple):
@@ -77,6 +78,11 @@ class Fold(NamedTuple):
             z, target, ref_z, stats[:5], g_logp, g_kl, self.bias, self.ref_bias, self.ignored, self.kl, *self.transform,
             out=out, dtype=dtype, columns=columns,
         )  # fmt: skip
+
+
+def wide(bias: Tensor | None) -> Tensor | None:
+    """A bias [V] in the accumulation dtype."""
+    return None if bias is None else bias.to(accumulation_dtype(bias.dtype))
 
 
 def implementation(backend: str):

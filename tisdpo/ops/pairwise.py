@@ -1,7 +1,7 @@
 """The one-pass plan: loss and gradients of a pairwise loss in a single walk over the logits, or over D without any (`rows.Visits`).
 
 The upstream gradient of every token of a pair is (one scalar per sequence, known once the pair's sums are known) x w_t. So chunks hold
-whole pairs: logits -> statistics -> D = dscore_t/dlogits in place, unscaled -> the pair sums -> the pairwise loss and its gradient with
+whole pairs: logits -> statistics -> D = dscore_t/dlogits, in place and unscaled -> the pair sums -> the pairwise loss and its gradient with
 respect to the scores -> dHidden = c * (D @ W), dWeight += D^T @ (c * hidden), c_t = w_t * dloss/dscore. Nothing is recomputed, except
 for a pair that is longer than a chunk may be. Where the factors c may come later than D (a frozen head: they go to dHidden; a trained
 16-bit head with at most 2 H rows: D waits in `products.WaitingRows`), a few rows of any pairs follow each other instead.

@@ -21,7 +21,7 @@ CACHED_BYTES = 4 << 20  # of a slice of the head in the library's product of a C
 
 ALIGNED = 64  # items: a multiple of what the fastest loads and products want
 FEW_ITEMS = 1 << 24  # a smaller 16-bit product may be split along its sums, and the parts then be added in 16 bits
-IN_PLACE_BYTES = 8 << 20  # of a float32 slice of dWeight whose memory is needed for it: a CPU's product is 5 % slower with 4 MiB
+IN_PLACE_BYTES = 8 << 20  # of a float32 slice of dWeight on a CPU, in a buffer or where D is: the product is 5 % slower with 4 MiB
 
 
 def logits(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
@@ -118,8 +118,8 @@ class WaitingRows:
 
     It waits by columns: as many as fit in the memory of the result, the others beside it. A slice of columns, [n, w], lies in one piece
     and becomes one product. Where that has the dtype of the result, slices are as wide as lets their rows of the result lie where nothing
-    waits any more, and are written there at once; the others go by way of a buffer, as do all of 16 bits on a CPU, in float32. Of a float32
-    head so many columns wait beside it that all slices are written at once.
+    waits any more, and are written there at once; the others go by way of a buffer, as do all of 16 bits on a CPU, in float32. Of a large
+    float32 head so many columns wait beside it that all slices are written at once.
     """
 
     def __init__(self, weight: Tensor, rows: int, memory: tuple[Tensor, Tensor] | None = None):
@@ -127,6 +127,7 @@ class WaitingRows:
         vocabulary, hidden_size = weight.shape
         self.result = weight.new_empty(weight.shape) if memory is None else memory[0]
         direct, step = rounds_itself(weight) or weight.dtype == torch.float32, self.step(weight)
+        least = max(ALIGNED, step - ALIGNED) if weight.dtype == torch.float32 else step  # as much may be lost by the two roundings below
         inside = vocabulary - self.columns_beside(weight, rows)
         place = self.result.view(-1)
         offset = (len(place) - inside * rows) // ALIGNED * ALIGNED  # D lies at the end
@@ -135,7 +136,7 @@ class WaitingRows:
         first = 0
         while first < inside:
             free = (offset + first * rows) // max(hidden_size, 1) // ALIGNED * ALIGNED if direct else 0  # rows of the result
-            last = max(first + step, free)
+            last = max(first + least, free)
             if inside - last < ALIGNED and last > free:  # a narrow last slice would begin where rows of the result before it lie
                 last = inside
             last = min(last, inside)
@@ -164,18 +165,18 @@ class WaitingRows:
     def step(weight: Tensor) -> int:
         """Columns of a slice, or more."""
         size = IN_PLACE_BYTES if weight.device.type == "cpu" and not rounds_itself(weight) else 4 * SLICE_BYTES
-        return math.ceil(size // (max(weight.shape[1], 1) * 4) / ALIGNED) * ALIGNED
+        return math.ceil(max(1, size // (max(weight.shape[1], 1) * 4)) / ALIGNED) * ALIGNED
 
     @staticmethod
     def columns_beside(weight: Tensor, rows: int) -> int:
         """Columns of D [rows, V] that wait beside the memory of dWeight [V, H]."""
         vocabulary, hidden_size = weight.shape
         beside = WaitingRows.columns_without_room(weight.shape, rows, rounds_itself(weight))
-        if weight.dtype == torch.float32 and hidden_size:
-            # the rows of the result for the last slice of `step` columns end before that slice: beside * hidden_size >= step * rows
-            width = math.ceil((WaitingRows.step(weight) + ALIGNED) * rows / hidden_size)
-            beside = max(beside, math.ceil(width / ALIGNED) * ALIGNED)
-        return min(beside, vocabulary)
+        if weight.dtype == torch.float32 and 0 < rows <= hidden_size:
+            # so many that the rows of the result for a slice of `step` columns always end before it: width * hidden_size >= step * rows
+            width = math.ceil(WaitingRows.step(weight) * rows / hidden_size / ALIGNED) * ALIGNED
+            beside = width if 8 * width <= vocabulary else beside
+        return beside
 
     @staticmethod
     def columns_without_room(shape: tuple[int, int], rows: int, rounds: bool) -> int:

@@ -1,8 +1,8 @@
 """The rows that carry loss, and the head over a range of them: what the one-pass and the two-pass drivers share.
 
 A range of rows is visited in one of two ways (`Visits`). Any backend: logits into a buffer, the fold's statistics over them, its gradient
-in their place. By Triton, for bfloat16 and without KL, on chips with a row in `kernels.configs.PRODUCT`: a product that leaves D and the
-statistics, and no logits (`tisdpo.kernels.head`).
+in their place or where it waits. By Triton, for bfloat16 and without KL, on chips with a row in `kernels.configs.PRODUCT`: a product that
+leaves D and the statistics, and no logits (`tisdpo.kernels.head`).
 """
 
 import math
@@ -83,6 +83,8 @@ class Visits:
     ):  # fmt: skip
         """no_logits: see `needs_no_logits`; grads: for whom D is, None for statistics alone; rows: the most of a range; apart: visits will
         be those of that name."""
+        if folds.backend == "cpp":  # which reads them in float32, once a range of columns
+            folds = folds._replace(bias=fold.wide(folds.bias), ref_bias=fold.wide(folds.ref_bias))
         self.policy, self.reference, self.folds, self.no_logits, self.grads = policy, reference, folds, no_logits, grads
         self.dtype = products.gradient_dtype(policy.weight.device, policy.weight.dtype)
         if not no_logits:
@@ -231,6 +233,7 @@ class GradientSums:
 
     def hold(self, a: int, b: int, d: Tensor | None) -> None:
         """The rows a..b, whose coefficients follow, with D [b-a, V], or None where it is in its `places`."""
+        assert d is None or not self.waits, "where D waits it is written to its places"
         if self.needs[0]:
             self.held.append((a, b, None if d is None else products.grad_hidden(d, self.rows.weight, self.dtype)))
 

@@ -5,6 +5,7 @@ From hidden states there are three ways, in head-sized products (u = 2 N H V FLO
     two passes    4 u, with KL 6 u    the forward keeps [N] statistics, the backward makes every logit again (`rows.Visits`)
     waiting       3 u                 a trained head, no KL, H / 2 to H rows, of bfloat16 to 2 H (`products.WaitingRows`): D = dlogp/dlogits
                                       of the forward waits in the memory of dWeight, which the second of two passes would take
+                                      (of a large float32 head a slice of it waits beside)
     slopes        2 u, with KL 4 u    a frozen head (LoRA): a token's log-prob depends on no other token's hidden state, so the forward
                                       makes dlogp_t/dhidden_t [N, H], in the accumulation dtype, and with KL dKL_t/dhidden_t
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 
 from tisdpo.errors import InputError
-from tisdpo.files import write_json
+from tisdpo.files import beside, write_json
 from tisdpo.study import frontiers
 from tisdpo.study.config import OF_ONE, OF_TWO, Study, comparisons, sides
 from tisdpo.study.shared import StudyRun
@@ -181,11 +181,9 @@ def write_results(results: dict, directory: Path) -> None:
     searched = list(dict.fromkeys(key for point in results["points"] for key in point))
     metrics = list(dict.fromkeys(name for policy in results["policies"] for name in policy["metrics"]))
     arms = {arm["name"]: arm for arm in results["arms"]}
-    beside = directory / "results.csv.writing"
-    with beside.open("w", newline="", encoding="utf-8") as file:
+    with beside(directory / "results.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["arm", "method", "seed", *searched, *metrics])
         for policy in results["policies"]:
             row = [policy["arm"], arms[policy["arm"]]["method"], policy["seed"], *(policy["settings"][key] for key in searched)]
             writer.writerow(row + [policy["metrics"].get(name) for name in metrics])
-    beside.replace(directory / "results.csv")
