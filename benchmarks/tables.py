@@ -177,12 +177,12 @@ def end_to_end_tables(report: dict) -> list[str]:
             "",
         ]
         for task, rows in result["rows"].items():
-            found = [f"{name} {_longest(row)}" for name, row in rows.items()]
+            found = [f"{name} {longest_text(row)}" for name, row in rows.items()]
             lines.append(f"- {task}: " + ", ".join(found))
     return [*lines, ""]
 
 
-def _longest(row: dict) -> str:
+def longest_text(row: dict) -> str:
     return f"more than {row['points'][-1][0]:,}" if row["longest"] is None else f"{row['longest']:,}"
 
 

@@ -1,10 +1,12 @@
 """The C++ kernels against the plain formulas in float64: every vector width of this CPU, any shape, value and number of threads."""
 
 import math
+import re
 import subprocess
 import sys
 from contextlib import contextmanager
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -417,7 +419,20 @@ def test_float64_is_refused_by_name():
         tisdpo.token_logps(torch.zeros(2, 3, dtype=torch.float64), torch.tensor([0, 1]), backend="cpp")
 
 
-# Without the extension
+# Without the extension, or with another
+
+
+def test_an_extension_that_is_there_is_of_these_sources():
+    """Else the tests above would be skipped."""
+    assert "older sources" not in extension.problem()
+    text = (Path(__file__).parents[1] / "csrc/register.cpp").read_text()
+    assert re.search(r"INTERFACE = (\d+);", text)[1] == str(extension.INTERFACE)
+
+
+@needs_extension
+def test_an_extension_of_older_sources_is_told(monkeypatch):
+    monkeypatch.setattr(extension, "INTERFACE", extension.INTERFACE + 1)
+    assert extension.problem.__wrapped__().startswith("its extension was built from older sources; run: pip install")
 
 
 @pytest.mark.parametrize("content", [None, b"no library"])

@@ -41,7 +41,7 @@ def trained(tmp_path) -> dict[str, int]:
     return {str(p.relative_to(tmp_path)): p.stat().st_mtime_ns for p in (tmp_path / "run" / "seed-0").rglob("*.safetensors")}
 
 
-def test_a_run_writes_everything_and_goes_on_where_it_was(tmp_path, monkeypatch):
+def test_a_run_writes_everything_and_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     real, calls = pipeline.train_stage, []
 
     def dies_at_the_fifth(*args, **kwargs):
@@ -56,6 +56,7 @@ def test_a_run_writes_everything_and_goes_on_where_it_was(tmp_path, monkeypatch)
         pipeline.run(config(tmp_path))
     before = trained(tmp_path)
     report = pipeline.run(config(tmp_path))
+    assert "seed 0 · responses" in capsys.readouterr().err  # which are counted while they are generated
     assert report.name == "report.html" and report.stat().st_size > 10_000
     assert len(calls) == 5 + 3  # the base, two SFT models and a policy were not trained again
     assert {name: trained(tmp_path)[name] for name in before} == before

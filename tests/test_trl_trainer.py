@@ -183,7 +183,7 @@ def test_a_second_model_that_no_row_needs_is_named(precompute, tmp_path, caplog)
     args = TISDPOConfig(**arguments(tmp_path, precompute_ref_log_probs=precompute))
     run = TISDPOTrainer(str(tmp_path / "model"), args=args, train_dataset=rows, processing_class=tokenizer())
     assert (run.ref_model is None) == precompute
-    assert ("set precompute_ref_log_probs=True, then it is not loaded" in caplog.text) == (not precompute)
+    assert ("set precompute_ref_log_probs=True, then it does not" in caplog.text) == (not precompute)
 
 
 def scored(tmp_path, reference=None, made_with=None):

@@ -416,7 +416,8 @@ def _show(arguments) -> None:
 
     name = str(provenance["how"].get("construction", Path(arguments.scored).name))
     entry = {"construction": name, "seed": None, "prompt": prompt, **sides}
-    print(write_html(heatmap_html([entry], title=f"Token weights ({name}), row {arguments.index}"), arguments.html))
+    write_html(heatmap_html([entry], title=f"Token weights ({name}), row {arguments.index}"), arguments.html)
+    print(arguments.html)
 
 
 def _weighting(settings: list[str]):

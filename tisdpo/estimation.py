@@ -249,12 +249,11 @@ class Estimation:
             for scorer, text in zip((positive, negative), self.prompts_of_contrast()):
                 scorer.prompts = contrastive.system_prompts(self.source.pairs, rows, self.tokenizer, text)
         stage = f"scoring {name}"
-        scoring = Scoring(
-            rows, positive, negative, pad_token_id=self.tokenizer.pad_token_id, parts=parts, batch_tokens=self.config.contrast.batch_tokens
-        )
-        label = self.label(stage)
-        with self.timed(stage), tqdm(total=scoring.tokens(), desc=label, disable=label is None, unit="tok", unit_scale=True) as bar:
-            scoring.score(progress=bar.update)
+        pad, batch_tokens, label = self.tokenizer.pad_token_id, self.config.contrast.batch_tokens, self.label(stage)
+        with self.timed(stage):
+            scoring = Scoring(rows, positive, negative, pad_token_id=pad, parts=parts, batch_tokens=batch_tokens)
+            with tqdm(total=scoring.tokens(), desc=label, disable=label is None, unit="tok", unit_scale=True) as bar:
+                scoring.score(progress=bar.update)
             rows = scoring.joined()
         provenance = make_provenance(
             self.tokenizer, max_length=self.config.data.max_length, positive=positive.model, negative=negative.model, how=how

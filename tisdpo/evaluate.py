@@ -22,8 +22,6 @@ from tisdpo.hf import Head, attach_head, model_inputs
 from tisdpo.scoring import Ids, completion_logps, pad_batch, plan_batches
 from tisdpo.weighting import average_ranks
 
-Progress = Callable[[int], None]
-
 
 @dataclass(frozen=True)
 class Generation:
@@ -44,9 +42,7 @@ Reward = Callable[[Generation], float]
 # Held-out preferences
 
 
-def preference_metrics(
-    model, ref_model, rows, *, pad_token_id: int, beta: float = 0.1, batch_tokens: int = 16384, progress: Progress | None = None
-) -> dict[str, float]:
+def preference_metrics(model, ref_model, rows, *, pad_token_id: int, beta: float = 0.1, batch_tokens: int = 16384) -> dict[str, float]:
     """How the policy ranks held-out pairs by its implicit reward beta * (log pi - log pi_ref), summed over the completion::
 
         accuracy            share of pairs whose chosen completion has the larger reward, ties count one half; 0..1
@@ -57,12 +53,12 @@ def preference_metrics(
         n                   pairs
 
     With ref_model=None the reference's log-probs are those that the rows carry (chosen_ref_logps, rejected_ref_logps), so that many
-    checkpoints are compared at the cost of one model each. `progress` is called with tokens as they are done.
+    checkpoints are compared at the cost of one model each.
     Raises InputError without rows, and without a reference.
     """
     if len(rows) == 0:
         raise InputError("there are no held-out pairs to evaluate; give a held-out file, or a held-out share that leaves at least one pair")
-    options = {"pad_token_id": pad_token_id, "batch_tokens": batch_tokens, "progress": progress}
+    options = {"pad_token_id": pad_token_id, "batch_tokens": batch_tokens}
     ratios = _policy_sums(model, rows, options) - (_stored_sums(rows) if ref_model is None else _policy_sums(ref_model, rows, options))
     lengths = torch.tensor([[len(c), len(r)] for c, r in zip(rows["chosen_ids"], rows["rejected_ids"])], dtype=torch.float64)
     longer_wins = _share_won(lengths)
@@ -113,7 +109,7 @@ def generate(
     temperature: float = 1.0,
     seed: int = 0,
     batch_size: int = 32,
-    progress: Progress | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> list[Generation]:
     """A response of the model to every prompt (text, or ready ids), in their order.
 
@@ -261,7 +257,7 @@ def _mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def kl_to_reference(
-    model, ref_model, generations: Sequence[Generation], *, pad_token_id: int, batch_tokens: int = 16384, progress: Progress | None = None
+    model, ref_model, generations: Sequence[Generation], *, pad_token_id: int, batch_tokens: int = 16384
 ) -> dict[str, float | None]:
     """KL(pi || pi_ref) of responses, estimated on the policy's own samples (from `generate` with temperature 1)::
 
@@ -270,8 +266,8 @@ def kl_to_reference(
         kl_per_token  the same sum divided by all response tokens, nats
 
     The KL of the next token is exact at every position (Rao-Blackwellised), so only the choice of y_<t is random: unbiased, never
-    negative, and far less noisy than log pi(y) - log pi_ref(y). `progress` is called with tokens as they are done. The reference may
-    have another hidden size, but not another vocabulary or logit scale: InputError.
+    negative, and far less noisy than log pi(y) - log pi_ref(y). The reference may have another hidden size, but not another vocabulary
+    or logit scale: InputError.
     """
     _check_some(generations)
     sums = [0.0] * len(generations)
@@ -282,8 +278,6 @@ def kl_to_reference(
             padded = pad_batch(prompts, responses, pad_token_id, next(model.parameters()).device)
             for i, value in zip(batch, _batch_kl(model, ref_model, padded)):
                 sums[i] = value
-            if progress is not None:
-                progress(sum(lengths[i] for i in batch))
     kl, kl_se = _mean_and_error(sums)
     return {"kl": kl, "kl_se": kl_se, "kl_per_token": math.fsum(sums) / sum(len(g.ids) for g in generations)}
 

@@ -118,7 +118,7 @@ def linear_token_logps(
 
     Float16, and a trained bias on a frozen head, take two passes: 4 or 3, with KL 6 or 5. The second row is for float32 and bfloat16, the
     latter where its products have float32 sums (a GPU, the C++ extension), and not under torch.compile; what waits takes [V, H] items of
-    the head's dtype, of bfloat16 with N > 7/8 H some N V more, of a large float32 head up to 8 MiB more (on a GPU 128), from the forward
+    the head's dtype, of bfloat16 with N > 7/8 H some N V more, of a large float32 head some 8 MiB more (on a GPU 128), from the forward
     on. Memory besides: a chunk of logits (a byte budget) and, with a trained head, what `linear_tis_dpo_loss` sums its gradient in. With
     and without gradients log-probs may differ in their last bits.
 

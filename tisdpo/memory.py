@@ -321,7 +321,8 @@ def head_bytes(shape: Shape, plan: Plan) -> int:
     narrow = b < 4 and (not cpu or products.gradient_dtype(torch.device("cpu"), dtype) == dtype)
     later = backend.chunk_rows(v, buffers, 4, plan.device, True)
     alone = narrow and not cpu and n <= later  # one chunk: its product is dWeight
-    waits = plan.lora is None and narrow and not alone and products.WaitingRows.few(n, h)
+    whole = b == 4 and cpu  # a float32 head, where D of at most H rows waits in its gradient
+    waits = plan.lora is None and not alone and (n <= h if whole else narrow and products.WaitingRows.few(n, h))
     rows = later if alone or waits or plan.lora is not None else backend.chunk_rows(v, buffers, 4, plan.device)
     states = (2 + models) * n * h * b
     logits = buffers * min(rows, n) * v * 4
@@ -331,8 +332,11 @@ def head_bytes(shape: Shape, plan: Plan) -> int:
     if alone:
         return logits + v * h * b + 2 * 4 * n * h + states
     if waits:
+        buffer = min(v * h * 4, products.IN_PLACE_BYTES if whole else products.SLICE_BYTES)
         beside = n * products.WaitingRows.columns_without_room((v, h), n, not cpu) * b
-        finishing = min(v * h * 4, products.SLICE_BYTES) + 4 * n * h
+        if whole and 8 * buffer <= v * h * 4:
+            beside, buffer = buffer, 0
+        finishing = buffer + 4 * n * h
         held = 4 * h * (n if cpu else min(n, HIDDEN_ROWS))  # D @ W
         return max(logits, finishing) + v * h * b + beside + held + states
     bounds = [i * plan.seq_len for i in range(2 * plan.pairs_per_gpu + 1)]

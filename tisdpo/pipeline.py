@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from tqdm.auto import tqdm
 
 from tisdpo import evaluate
 from tisdpo.config import WORLDS, ModelConfig, RunConfig, dump, load_config, to_dict
@@ -220,10 +221,13 @@ class SeedRun(Estimation):
 
     def generations(self, model, temperature: float | None = None):
         settings, source = self.config.evaluation, self.evaluation_source
-        found = evaluate.generate(
-            model, self.tokenizer, source.prompts[: settings.prompts], max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature if temperature is None else temperature, seed=self.seed, batch_size=settings.batch_size,
-        )  # fmt: skip
+        prompts, label = source.prompts[: settings.prompts], self.label("responses")
+        with tqdm(total=len(prompts), desc=label, disable=label is None, unit="response", leave=False) as bar:
+            found = evaluate.generate(
+                model, self.tokenizer, prompts, max_new_tokens=settings.max_new_tokens,
+                temperature=settings.temperature if temperature is None else temperature, seed=self.seed, batch_size=settings.batch_size,
+                progress=bar.update,
+            )  # fmt: skip
         if source.conversations is None:
             return found
         return [replace(one, messages=messages) for one, messages in zip(found, source.conversations)]

@@ -3,7 +3,7 @@
 Sizes: n sequences (prompt + completion), N completion tokens of a batch.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -78,11 +78,10 @@ def completion_logps(
     *,
     pad_token_id: int,
     batch_tokens: int = 16384,
-    progress: Callable[[int], None] | None = None,
 ) -> list[Tensor]:
     """Log-probs (nats, float32) of every token of each completion after its prompt, in the order they came.
 
-    The model is put into evaluation mode for it. `progress` is called with the number of tokens of every finished batch.
+    The model is put into evaluation mode for it.
     """
     lengths = [len(p) + len(c) for p, c in zip(prompts, completions)]
     out: list[Tensor | None] = [None] * len(lengths)
@@ -90,6 +89,4 @@ def completion_logps(
         for batch, (logps,), _ in iterate_logps([(model, prompts)], completions, plan_batches(lengths, batch_tokens), pad_token_id):
             for i, values in zip(batch, logps):
                 out[i] = values
-            if progress is not None:
-                progress(sum(lengths[i] for i in batch))
     return out

@@ -131,7 +131,7 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, DPOTrainer):
 
     Takes what DPOTrainer takes. The reference is, in this order: with kl=None log-probs per token, where the rows carry them (columns
     `chosen_ref_logps`, `rejected_ref_logps`; sanity_check=False if they are of another model than the policy) or
-    precompute_ref_log_probs=True, which computes those that are missing (and spares the second model that TRL loads without it);
+    precompute_ref_log_probs=True, which computes those that are missing (and spares the second model that TRL keeps without it);
     `ref_model`; of adapters that are new
     (`peft_config`) the base, adapters off; of a PEFT model that comes with adapters the copy of these that TRL makes; of any other model
     one that TRL loads again.
@@ -177,8 +177,8 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, DPOTrainer):
         self._check_homes()
         if ref_model is None and self.ref_model is not None and args.kl is None and all(map(brings_reference, self._datasets())):
             log.warning(
-                "TRL loaded a second model as the reference, which none of these rows needs: all carry reference log-probs; set "
-                "precompute_ref_log_probs=True, then it is not loaded"
+                "TRL keeps a second model as the reference, which none of these rows needs: all carry reference log-probs; set "
+                "precompute_ref_log_probs=True, then it does not"
             )
         brought = self.objective.kl is None and not any(self.train_dataset is other for other in self._computed_here)
         brought = brought and brings_reference(self.train_dataset)

@@ -4,7 +4,8 @@ The upstream gradient of every token of a pair is (one scalar per sequence, know
 whole pairs: logits -> statistics -> D = dscore_t/dlogits, in place and unscaled -> the pair sums -> the pairwise loss and its gradient with
 respect to the scores -> dHidden = c * (D @ W), dWeight += D^T @ (c * hidden), c_t = w_t * dloss/dscore. Nothing is recomputed, except
 for a pair that is longer than a chunk may be. Where the factors c may come later than D (a frozen head: they go to dHidden; a trained
-16-bit head with at most 2 H rows: D waits in `products.WaitingRows`), a few rows of any pairs follow each other instead.
+16-bit head with at most 2 H rows, on a CPU a float32 one with H: D waits in `products.WaitingRows`), a few rows of any pairs follow each
+other instead.
 
 Cost in head-sized products (u = 2 N H V FLOP): policy logits 1, reference logits 1 (KL or online reference), dHidden 1, dWeight 1
 (none with a frozen head). Memory: the chunk's logits (with KL of both models) + a [V, H] sum in float32, where the head is trained

@@ -153,7 +153,10 @@ class WaitingRows:
 
     @staticmethod
     def serves(weight: Tensor, rows: int) -> bool:
-        """Whether D has 16 bits here, and waits in no more memory than float32 sums would take (`few`)."""
+        """Whether D waits and dWeight is not summed: of 16 bits where that takes no more memory (`few`), of float32 on a CPU where D fits
+        into dWeight."""
+        if weight.dtype == torch.float32:
+            return weight.device.type == "cpu" and rows <= weight.shape[1]
         return gradient_dtype(weight.device, weight.dtype).itemsize == 2 and WaitingRows.few(rows, weight.shape[1])
 
     @staticmethod

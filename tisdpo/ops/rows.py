@@ -180,8 +180,8 @@ class GradientSums:
     """Gradients of hidden [N, H], weight [V, H] and bias [V] while the chunks go by; those not needed stay empty and cost nothing.
 
     With dL/dlogits = c_t * d_t: dHidden = c * (D @ W), dWeight = D^T @ (c * hidden), dBias = D^T @ c: the factors go where H is, not V.
-    dWeight is summed over the chunks in float32 (`products.SummedRows`), or, for a 16-bit head and few rows, made of all of D at the end,
-    which takes less memory (`products.WaitingRows`). Then, and without dWeight and dBias, the factors may come later than D (`later`): by
+    dWeight is summed over the chunks in float32 (`products.SummedRows`), or, for few rows (not of a float32 head on a GPU), made of all of
+    D at the end, in less memory (`products.WaitingRows`). Then, and without dWeight and dBias, the factors may come later (`later`): by
     `hold` and `scale` instead of `add`. Where all rows are one chunk, and the product rounds itself, it is dWeight already.
     """
 
@@ -234,7 +234,11 @@ class GradientSums:
     def hold(self, a: int, b: int, d: Tensor | None) -> None:
         """The rows a..b, whose coefficients follow, with D [b-a, V], or None where it is in its `places`."""
         assert d is None or not self.waits, "where D waits it is written to its places"
-        if self.needs[0]:
+        if not self.needs[0]:
+            return
+        if d is None and self.held:  # one product for rows that follow each other
+            self.held[-1] = (self.held[-1][0], b, None)
+        else:
             self.held.append((a, b, None if d is None else products.grad_hidden(d, self.rows.weight, self.dtype)))
 
     def scale(self, a: int, b: int, coefficient: Tensor) -> None:
