@@ -19,9 +19,9 @@ REASONS_OF_OPS = {  # by kind of step
 REASONS = [
     (WHOLE, lambda size: size["tokens"] * size["vocabulary"] > 1 << 23,
      "it holds all logits at once, so each product is one call, and of 16 bits it rounds logits and sums; in chunks the head is packed "
-     "anew for each, and dWeight, where it is summed in float32 (not for up to 2 H rows of 16 bits), read and written (NOTES.md). One pass "
-     "in one chunk is the row of that name, and between it and these rows the order changes from run to run; the budget is yours: "
-     "TISDPO_CHUNK_MIB"),
+     "anew for each, and dWeight, where it is summed in float32 (not for up to 2 H rows of 16 bits, nor, since revision 49877a4, H of "
+     "float32), read and written (NOTES.md). One pass in one chunk is the row of that name, and between it and these rows the order "
+     "changes from run to run; the budget is yours: TISDPO_CHUNK_MIB"),
     (WHOLE, lambda size: size["tokens"] * size["vocabulary"] <= 1 << 23,
      "few logits: they fit into the cache, nothing is saved by chunks, and the fixed cost of the operators counts"),
     (("both products in one program", "logits and folds"), lambda size: True,

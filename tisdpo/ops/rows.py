@@ -214,7 +214,10 @@ class GradientSums:
         """Add the rows a..b with dL/dlogits = coefficient [b-a] * d [b-a, V], d as for `hold`."""
         if self.later:
             self.hold(a, b, d)
-            self.scale(a, b, coefficient)
+            if self.waits:
+                self.coefficient[a:b] = coefficient  # D @ W of all rows is one product, see `result`
+            else:
+                self.scale(a, b, coefficient)
             return
         if self.needs[0]:
             self._set_hidden(a, b, products.grad_hidden(d, self.rows.weight, self.dtype), coefficient)
@@ -256,6 +259,7 @@ class GradientSums:
     def result(self, out: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients in the dtypes of their inputs; 16-bit ones are rounded once, here. out: for dWeight, where D is to stay."""
         if self.waits:
+            self.scale(0, self.count, self.coefficient)
             self.bias = self.waiting.column_sums(self.coefficient) if self.needs[2] else self.bias
         if self.waits and self.needs[1]:
             hidden = self.rows.take(0, self.count)
