@@ -322,7 +322,7 @@ def head_bytes(shape: Shape, plan: Plan) -> int:
     later = backend.chunk_rows(v, buffers, 4, plan.device, True)
     alone = narrow and not cpu and n <= later  # one chunk: its product is dWeight
     whole = b == 4 and cpu  # a float32 head, where D of at most H rows waits in its gradient
-    waits = plan.lora is None and not alone and (n <= h if whole else narrow and products.WaitingRows.few(n, h))
+    waits = plan.lora is None and not alone and (narrow or whole) and products.WaitingRows.few(n, h, b)
     rows = later if alone or waits or plan.lora is not None else backend.chunk_rows(v, buffers, 4, plan.device)
     states = (2 + models) * n * h * b
     logits = buffers * min(rows, n) * v * 4

@@ -132,9 +132,8 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, DPOTrainer):
     Takes what DPOTrainer takes. The reference is, in this order: with kl=None log-probs per token, where the rows carry them (columns
     `chosen_ref_logps`, `rejected_ref_logps`; sanity_check=False if they are of another model than the policy) or
     precompute_ref_log_probs=True, which computes those that are missing (and spares the second model that TRL keeps without it);
-    `ref_model`; of adapters that are new
-    (`peft_config`) the base, adapters off; of a PEFT model that comes with adapters the copy of these that TRL makes; of any other model
-    one that TRL loads again.
+    `ref_model`; of adapters that are new (`peft_config`) the base, adapters off; of a PEFT model that comes with adapters the copy of these
+    that TRL makes; of any other model one that TRL loads again.
 
     Rows of a scored set (`tisdpo.scored.load_scored`) that are given here are refused with another tokenizer or chat template than it was
     scored with, and their log-probs with another reference (InputError).

@@ -155,14 +155,14 @@ class WaitingRows:
     def serves(weight: Tensor, rows: int) -> bool:
         """Whether D waits and dWeight is not summed: of 16 bits where that takes no more memory (`few`), of float32 on a CPU where D fits
         into dWeight."""
-        if weight.dtype == torch.float32:
-            return weight.device.type == "cpu" and rows <= weight.shape[1]
-        return gradient_dtype(weight.device, weight.dtype).itemsize == 2 and WaitingRows.few(rows, weight.shape[1])
+        itemsize = gradient_dtype(weight.device, weight.dtype).itemsize
+        waits = itemsize == 2 or (weight.dtype == torch.float32 and weight.device.type == "cpu")
+        return waits and WaitingRows.few(rows, weight.shape[1], itemsize)
 
     @staticmethod
-    def few(rows: int, hidden_size: int) -> bool:
-        """D [rows, V] in 16 bits is no larger than a [V, H] of float32."""
-        return rows <= 2 * hidden_size
+    def few(rows: int, hidden_size: int, itemsize: int) -> bool:
+        """D [rows, V] of such items is no larger than a [V, H] of float32."""
+        return rows * itemsize <= 4 * hidden_size
 
     @staticmethod
     def step(weight: Tensor) -> int:

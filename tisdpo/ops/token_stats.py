@@ -206,7 +206,7 @@ def waiting_sizes(weight: Tensor, target: Tensor, ignore_index: int) -> list[int
     if not (products.WaitingRows.serves(weight, 0) if narrow else weight.dtype == torch.float32):
         return None
     rows = len(target) if ignore_index == values.NOTHING else int((target != ignore_index).sum())
-    if 2 * rows < hidden_size or not (products.WaitingRows.few(rows, hidden_size) if narrow else rows <= hidden_size):
+    if 2 * rows < hidden_size or not products.WaitingRows.few(rows, hidden_size, weight.dtype.itemsize):
         return None
     return [rows, products.WaitingRows.columns_beside(weight, rows)]
 
