@@ -61,7 +61,8 @@ def steps(reports: list[dict]) -> list[str]:
     if max(of_trl, default=0) > 500 * MIB:
         notes.append(
             "Where TRL's log-probs take more than 500 MiB they had larger chunks than were the fastest later (1.58 x and 274 MiB instead "
-            "of 1.68 x and 1,042 MiB); its KL operator has its authors' chunks."
+            "of 1.68 x and 1,042 MiB: "
+            "[data](benchmarks/results/rerun-float32-no-kl-amd-epyc-2026-11-27.json)); its KL operator has its authors' chunks."
         )
     half = [step["rows"] for report, step in found if report["dtype"] == "bfloat16"][:2]
     if len(half) == 2:
