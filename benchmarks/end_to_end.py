@@ -12,6 +12,7 @@ memory is measured until it exceeds the limit.
 
 import argparse
 import sys
+import tempfile
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -24,6 +25,7 @@ from benchmarks.measure import MIB, default_path, environment, fresh_process, gr
 
 PROMPT = 32
 BETA = 0.1
+ANYWHERE = tempfile.gettempdir()  # the trainers make their output directory, and write nothing here
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def ours(shape: Shape, batch: Batch, weighted: bool):
     if not weighted:
         rows = rows.remove_columns(["chosen_weights", "rejected_weights"])
     args = tisdpo.TISDPOConfig(
-        "out", method="tis-dpo" if weighted else "dpo", kl="reverse" if weighted else None, beta=BETA, precompute_ref=False,
+        ANYWHERE, method="tis-dpo" if weighted else "dpo", kl="reverse" if weighted else None, beta=BETA, precompute_ref=False,
         per_device_train_batch_size=batch.pairs, max_length=1 << 16, use_cpu=not torch.cuda.is_available(), save_strategy="no",
     )  # fmt: skip
     words, reference = tokenizer(shape.vocabulary), model(shape, 1)
@@ -121,7 +123,7 @@ def trl(shape: Shape, batch: Batch, weighted: bool):
 
     policy = model(shape, 0)
     args = DPOConfig(
-        "out", beta=BETA, per_device_train_batch_size=batch.pairs, max_length=None, use_cpu=not torch.cuda.is_available(), bf16=False,
+        ANYWHERE, beta=BETA, per_device_train_batch_size=batch.pairs, max_length=None, use_cpu=not torch.cuda.is_available(), bf16=False,
         gradient_checkpointing=False, report_to="none", save_strategy="no",
     )  # fmt: skip
     rows = pairs(shape.vocabulary, batch).remove_columns(["chosen_weights", "rejected_weights"])

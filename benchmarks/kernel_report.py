@@ -26,6 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from tisdpo.kernels import boundaries, configs, fold, head, scale, sequence_sums
+from tisdpo.kernels.launch import FUSED
 
 VOCABULARIES = (32000, 128256, 151936, 262208)
 
@@ -36,6 +37,11 @@ ARCHITECTURES = {
     "sm_100": (GPUTarget("cuda", 100, 32), 227 << 10),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 << 10),
 }
+
+
+# (kernel, architecture, Triton): bytes. Seven registers put aside and read again once a tile, outside of the loop of the product: 14 of 5000
+# instructions. 3.6, with which it was measured, and 3.9 need none of it, and what helps 3.8 makes 3.9 spill.
+KNOWN_SPILLS = {("exponentials, D", "sm_90", "3.8"): 48}
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,7 @@ class Row:
     @property
     def problems(self) -> list[str]:
         found = []
-        if self.spilled_bytes:
+        if self.spilled_bytes > KNOWN_SPILLS.get((self.kernel, self.arch, triton.__version__[:3]), 0):
             found.append(f"spills {self.spilled_bytes} bytes")
         if self.shared_bytes > self.shared_limit:
             found.append(f"needs {self.shared_bytes} bytes of shared memory, {self.arch} has {self.shared_limit}")
@@ -189,7 +195,7 @@ def compiled(variant: Variant, arch: str) -> Row:
     elif variant.tile:
         tile = configs.TABLE[variant.tile][arch]
         flags, options, block = flags | dict(BLOCK=tile.block), {"num_warps": tile.warps}, tile.block
-    kernel = triton.compile(_source(variant, flags), target=target, options=options)
+    kernel = triton.compile(_source(variant, flags), target=target, options=options | FUSED)
     registers, spilled, wide, ordered = _nvidia(kernel) if target.backend == "cuda" else _amd(kernel)
     return Row(
         variant.name, arch, block or flags.get("BLOCK", 0), options["num_warps"], registers, spilled, kernel.metadata.shared, limit,

@@ -172,6 +172,10 @@ def test_the_routers_loss_is_the_models_own(kind):
     ids = torch.randint(3, 20, (2, 9), generator=torch.Generator().manual_seed(1))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids).index_fill(1, torch.tensor([8]), 0)}
     own = model(**batch, output_hidden_states=True)
+    if not isinstance(own.aux_loss, torch.Tensor):
+        with pytest.raises(InputError, match=f"{kind}ForCausalLM makes no auxiliary loss of its routers in transformers"):
+            attach_head(model)(**batch, head=lambda hidden, head: head)
+        pytest.skip("this transformers gives the family the number 0 for the loss of its routers")
     hidden, head = attach_head(model)(**batch, head=lambda hidden, head: (hidden, head))
     torch.testing.assert_close(head.aux_loss, own.aux_loss)
     torch.testing.assert_close(hidden, own.hidden_states[-1])
@@ -198,7 +202,7 @@ def test_the_routers_loss_is_added_and_logged(tmp_path, options):
 
 def test_a_model_that_makes_no_routers_loss_says_so():
     model = attach_head(tiny.model())
-    with pytest.raises(InputError, match="makes no auxiliary loss of its routers; set output_router_logits=False in its configuration"):
+    with pytest.raises(InputError, match=r"no auxiliary loss of its routers in transformers .*; set output_router_logits=False in its"):
         model(input_ids=torch.tensor([[3, 4]]), head=lambda hidden, head: hidden, output_router_logits=True)
 
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset
 from pair_tokenizers import CHAT_TEMPLATE, NO_SYSTEM_TEMPLATE, bpe, words
-from trl.data_utils import _tokenize, common_prefix_length, extract_prompt
 
 from tisdpo.data import Counts, PairCollator, holdout, load_pairs, tokenize_pairs
 from tisdpo.errors import InputError
@@ -135,6 +134,9 @@ def test_what_is_no_data_set_is_refused(tmp_path):
 
 def trl_ids(pair, tokenizer):
     """TRL 1.16's rule: the ids of prompt, chosen and rejected."""
+    pytest.importorskip("trl", "1.16", reason="TRL's rule is the oracle")
+    from trl.data_utils import _tokenize, common_prefix_length
+
     texts = isinstance(pair["chosen"], str)
     sides = [
         pair["prompt"] + pair[side] + (tokenizer.eos_token if texts else "") if texts else pair["prompt"] + pair[side]
@@ -207,13 +209,21 @@ def test_one_bos_whoever_writes_it():
     assert row["chosen_ids"][-1] == 2  # this template writes no EOS
 
 
+def test_the_implicit_prompt_is_trls():
+    pytest.importorskip("trl", reason="TRL's rule is the oracle")
+    from trl.data_utils import extract_prompt
+
+    shared = [*TALK["prompt"], {"role": "assistant", "content": "good morning"}, {"role": "user", "content": "It is blue"}]
+    talk = {side: shared + TALK[side] for side in ("chosen", "rejected")}
+    by_trl = extract_prompt(talk)
+    assert by_trl["prompt"] == shared and one(by_trl, bpe()) == one(talk, bpe())
+
+
 def test_implicit_prompts():
     tokenizer = bpe()
     shared = [*TALK["prompt"], {"role": "assistant", "content": "good morning"}, {"role": "user", "content": "It is blue"}]
     talk = {side: shared + TALK[side] for side in ("chosen", "rejected")}
     assert {k: v for k, v in one(talk, tokenizer).items()} == one({"prompt": shared, **{s: TALK[s] for s in talk}}, tokenizer)
-    by_trl = extract_prompt(talk)
-    assert by_trl["prompt"] == shared and one(by_trl, tokenizer) == one(talk, tokenizer)
     # a prompt column beside whole conversations, and beside bare answers
     assert one({**talk, "prompt": "It is blue"}, tokenizer) == one(talk, tokenizer)
     assert one({**TALK, "prompt": TALK["prompt"][0]["content"]}, tokenizer) == one(TALK, tokenizer)

@@ -49,6 +49,23 @@ print(json.dumps([large, k.compiled(variant, "sm_90").problems]))
     assert any("16 at a time" in problem for problem in unaligned), done.stderr
 
 
+def test_every_launch_asks_for_fused_multiply_adds():
+    """As the report does: what is compiled there is what runs. Without, there are none, whatever Triton's default is."""
+    launchers = [path.read_text() for path in (ROOT / "tisdpo/kernels").glob("*.py") if "num_warps=" in path.read_text()]
+    assert len(launchers) == 5 and all(text.count("num_warps=") == text.count("**FUSED") for text in launchers)
+    code = """
+from benchmarks import kernel_report as k
+variant = next(v for v in k.variants() if v.name == "gradient fp32 reverse")
+tile = k.configs.TABLE["gradient"]["sm_90"]
+source = k._source(variant, variant.flags | dict(BLOCK=tile.block))
+for options in (k.FUSED, {"enable_fp_fusion": False}):
+    print(k.triton.compile(source, target=k.ARCHITECTURES["sm_90"][0], options=options).asm["ptx"].count("fma.rn"))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    fused, apart = (int(count) for count in done.stdout.split())
+    assert fused > 0 == apart, done.stderr
+
+
 def test_all_vocabularies_are_specialised_as_the_report_says():
     """By Triton's own rule for integer arguments: a vocabulary is divisible by 16 or not, 1 is a constant, everything else is one type."""
     code = """

@@ -159,9 +159,12 @@ def _with_aux_loss(model, own: Callable, *args, **kwargs) -> tuple[Tensor, Tenso
         output = own(*args, use_cache=False, output_router_logits=True, logits_to_keep=1, **kwargs)
     finally:
         hook.remove()
-    if getattr(output, "aux_loss", None) is None:
+    if not isinstance(getattr(output, "aux_loss", None), Tensor):  # an older transformers gives some families the number 0
+        import transformers
+
         raise InputError(
-            f"{type(model).__name__} makes no auxiliary loss of its routers; set output_router_logits=False in its configuration"
+            f"{type(model).__name__} makes no auxiliary loss of its routers in transformers {transformers.__version__}; "
+            "set output_router_logits=False in its configuration"
         )
     return kept[0], output.aux_loss
 

@@ -24,9 +24,15 @@ class GlobalBatches:
     _items(batch)        what the loss is divided by: pairs, or target tokens for SFT
     """
 
-    loss_is_scaled_for_ga = True  # divided by the items of the whole accumulated, global batch
+    loss_is_scaled_for_ga = True  # divided by the items of the whole accumulated, global batch; read by transformers from 5.19 on
     _forms_batches = False  # whether training batches are formed by tokens, and not by accelerate
     _ends_repeated = False  # whether this process's last training batch of an epoch is a repeated one, where accelerate does not know
+
+    def __init__(self, *args, **kwargs):
+        self._sums = {mode: defaultdict(lambda: [0.0, 0.0]) for mode in ("train", "eval")}  # of metrics, see `_add_metrics`
+        super().__init__(*args, **kwargs)
+        # read by older ones, which else divide by the number of accumulated batches again (TRL before 1.15 set it to False)
+        self.model_accepts_loss_kwargs = True
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of one optimiser step, without repeated rows, and how many items they hold over all processes."""
@@ -70,9 +76,6 @@ class GlobalBatches:
         return loss * self.accelerator.num_processes if summed else loss
 
     # Metrics
-
-    def _start_metrics(self) -> None:
-        self._sums = {mode: defaultdict(lambda: [0.0, 0.0]) for mode in ("train", "eval")}
 
     def _add_metrics(self, mode: str, metrics: dict[str, Tensor], inputs: dict) -> None:
         """Sums and counts, on the device. A repeated batch adds nothing, but all processes know the same names."""

@@ -227,7 +227,6 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, Trainer):
             swap=args.swap_pairs,
             reference=self.cache,
         )
-        self._start_metrics()
         super().__init__(
             model,
             args,

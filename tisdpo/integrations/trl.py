@@ -148,7 +148,6 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, DPOTrainer):
                 f"kl={args.kl!r} needs the reference's distribution, not only its log-probs; set precompute_ref_log_probs=False"
             )
         self.objective = args.objective
-        self._start_metrics()
         # before TRL shards it, and which log-probs were made here and not read
         self._given_reference = fingerprint_if_here(ref_model, adapters=True) if isinstance(ref_model, torch.nn.Module) else None
         self._computed_here: list = []

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tisdpo.kernels import configs
-from tisdpo.kernels.launch import on, some
+from tisdpo.kernels.launch import FUSED, on, some
 
 NONE, REVERSE, FORWARD = 0, 1, 2
 _KL = {None: NONE, "reverse": REVERSE, "forward": FORWARD}
@@ -257,12 +257,12 @@ def statistics(
         )  # fmt: skip
         with on(z.device):
             statistics_kernel[(rows, splits)](
-                *shared, rows, vocabulary, span, *strides, inner, outer, **flags, BLOCK=tile.block, num_warps=tile.warps
+                *shared, rows, vocabulary, span, *strides, inner, outer, **flags, BLOCK=tile.block, num_warps=tile.warps, **FUSED
             )
             width = max(2, triton.next_power_of_2(splits))
             per_program = max(1, 256 // width)
             combine_kernel[(triton.cdiv(rows, per_program),)](
-                *shared, out, rows, splits, *strides, inner, outer, **flags, ROWS=per_program, SPLITS=width, num_warps=4
+                *shared, out, rows, splits, *strides, inner, outer, **flags, ROWS=per_program, SPLITS=width, num_warps=4, **FUSED
             )
     has_ref = ref_z is not None
     return out[0], out[1], out[2] if has_ref else None, out[3] if has_ref else None, out[4] if kl else None
@@ -306,7 +306,7 @@ def gradient(
             some(divergence, any_), some(g_logp, any_), some(g_kl, any_),
             vocabulary, first, span, *_rows(z), *_rows(q)[1:], *_rows(out)[1:], inner, outer,
             KL=_KL[kl], SOFTCAP=softcap is not None, HAS_BIAS=bias is not None, HAS_REF_BIAS=ref_bias is not None,
-            HAS_G=g_logp is not None, NARROW_IN_PLACE=narrow, BLOCK=tile.block, num_warps=tile.warps,
+            HAS_G=g_logp is not None, NARROW_IN_PLACE=narrow, BLOCK=tile.block, num_warps=tile.warps, **FUSED,
         )  # fmt: skip
     return out
 

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from tisdpo.kernels import configs
 from tisdpo.kernels.fold import _finite, _tanh, transform
-from tisdpo.kernels.launch import on, some
+from tisdpo.kernels.launch import FUSED, on, some
 
 LIMIT = tl.constexpr(30.0)  # exp(30) * V, and 1 over it times hidden states and factors, are well within bfloat16
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -238,7 +238,7 @@ def target_logits(
     with on(hidden.device):
         target_kernel[(len(hidden),)](
             hidden, weight, target, some(bias, out), out, hidden.shape[1], hidden.stride(0), weight.stride(0), inner, outer,
-            SOFTCAP=softcap, HAS_BIAS=bias is not None, BLOCK=min(1024, triton.next_power_of_2(hidden.shape[1])), num_warps=4,
+            SOFTCAP=softcap, HAS_BIAS=bias is not None, BLOCK=min(1024, triton.next_power_of_2(hidden.shape[1])), num_warps=4, **FUSED,
         )  # fmt: skip
 
 
@@ -282,19 +282,21 @@ def exponentials(
                 h, descriptor(weight[first:last], tile.columns, tile.depth), out if d is None else d, target, target_logit,
                 some(bias, out), sums, over, rows, last - first, first, begin, size, 0 if d is None else d.stride(0), inner, outer,
                 **flags, WRITE=d is not None, WIDEN=hidden.device.type == "cpu", AHEAD=ahead,
-                ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, GROUP=tile.group, num_warps=tile.warps, num_stages=tile.stages,
+                ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, GROUP=tile.group,
+                num_warps=tile.warps, num_stages=tile.stages, **FUSED,
             )  # fmt: skip
             begin += count
         finish_kernel[(triton.cdiv(rows, FINISH_ROWS),)](
             out if places is None else places[0][2], target, target_logit, sums, over, out, rows, begin, inner, outer,
-            SOFTCAP=softcap is not None, ROWS=FINISH_ROWS, TILES=FINISH_TILES, num_warps=4,
+            SOFTCAP=softcap is not None, ROWS=FINISH_ROWS, TILES=FINISH_TILES, num_warps=4, **FUSED,
         )  # fmt: skip
         begin = 0
         for (first, last, d), count in zip(parts, counts):
             if d is not None:
                 fix_kernel[(rows,)](
-                    d, target, over, out, rows, last - first, first, begin, d.stride(0), COLUMNS=tile.columns, BLOCK=FIX_BLOCK, num_warps=4
-                )
+                    d, target, over, out, rows, last - first, first, begin, d.stride(0),
+                    COLUMNS=tile.columns, BLOCK=FIX_BLOCK, num_warps=4, **FUSED,
+                )  # fmt: skip
             begin += count
     return out[0], out[1], out[2]
 

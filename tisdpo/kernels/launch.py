@@ -5,6 +5,10 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+# An option of every launch. Up to Triton 3.9 products and sums become fused multiply-adds unless one asks for the contrary, and that is
+# what was measured; 3.9 warns that later ones will need to be asked for it.
+FUSED = {"enable_fp_fusion": True}
+
 
 def on(device: torch.device):
     """Triton launches on the current device: make it this one."""

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tisdpo.kernels.launch import on
+from tisdpo.kernels.launch import FUSED, on
 
 BLOCK = 4096
 PROGRAMS = 2048
@@ -34,5 +34,5 @@ def scale_(x: Tensor, g: Tensor) -> Tensor:
         return x.mul_(g)
     if x.numel():
         with on(x.device):
-            scale_kernel[(min(triton.cdiv(x.numel(), BLOCK), PROGRAMS),)](x, g, x.numel(), BLOCK=BLOCK, num_warps=4)
+            scale_kernel[(min(triton.cdiv(x.numel(), BLOCK), PROGRAMS),)](x, g, x.numel(), BLOCK=BLOCK, num_warps=4, **FUSED)
     return x

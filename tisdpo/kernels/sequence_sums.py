@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tisdpo.kernels.launch import on, some
+from tisdpo.kernels.launch import FUSED, on, some
 
 BLOCK = 1024
 
@@ -90,7 +90,7 @@ def sequence_sums(
                 logps, ref_logps, some(kl, logps), some(token_weights, logps), some(pos_logps, logps), some(neg_logps, logps),
                 cu_seqlens.contiguous(), sums, used, sequences, k, mu_chosen, mu_rejected, lower, upper,
                 HAS_KL=kl is not None, WEIGHTS=1 if token_weights is not None else 2 if pos_logps is not None else 0,
-                BLOCK=BLOCK, num_warps=4,
+                BLOCK=BLOCK, num_warps=4, **FUSED,
             )  # fmt: skip
     return sums, used
 
@@ -103,6 +103,6 @@ def spread(g_D: Tensor | None, g_K: Tensor | None, weights: Tensor, cu_seqlens: 
         with on(weights.device):
             spread_kernel[(sequences,)](
                 some(g_D, weights), some(g_K, weights), weights, cu_seqlens.contiguous(), out_D, out_K,
-                HAS_D=g_D is not None, HAS_K=g_K is not None, BLOCK=BLOCK, num_warps=4,
+                HAS_D=g_D is not None, HAS_K=g_K is not None, BLOCK=BLOCK, num_warps=4, **FUSED,
             )  # fmt: skip
     return out_D, out_K
