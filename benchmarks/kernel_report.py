@@ -39,8 +39,8 @@ ARCHITECTURES = {
 }
 
 
-# (kernel, architecture, Triton): bytes. Seven registers put aside and read again once a tile, outside of the loop of the product: 14 of 5000
-# instructions. 3.6, with which it was measured, and 3.9 need none of it, and what helps 3.8 makes 3.9 spill.
+# (kernel, architecture, Triton): bytes. Seven registers put aside and read again once a tile, outside of the loop of the product: 14 of
+# 5000 instructions. 3.6, with which it was measured, and 3.9 need none of it, and what helps 3.8 makes 3.9 spill.
 KNOWN_SPILLS = {("exponentials, D", "sm_90", "3.8"): 48}
 
 
