@@ -16,6 +16,7 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
+from packaging.version import Version
 from torch import Tensor
 
 import tisdpo
@@ -398,6 +399,8 @@ class Provider:
             return f"does not run on {device}"
         if self.name.startswith("F.linear_cross_entropy") and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
             return f"torch {torch.__version__} does not have it"
+        if self.name == "TRL chunked" and Version(metadata.version("trl")) < Version("1.15"):
+            return f"{self.version} does not have it"
         if step is not None and self.function(step) is None:
             return "has no such function"
         if step is not None and step.kl is not None and not self.kl:
