@@ -1,4 +1,4 @@
-# Everything sets itself up: the first target creates .venv and installs the package with pinned dependencies.
+# Everything sets itself up: the first target creates .venv and installs the package, with pinned dependencies from Python 3.11 on.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed

@@ -17,15 +17,17 @@ import gc
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from benchmarks import roofline
-from benchmarks.measure import GPU_TESTS, ROOT, compare, default_path, environment, reason, save, table
+from benchmarks.measure import ROOT, compare, default_path, environment, gpu_tests, reason, save, table
 from benchmarks.registry import HEADS, MODES, OP_STEPS, PROVIDERS, Size
 
 # (head, mode of the step): limit of our time over the products, on an H200, from docs/design.md
@@ -79,17 +81,34 @@ class Clock:
         print(f"[{self.seconds:5.0f} s] {text}", flush=True)
 
 
-def gpu_tests(clock: Clock, smoke: bool) -> dict:
+def finished(command: list, seconds: float, **options) -> subprocess.CompletedProcess:
+    """As `subprocess.run`; but when the time is over, or this process is told to end, so does the whole process group of the command."""
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace")
+    with subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes, **options) as process:
+        try:
+            out, err = process.communicate(timeout=seconds)
+        except BaseException as error:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            if isinstance(error, subprocess.TimeoutExpired):
+                error.output = ""
+                with suppress(subprocess.TimeoutExpired):  # somebody who left the group may hold the other end
+                    error.output = process.communicate(timeout=10)[0]
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def tests_marked_gpu(clock: Clock, smoke: bool) -> dict:
     """Result of `pytest -m gpu`; the last lines of its output on red."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *GPU_TESTS]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *gpu_tests()]
     command += ["--collect-only"] if smoke else []
     if importlib.util.find_spec("xdist") and not smoke:  # most of the time is the compiler's
         command += ["-n", "8"]
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(60.0, clock.limit * 0.5))
+        done = finished(command, max(60.0, clock.limit * 0.5))
     except subprocess.TimeoutExpired as error:
-        lines = (error.stdout or b"").decode(errors="replace").splitlines()
-        return {"passed": False, "summary": f"took longer than {error.timeout:.0f} s", "failures": lines[-60:]}
+        failures = error.output.splitlines()[-60:]
+        return {"passed": False, "summary": f"took longer than {error.timeout:.0f} s", "failures": failures}
     lines = done.stdout.strip().splitlines()
     passed = done.returncode == 0 or (smoke and done.returncode == 5)  # 5: nothing is marked gpu where there is no GPU
     return {"passed": passed, "summary": lines[-1] if lines else done.stderr[-500:], "failures": [] if passed else lines[-60:]}
@@ -103,7 +122,7 @@ def sanitizer(seconds: float) -> dict:
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     command = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-c", SANITIZED]
     try:
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds)
+        done = finished(command, seconds, env=environment)
     except subprocess.TimeoutExpired:
         return {"ran": False, "reason": f"took longer than {seconds:.0f} s"}
     return {"ran": True, "clean": done.returncode == 0, "tail": done.stdout.splitlines()[-15:] + done.stderr.splitlines()[-15:]}
@@ -126,7 +145,7 @@ def nsight(seconds: float) -> dict:
     command = [tool, "--clock-control", "none", "--metrics", metrics, "-k", "regex:statistics_kernel|gradient_kernel", "--csv"]
     command += [sys.executable, "-c", PROFILED]
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
+        done = finished(command, seconds)
     except subprocess.TimeoutExpired:
         return {"ran": False, "reason": f"took longer than {seconds:.0f} s"}
     lines = [line for line in done.stdout.splitlines() if line.startswith('"')]
@@ -141,6 +160,7 @@ def install(wheels: Path) -> list[str]:
             [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", wheel], capture_output=True, text=True
         )
         notes.append(f"{wheel.name}: {'installed' if done.returncode == 0 else done.stderr.strip()[-200:]}")
+    importlib.invalidate_caches()
     return notes
 
 
@@ -163,10 +183,9 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(1)
     clock = Clock(60 * args.minutes)
     parts = args.only or ("tests", "sanitizer", "steps", "bandwidth")
-    report = environment(device) | {"steps": [], "ops": []}
-    if args.wheels:
-        report["wheels"] = install(args.wheels)
-        print(*report["wheels"], sep="\n")
+    notes = {"wheels": install(args.wheels)} if args.wheels else {}
+    report = environment(device) | notes | {"steps": [], "ops": []}
+    print("".join(f"{note}\n" for note in notes.get("wheels", [])), end="")
     output = args.output or (None if args.smoke else default_path("device", device, report["date"]))
 
     def keep():
@@ -175,7 +194,7 @@ def main(argv: list[str] | None = None) -> int:
 
     if "tests" in parts:
         clock.say("tests marked gpu")
-        report["tests"] = gpu_tests(clock, args.smoke)
+        report["tests"] = tests_marked_gpu(clock, args.smoke)
         print(*report["tests"]["failures"], report["tests"]["summary"], sep="\n", flush=True)
         keep()
     if "bandwidth" in parts and device == "cuda":
@@ -240,4 +259,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of an exception, see `finished`
     sys.exit(main())

@@ -56,8 +56,6 @@ MORE = 5  # times the rounds, at most, until then
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 OP_TESTS = ("tests/test_one_pass.py", "tests/test_token_stats.py", "tests/test_cpp.py")
-GPU_TESTS = ("tests/test_gpu.py", "tests/test_kernels.py", "tests/test_without_logits.py")
-GPU_TESTS += ("tests/test_padding_free.py",) if find_spec("datasets") else ()  # which trains
 
 
 # Environment
@@ -134,9 +132,15 @@ def release_kept_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def gpu_tests() -> list[str]:
+    """Files with tests marked gpu."""
+    files = ["tests/test_gpu.py", "tests/test_kernels.py", "tests/test_without_logits.py"]
+    return [*files, "tests/test_padding_free.py"] if find_spec("datasets") else files  # which trains
+
+
 def op_tests() -> str:
     """ "" where the tests of the measured functions pass, with a GPU those of its kernels as well, else the end of their output."""
-    tests = dict.fromkeys((*OP_TESTS, *(GPU_TESTS if torch.cuda.is_available() else ())))
+    tests = dict.fromkeys((*OP_TESTS, *(gpu_tests() if torch.cuda.is_available() else ())))
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return "" if done.returncode == 0 else "\n".join(done.stdout.splitlines()[-30:])

@@ -175,7 +175,7 @@ def test_the_routers_loss_is_the_models_own(kind):
     if not isinstance(own.aux_loss, torch.Tensor):
         with pytest.raises(InputError, match=f"{kind}ForCausalLM makes no auxiliary loss of its routers in transformers"):
             attach_head(model)(**batch, head=lambda hidden, head: head)
-        pytest.skip("this transformers gives the family the number 0 for the loss of its routers")
+        return  # this transformers gives the family the number 0
     hidden, head = attach_head(model)(**batch, head=lambda hidden, head: (hidden, head))
     torch.testing.assert_close(head.aux_loss, own.aux_loss)
     torch.testing.assert_close(hidden, own.hidden_states[-1])

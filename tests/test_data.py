@@ -21,6 +21,8 @@ TALK = {
     "chosen": [{"role": "assistant", "content": "mix flour with water"}],
     "rejected": [{"role": "assistant", "content": "I do not know"}],
 }
+SHARED = [*TALK["prompt"], {"role": "assistant", "content": "good morning"}, {"role": "user", "content": "It is blue"}]
+IMPLICIT = {side: SHARED + TALK[side] for side in ("chosen", "rejected")}
 IDS = {"prompt_ids": [1, 10, 11], "chosen_ids": [12, 13, 2], "rejected_ids": [14, 2]}
 PAIRS = [{**PAIR, "chosen": f" It is {word}."} for word in ("two", "four", "blue", "green", "good")]
 
@@ -213,19 +215,15 @@ def test_the_implicit_prompt_is_trls():
     pytest.importorskip("trl", reason="TRL's rule is the oracle")
     from trl.data_utils import extract_prompt
 
-    shared = [*TALK["prompt"], {"role": "assistant", "content": "good morning"}, {"role": "user", "content": "It is blue"}]
-    talk = {side: shared + TALK[side] for side in ("chosen", "rejected")}
-    by_trl = extract_prompt(talk)
-    assert by_trl["prompt"] == shared and one(by_trl, bpe()) == one(talk, bpe())
+    by_trl = extract_prompt(IMPLICIT)
+    assert by_trl["prompt"] == SHARED and one(by_trl, bpe()) == one(IMPLICIT, bpe())
 
 
 def test_implicit_prompts():
     tokenizer = bpe()
-    shared = [*TALK["prompt"], {"role": "assistant", "content": "good morning"}, {"role": "user", "content": "It is blue"}]
-    talk = {side: shared + TALK[side] for side in ("chosen", "rejected")}
-    assert {k: v for k, v in one(talk, tokenizer).items()} == one({"prompt": shared, **{s: TALK[s] for s in talk}}, tokenizer)
+    assert {k: v for k, v in one(IMPLICIT, tokenizer).items()} == one({"prompt": SHARED, **{s: TALK[s] for s in IMPLICIT}}, tokenizer)
     # a prompt column beside whole conversations, and beside bare answers
-    assert one({**talk, "prompt": "It is blue"}, tokenizer) == one(talk, tokenizer)
+    assert one({**IMPLICIT, "prompt": "It is blue"}, tokenizer) == one(IMPLICIT, tokenizer)
     assert one({**TALK, "prompt": TALK["prompt"][0]["content"]}, tokenizer) == one(TALK, tokenizer)
 
     def split(chosen, rejected):

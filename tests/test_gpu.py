@@ -210,24 +210,54 @@ def test_the_host_never_waits(monkeypatch, size, on_cpu, budget):
     assert max(error(found, truth)) < 0.02
 
 
-@pytest.mark.parametrize("step", [Step(), Step(kl="reverse")], ids=lambda s: s.name)
-def test_cuda_graphs(step):
-    problem = Problem(MASKED, torch.bfloat16, "cuda")
-    expected = [x.clone() for x in problem.run(fused, step)]
+def replayed(run):
+    """What a replay of the captured graph of `run` leaves in its results."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
-            problem.run(fused, step)
+            run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    problem.hidden.grad = problem.weight.grad = None
     with torch.cuda.graph(graph):
-        captured = problem.run(fused, step)
+        captured = run()
     for x in captured:
         x.zero_()
     graph.replay()
-    torch.testing.assert_close(captured, tuple(expected), rtol=2e-2, atol=1e-5)
+    return captured
+
+
+@pytest.mark.parametrize("step", [Step(), Step(kl="reverse")], ids=lambda s: s.name)
+def test_cuda_graphs(step):
+    problem = Problem(MASKED, torch.bfloat16, "cuda")
+
+    def run():
+        problem.hidden.grad = problem.weight.grad = None
+        return problem.run(fused, step)
+
+    expected = tuple(x.clone() for x in run())
+    torch.testing.assert_close(replayed(run), expected, rtol=2e-2, atol=1e-5)
+
+
+@pytest.mark.parametrize("what, tokens", [("log-probs", 777), ("log-probs", 400), ("factors", 777), ("two passes", 777)])
+def test_cuda_graphs_where_nothing_is_ignored(what, tokens):
+    """Of 400 tokens D waits for the backward, of 777 it does not."""
+    p = Problem(replace(SMALL, tokens=tokens), torch.bfloat16, "cuda")
+    hidden, weight = (x.detach().clone().requires_grad_() for x in (p.hidden, p.weight))
+    given = dict(token_weights=p.token_weights, ignore_index=None)
+
+    def run():
+        if what == "log-probs":
+            loss = tisdpo.linear_token_logps(hidden, weight, p.target, ignore_index=None).logps.sum()
+        elif what == "factors":
+            loss = tisdpo.linear_nll_loss(hidden, weight, p.target, normalizer=1.0, **given).loss
+        else:
+            boundaries = p.cu_seqlens_on_cpu
+            loss = tisdpo.linear_tis_dpo_loss(hidden, weight, p.target, boundaries, ref_logps=p.ref_logps, plan="two_pass", **given).loss
+        return loss.detach(), *torch.autograd.grad(loss, (hidden, weight))
+
+    expected = tuple(x.clone() for x in run())
+    torch.testing.assert_close(replayed(run), expected, rtol=2e-2, atol=1e-5)
 
 
 def test_compiled_without_a_graph_break():

@@ -349,6 +349,29 @@ def test_without_compaction(shape, options, monkeypatch):
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-13)
 
 
+def test_a_graph_cannot_depend_on_how_many_rows_carry_loss(monkeypatch):
+    case = make_case([3, 2], ignored=[1])
+    hidden, weight = case.hidden.float().requires_grad_(), case.weight.float().requires_grad_()
+
+    def logps(**options):
+        return tisdpo.linear_token_logps(hidden, weight, case.target, **options).logps
+
+    def nll(**options):
+        return tisdpo.linear_nll_loss(hidden, weight, case.target, **options).loss
+
+    def two_passes(**options):
+        given = dict(ref_logps=torch.zeros(len(case.target)), plan="two_pass")
+        return tisdpo.linear_tis_dpo_loss(hidden, weight, case.target, case.cu_seqlens, **given, **options).loss
+
+    monkeypatch.setattr(loss_rows, "capturing", lambda: True)
+    for compute in (logps, nll, two_passes):
+        with pytest.raises(ValueError, match="while a CUDA graph is captured pass ignore_index=None: how many rows carry loss"):
+            compute()
+    case.target.clamp_(min=0)
+    for compute in (logps, nll, two_passes):
+        assert compute(ignore_index=None).isfinite().all()
+
+
 def test_the_budget_can_be_set_and_must_be_a_number(monkeypatch):
     monkeypatch.setenv("TISDPO_CHUNK_MIB", "0.5")
     assert backend.chunk_rows(1024, 2, 4, "cpu") == 64

@@ -151,6 +151,19 @@ def compiles(monkeypatch):
     products.keeps_sums.cache_clear()
 
 
+def test_too_little_memory_says_nothing_of_a_product():
+    """`keeps_sums` remembers its answer: on a full device there is none."""
+    calls = []
+
+    def product(x):
+        calls.append(x)
+        raise (torch.OutOfMemoryError if len(calls) == 1 else RuntimeError)("no")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        products._works(product, torch.device("cpu"))
+    assert not products._works(product, torch.device("cpu"))
+
+
 @pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_heads_of_all_dtypes_cost_the_same(monkeypatch, compiles, dtype, name):

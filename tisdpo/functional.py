@@ -14,6 +14,7 @@ from tisdpo.losses import Objective, PairSums, PreferenceOutput, preference_outp
 from tisdpo.ops import nll, pairwise, token_stats, values
 from tisdpo.ops import sequence_sums as sums_op
 from tisdpo.ops.backend import accumulation_dtype
+from tisdpo.ops.loss_rows import boundaries_on
 from tisdpo.ops.torch_fold import segment_sums
 from tisdpo.weighting import Weighting, contrast_weights
 
@@ -371,7 +372,7 @@ def linear_tis_dpo_loss(
         ignored = None if every else target == ignore_index
         reference = stats.ref_logps if ref_logps is None else ref_logps if every else ref_logps.masked_fill(ignored, 0)
         return tis_dpo_loss(
-            stats.logps, reference, cu_seqlens.to(hidden.device), token_weights=token_weights, kl=stats.kl, objective=objective,
+            stats.logps, reference, boundaries_on(hidden.device, cu_seqlens), token_weights=token_weights, kl=stats.kl, objective=objective,
             reduction=reduction, normalizer=normalizer, ignored=ignored,
         )  # fmt: skip
 

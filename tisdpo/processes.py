@@ -31,7 +31,7 @@ class GlobalBatches:
     def __init__(self, *args, **kwargs):
         self._sums = {mode: defaultdict(lambda: [0.0, 0.0]) for mode in ("train", "eval")}  # of metrics, see `_add_metrics`
         super().__init__(*args, **kwargs)
-        # read by older ones, which else divide by the number of accumulated batches again (TRL before 1.15 set it to False)
+        # transformers before 5.19 reads this, and else divides by the number of accumulated batches again (TRL before 1.15 says False)
         self.model_accepts_loss_kwargs = True
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):

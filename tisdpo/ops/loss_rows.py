@@ -1,4 +1,4 @@
-"""Which rows of a batch carry loss, found before the head is read: the one place where the host may wait for the device."""
+"""Which rows of a batch carry loss, found before the head is read: where the host may wait for the device."""
 
 from typing import NamedTuple
 
@@ -69,10 +69,7 @@ class LossRows(NamedTuple):
         _check(cu_seqlens, target, token_weights, vocabulary, ignore_index)
         if cu_seqlens.device.type != "cpu":
             raise ValueError("while a CUDA graph is captured cu_seqlens must be on the CPU: its values decide what is launched")
-        bounds = cu_seqlens.tolist()
-        on_device = torch.empty(len(bounds), dtype=torch.int64, device=target.device)
-        for place, bound in enumerate(bounds):  # as kernel arguments: a copy from the host would be read again at every replay
-            on_device[place].fill_(bound)
+        bounds, on_device = cu_seqlens.tolist(), boundaries_on(target.device, cu_seqlens)
         keep = target != ignore_index
         ignored = None if ignore_index == values.NOTHING else ~keep
         return cls(None, ignored, on_device, bounds, _kept_before(keep)[on_device].diff())
@@ -83,16 +80,35 @@ def capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
+def refuse_in_graph() -> None:
+    """ValueError while a CUDA graph is captured: to be called before the host waits to learn how many rows carry loss."""
+    if capturing():
+        raise ValueError("while a CUDA graph is captured pass ignore_index=None: how many rows carry loss decides what is launched")
+
+
+def boundaries_on(device: torch.device, cu_seqlens: Tensor) -> Tensor:
+    """cu_seqlens in int64 on this device; where they come from the host it does not wait."""
+    cu_seqlens = cu_seqlens.to(torch.int64)
+    if torch.compiler.is_compiling() or cu_seqlens.device.type != "cpu":
+        return cu_seqlens.to(device)
+    if capturing():  # as kernel arguments: a copy from the host would be read again at every replay
+        found = torch.empty(cu_seqlens.shape, dtype=torch.int64, device=device)
+        for place, bound in enumerate(cu_seqlens.tolist()):
+            found[place].fill_(bound)
+        return found
+    if device.type == "cpu":
+        return cu_seqlens
+    # from memory of its own: the caller may overwrite his, and the host need not wait until it is read
+    return torch.empty(cu_seqlens.shape, dtype=torch.int64, device="cpu", pin_memory=True).copy_(cu_seqlens).to(device, non_blocking=True)
+
+
 def _known(cu_seqlens: Tensor, target: Tensor, ignore_index: int) -> tuple[list[int] | None, Tensor]:
     """(the boundaries among the rows that carry loss, if the host knows them; cu_seqlens beside target, in int64)."""
-    cu_seqlens, bounds = cu_seqlens.to(torch.int64), None
+    bounds = None
     if cu_seqlens.device.type == "cpu":
         values.cu_seqlens(cu_seqlens, len(target))
         bounds = cu_seqlens.tolist() if ignore_index == values.NOTHING else None
-        if target.device.type != "cpu":  # from memory of its own: the caller may overwrite his, and the host need not wait until it is read
-            own = torch.empty(cu_seqlens.shape, dtype=torch.int64, pin_memory=True).copy_(cu_seqlens)
-            cu_seqlens = own.to(target.device, non_blocking=True)
-    return bounds, cu_seqlens
+    return bounds, boundaries_on(target.device, cu_seqlens)
 
 
 def _kept_before(keep: Tensor) -> Tensor:

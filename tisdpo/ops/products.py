@@ -295,6 +295,8 @@ def _mm_is_right() -> bool:
 def _works(product, device: torch.device) -> bool:
     try:
         product(torch.zeros(16, 16, dtype=torch.bfloat16, device=device))
+    except torch.OutOfMemoryError:  # says nothing of the product, and the answer would be remembered
+        raise
     except (RuntimeError, TypeError, NotImplementedError):
         return False
     return True

@@ -22,6 +22,7 @@ from torch import Tensor
 from tisdpo.ops import backend as backends
 from tisdpo.ops import fold, one_pass, products, values
 from tisdpo.ops.backend import accumulation_dtype
+from tisdpo.ops.loss_rows import refuse_in_graph
 from tisdpo.ops.rows import HIDDEN_ROWS, GradientSums, HeadRows, Visits, heads, needs_no_logits, row_ranges, visit_rows
 from tisdpo.ops.torch_fold import kept_rows
 
@@ -164,7 +165,7 @@ def linear_token_stats(
     None: D does not wait): the two memories of D, its factors [N]."""
     values.target(target, len(weight), ignore_index)
     outputs = _outputs(hidden, len(target), ref_hidden is not None, kl, torch.zeros)
-    index = kept_index(target, ignore_index)
+    index = kept_index(target, ignore_index, None if waiting is None else waiting[0])
     options = (index, kl, (logit_scale, softcap, temperature), backend)
     memory = None if waiting is None else products.WaitingRows(weight, waiting[0])
     visits, ranges = visits_of_rows(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, *options, apart=with_slopes, waiting=memory)
@@ -205,7 +206,10 @@ def waiting_sizes(weight: Tensor, target: Tensor, ignore_index: int) -> list[int
     narrow, hidden_size = weight.dtype == torch.bfloat16, weight.shape[1]
     if not (products.WaitingRows.serves(weight, 0) if narrow else weight.dtype == torch.float32):
         return None
-    rows = len(target) if ignore_index == values.NOTHING else int((target != ignore_index).sum())
+    rows = len(target)
+    if ignore_index != values.NOTHING:
+        refuse_in_graph()
+        rows = int((target != ignore_index).sum())
     if 2 * rows < hidden_size or not products.WaitingRows.few(rows, hidden_size, weight.dtype.itemsize):
         return None
     return [rows, products.WaitingRows.columns_beside(weight, rows)]
@@ -241,7 +245,7 @@ def _(g_logps, inside, beside, factors, hidden, weight, target, ignore_index, ne
 
 
 def _of_waiting(g_logps, inside, beside, factors, hidden, weight, target, ignore_index, needs, out):
-    policy = HeadRows(hidden, weight, kept_index(target, ignore_index))
+    policy = HeadRows(hidden, weight, kept_index(target, ignore_index, len(beside)))
     sums = GradientSums(policy, tuple(needs), 0, waiting=products.WaitingRows(weight, len(beside), (inside, beside)))
     sums.hold(0, sums.count, None)
     sums.scale(0, sums.count, (g_logps * factors)[place(policy.index, 0, sums.count)])
@@ -333,9 +337,14 @@ def visits_of_rows(
     return Visits(policy, reference, folds, no_logits, grads, rows, apart=apart), ranges
 
 
-def kept_index(target: Tensor, ignore_index: int) -> Tensor | None:
-    """Index of the rows that carry loss, None where that is all of them."""
-    return None if ignore_index == values.NOTHING else kept_rows(target != ignore_index)
+def kept_index(target: Tensor, ignore_index: int, rows: int | None = None) -> Tensor | None:
+    """Index of the rows that carry loss, None where that is all of them. rows: how many, if the host knows; else it waits to learn it."""
+    if ignore_index == values.NOTHING or rows == len(target):
+        return None
+    if rows is not None:
+        return torch.nonzero_static(target != ignore_index, size=rows)[:, 0]
+    refuse_in_graph()
+    return kept_rows(target != ignore_index)
 
 
 def place(index: Tensor | None, a: int, b: int):
