@@ -8,14 +8,14 @@ from itertools import pairwise
 
 import pytest
 import torch
-from cases import TRANSFORMS, in_float64
+from cases import TRANSFORMS, in_float64, truth
 from device_cases import DEVICE, ON_GPU, make_case, normal
 
 import tisdpo
 from tisdpo import reference
-from tisdpo.kernels import configs, head
+from tisdpo.kernels import configs, head, head_kl
 from tisdpo.ops import backend as backends
-from tisdpo.ops import products
+from tisdpo.ops import fold, products
 from tisdpo.ops import rows as row_visits
 
 pytestmark = [pytest.mark.gpu] if ON_GPU else []
@@ -116,6 +116,92 @@ def test_certain_and_impossible_targets():
     assert logp[2] == -math.inf and d.isfinite().all() and (d[2] == 0).all()
 
 
+def two_models(rows, size, vocabulary, extreme):
+    """Hidden states and heads of policy and reference, and target; extreme: log-probs of both down to -200."""
+    hidden, weight, _, target, *_ = exponentials_case(rows, size, vocabulary, TRANSFORMS["plain"])
+    ref_hidden = hidden + normal(rows, size, seed=5, scale=0.3).bfloat16()
+    ref_weight = weight + normal(vocabulary, size, seed=6, scale=0.3).bfloat16()
+    if extreme:
+        hidden *= torch.linspace(0.1, 20, rows).bfloat16()[:, None]
+        ref_hidden *= torch.linspace(0.1, 20, rows).bfloat16()[:, None]
+    return hidden, weight, ref_hidden, ref_weight, target
+
+
+@pytest.mark.parametrize("tile", PRODUCT_TILES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("transform", ["plain", "scaled"])
+@pytest.mark.parametrize("kl", ["reverse", "forward"])
+@pytest.mark.parametrize(
+    "kind, rows, size, vocabulary, cuts",
+    [
+        ("", 1, 8, 1, ()), ("", 5, 16, 37, (13, 16)), ("", 20, 40, 300, (255,)), ("", 3, 16, 9000, (4096,)),
+        ("extreme", 24, 24, 100, (64,)), ("below", 9, 16, 300, (64,)),
+    ],
+)  # fmt: skip
+def test_two_products_equal_the_formulas(kind, rows, size, vocabulary, cuts, kl, transform, dtype, tile):
+    """extreme: log-probs down to -200, tiles with shifts of their own; below: all logits far below the 0 that stands beyond the edge."""
+    scale, _, temperature = TRANSFORMS[transform]
+    extreme = kind == "extreme"
+    hidden, weight, ref_hidden, ref_weight, target = inputs = two_models(rows, size, vocabulary, extreme)
+    if kind == "below":
+        for h, w in ((hidden, weight), (ref_hidden, ref_weight)):
+            h[:, 0], w[:, 0] = 1, -150
+    raw = (hidden.double() @ weight.double().T).requires_grad_()
+    expected = truth(raw, target, ref_hidden.double() @ ref_weight.double().T, None, None, kl, (scale, None, temperature))
+    assert not extreme or min(x.min() for x in expected[:2]) < -100
+    g, g_kl = normal(rows, seed=8, scale=1.0), normal(rows, seed=9, scale=0.1)
+    gradient = torch.autograd.grad((g * expected[0]).sum() + (g_kl * expected[2]).sum(), raw)[0]
+    d, scratch = torch.full((2, rows, vocabulary), math.nan, dtype=dtype)
+    places = [(a, b, d[:, a:b]) for a, b in pairwise([0, *cuts, vocabulary])]
+    options, exact = dict(tile=PRODUCT_TILES[tile]), dtype == torch.float32
+    found = head_kl.divergences(*inputs, places, scratch, g, g_kl, kl, scale, temperature, **options)
+    kept = target >= 0
+    lse = [
+        reference.transform_logits(z, scale, None, temperature).logsumexp(-1) for z in (raw, ref_hidden.double() @ ref_weight.double().T)
+    ]
+    for x, y in zip((found[0], found[2], found[1], found[3]), (*lse, *expected)):
+        torch.testing.assert_close(x.double()[kept], y.detach()[kept], rtol=3e-6, atol=1e-4 if extreme else 2e-5)
+    # Rounded exponentials: of a row by 2^-8, in the interpreter, which cuts, by 2^-7.
+    rounding = 0 if exact else 2**-8 if ON_GPU else 2**-7
+    off = (found[4].double() - expected[2].detach()).abs()
+    assert (off <= rounding * (2 * expected[2].detach()).sqrt() + 1e-5 * (1 + expected[2].detach())).all()
+    # with log-ratios of hundreds the terms of the gradient are as large as these, and so is their rounding
+    allowed = 2 * rounding * gradient.abs() + (3 * rounding + 1e-5) * apart(raw, inputs, scale / temperature) * (g_kl.abs() + 1e-2)[:, None]
+    assert ((d.double() - gradient).abs() <= allowed + 2 * rounding * g.abs()[:, None] * shares(raw, scale / temperature) + 1e-6).all()
+    alone = head_kl.divergences(*inputs, [(0, vocabulary, scratch)], None, None, None, kl, scale, temperature, **options)
+    torch.testing.assert_close(alone, found, rtol=3e-6, atol=(2e-5 if exact else 1e-3) * max(1.0, expected[2].max().item()))
+    if rows > 2:
+        assert all(x[2] == 0 for x in found) and (d[2] == 0).all()
+
+
+def shares(raw, scale):
+    """Probabilities [n, V], of policy and reference whichever is larger."""
+    return (scale * raw.detach()).softmax(-1)
+
+
+def apart(raw, inputs, scale):
+    """What an item of the KL's gradient is made of at most: (p + q) (1 + |x - y|), x and y relative to the target."""
+    _, _, ref_hidden, ref_weight, target = inputs
+    z, q = scale * raw.detach(), scale * (ref_hidden.double() @ ref_weight.double().T)
+    place = target.clamp(min=0)[:, None]
+    return (z.softmax(-1) + q.softmax(-1)) * (1 + ((z - z.gather(1, place)) - (q - q.gather(1, place))).abs()) * scale
+
+
+@pytest.mark.parametrize("kl", ["reverse", "forward"])
+def test_models_that_agree_have_no_divergence(kl):
+    """Rounded exponentials do not show: they are the same in both sums. The gradient is off by their rounding, as always."""
+    hidden, weight, *_, target = two_models(20, 40, 300, False)
+    d, scratch = torch.empty(2, 20, 300, dtype=torch.bfloat16)
+    g_kl = torch.full((20,), -1.0)
+    _, logp, _, ref_logp, found = head_kl.divergences(
+        hidden, weight, hidden, weight, target, [(0, 300, d)], scratch, None, g_kl, kl, 1.0, 1.0
+    )
+    torch.testing.assert_close(found, torch.zeros(20), rtol=0, atol=1e-5)
+    torch.testing.assert_close(logp, ref_logp, rtol=1e-6, atol=1e-6)
+    _, expected, _ = head_truth((hidden.double() @ weight.double().T).requires_grad_(), None, target, TRANSFORMS["plain"])
+    torch.testing.assert_close(d.double(), expected, rtol=3 * (2**-8 if ON_GPU else 2**-7), atol=1e-6)
+
+
 def test_the_head_without_logits_takes_aligned_bfloat16(monkeypatch):
     x, w = torch.zeros(4, 24).bfloat16(), torch.zeros(9, 24).bfloat16()
     assert head.serves(x, w) == (configs.architecture(x.device) in configs.PRODUCT)
@@ -140,15 +226,16 @@ def like_a_gpu(monkeypatch):
     monkeypatch.setattr(row_visits, "HIDDEN_ROWS", 8)
 
 
-def results(case, backend, dtype, kl, plan="one_pass", needs=(True, True, True), ref_dtype=None, nll_coef=0.0, **options):
-    """Loss and the gradients that are needed."""
+def results(case, backend, dtype, kl, plan="one_pass", needs=(True, True, True), ref_dtype=None, bias=True, nll_coef=0.0, **options):
+    """Loss and the gradients that are needed. With biases a KL needs logits."""
     policy = [x.detach().to(dtype).requires_grad_(need) for x, need in zip((case.hidden, case.weight, case.bias), needs)]
-    reference = {key: getattr(case, key).to(ref_dtype or dtype) for key in ("ref_hidden", "ref_weight", "ref_bias")}
+    names = ("ref_hidden", "ref_weight", *(["ref_bias"] if bias else []))
     output = tisdpo.linear_tis_dpo_loss(
-        *policy[:2], case.target, case.cu_seqlens, bias=policy[2], token_weights=case.token_weights.float(), backend=backend, plan=plan,
-        objective=tisdpo.Objective(kl=kl, beta=0.01, nll_coef=nll_coef), **reference, **options,
+        *policy[:2], case.target, case.cu_seqlens, bias=policy[2] if bias else None, token_weights=case.token_weights.float(),
+        backend=backend, plan=plan, objective=tisdpo.Objective(kl=kl, beta=0.01, nll_coef=nll_coef),
+        **{key: getattr(case, key).to(ref_dtype or dtype) for key in names}, **options,
     )  # fmt: skip
-    trained = [x for x in policy if x.requires_grad]
+    trained = [x for x in policy[: 2 + bias] if x.requires_grad]
     return [output.loss.detach(), *(torch.autograd.grad(output.loss * 0.5, trained) if trained else ())]
 
 
@@ -160,22 +247,39 @@ def agree(case, kl, atol=0.02, ref_dtype=None, **options):
 
 @pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
 @pytest.mark.parametrize("rows", [16, 20, 40, 48, 49])  # one chunk, D in the result, also beside it, dWeight summed
-@pytest.mark.parametrize("kl", [None, "reverse"])
-def test_a_gradient_that_is_written_where_it_waits(like_a_gpu, rows, kl, plan):
+@pytest.mark.parametrize("kl, bias", [(None, True), ("reverse", True), ("reverse", False), ("forward", False)])
+def test_a_gradient_that_is_written_where_it_waits(like_a_gpu, rows, kl, bias, plan):
     """What a GPU does with 16-bit heads: columns of D in the memory of dWeight and beside it."""
-    agree(make_case((rows // 2, rows - rows // 2 - 8, 5, 6), H=24, V=997, dtype=torch.bfloat16, ignored=(3, 4, 9)), kl, plan=plan)
+    case = make_case((rows // 2, rows - rows // 2 - 8, 5, 6), H=24, V=997, dtype=torch.bfloat16, ignored=(3, 4, 9))
+    agree(case, kl, plan=plan, bias=bias)
 
 
 @pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
 @pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True), (False, False, False)])
 @pytest.mark.parametrize("rows", [16, 40, 60])
-def test_a_head_without_logits_for_every_gradient(like_a_gpu, rows, needs, plan):
-    agree(
-        make_case((rows // 2, rows - rows // 2 - 8, 5, 6), H=24, V=97, dtype=torch.bfloat16, ignored=(3, 4, 9)),
-        None,
-        needs=needs,
-        plan=plan,
-    )
+@pytest.mark.parametrize("kl", [None, "reverse"])
+def test_a_head_without_logits_for_every_gradient(like_a_gpu, kl, rows, needs, plan):
+    case = make_case((rows // 2, rows - rows // 2 - 8, 5, 6), H=24, V=97, dtype=torch.bfloat16, ignored=(3, 4, 9))
+    agree(case, kl, needs=needs, plan=plan, bias=kl is None)
+
+
+def test_who_needs_no_logits_with_kl(monkeypatch):
+    case = make_case((4, 5), H=24, V=97, dtype=torch.bfloat16)
+    policy, ref = row_visits.heads(case.hidden, case.weight, case.ref_hidden, case.ref_weight, None)
+    monkeypatch.setattr(configs, "PRODUCT", {configs.architecture(case.hidden.device): configs.ProductTile(16, 16, 16, 2, 4, 2)})
+    plain = fold.Fold("triton", "reverse", fold.Transform())
+    assert row_visits.needs_no_logits(policy, ref, plain)
+    for other in (plain._replace(bias=case.bias), plain._replace(ref_bias=case.bias), plain._replace(transform=fold.Transform(softcap=3.0)),
+                  plain._replace(transform=fold.Transform(-1.0)), plain._replace(backend="torch")):  # fmt: skip
+        assert not row_visits.needs_no_logits(policy, ref, other)
+
+
+def test_a_long_pair_with_kl_is_visited_twice(like_a_gpu, monkeypatch):
+    calls, own = [], head_kl.divergences
+    monkeypatch.setattr(head_kl, "divergences", lambda *args, **options: (calls.append(args[6] is not None), own(*args, **options))[1])
+    monkeypatch.setattr(backends, "longest_held", lambda *args: 16)
+    agree(make_case((30, 30, 2, 2), H=24, V=97, dtype=torch.bfloat16), "reverse", bias=False)
+    assert (calls.count(False), calls.count(True)) == (4, 4 + 1)  # the long pair: four ranges, twice; the short one once
 
 
 @pytest.mark.parametrize("rows", [16, 40, 60])

@@ -160,6 +160,18 @@ def exponentials_kernel(
         )  # fmt: skip
 
 
+@triton.jit
+def _log_total(z, most, others):
+    """The target's exponential, the sum of all of a row, and its logarithm, from the target's logit, the shift beyond it, and the sum of
+    the others."""
+    own = tl.where(z == -float("inf"), 0.0, tl.exp(-most))
+    total = others + own
+    # log(1 + x) to the last digit also of a small x: what 1 + x has lost of x, the quotient brings back
+    step = total - 1.0
+    near = tl.where(step == 0.0, others, tl.log(total) * (others / step))
+    return own, total, tl.where((most == 0.0) & (own > 0.0), near, tl.log(total))
+
+
 @triton.jit(do_not_specialize=["rows", "tiles"])
 def finish_kernel(
     d_ptr, target_ptr, target_logit_ptr, sums_ptr, over_ptr, out_ptr, rows, tiles, inner, outer,
@@ -184,12 +196,7 @@ def finish_kernel(
     kept = tl.load(target_ptr + row, mask=inside, other=-1) >= 0
     z = tl.load(target_logit_ptr + row, mask=inside, other=0.0)
     shift = _finite(z)
-    own = tl.where(z == -float("inf"), 0.0, tl.exp(-most))  # the target's exponential
-    total = others + own
-    # log(1 + x) to the last digit also of a small x: what 1 + x has lost of x, the quotient brings back
-    step = total - 1.0
-    near = tl.where(step == 0.0, others, tl.log(total) * (others / step))
-    log_total = tl.where((most == 0.0) & (own > 0.0), near, tl.log(total))
+    _, total, log_total = _log_total(z, most, others)
     logp = tl.where(z == -float("inf"), z, -most - log_total)
     slope = inner
     at_target = -others

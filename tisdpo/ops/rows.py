@@ -1,8 +1,8 @@
 """The rows that carry loss, and the head over a range of them: what the one-pass and the two-pass drivers share.
 
 A range of rows is visited in one of two ways (`Visits`). Any backend: logits into a buffer, the fold's statistics over them, its gradient
-in their place or where it waits. By Triton, for bfloat16 and without KL, on chips with a row in `kernels.configs.PRODUCT`: a product that
-leaves D and the statistics, and no logits (`tisdpo.kernels.head`).
+in their place or where it waits. By Triton, for bfloat16, on chips with a row in `kernels.configs.PRODUCT`: products that leave D and the
+statistics, and no logits (`tisdpo.kernels.head`, with KL `tisdpo.kernels.head_kl`).
 """
 
 import math
@@ -37,10 +37,10 @@ class HeadRows:
 
     def chunk_rows(self, models: int, later: bool, no_logits: bool) -> int:
         """Rows of a chunk: as many as the budget allows logits of, of `models` models at a time; `later`: nothing in them waits for its
-        pair. no_logits: as many as it allows D of the policy, whatever the others say."""
+        pair. no_logits: as many as it allows D of, and with two models exponentials of the other, whatever `later` says."""
         size, device = len(self.weight), self.hidden.device
         if no_logits:
-            return backend.chunk_rows(size, 1, products.gradient_dtype(device, self.weight.dtype).itemsize, device.type, True)
+            return backend.chunk_rows(size, models, products.gradient_dtype(device, self.weight.dtype).itemsize, device.type, True)
         return backend.chunk_rows(size, models, accumulation_dtype(self.hidden.dtype).itemsize, device.type, later)
 
     def ranges(self, start: int, stop: int, rows: int) -> list[tuple[int, int]]:
@@ -89,8 +89,12 @@ class Visits:
         self.dtype = products.gradient_dtype(policy.weight.device, policy.weight.dtype)
         if not no_logits:
             self.tiles = Tiles(policy, reference, rows)
-        if (no_logits and grads is not None and not grads.waits) or (apart and folds.kl is not None):
-            self.d = torch.empty(rows, len(policy.weight), dtype=self.dtype, device=policy.weight.device)
+            if apart and folds.kl is not None:
+                self.d = torch.empty(rows, len(policy.weight), dtype=self.dtype, device=policy.weight.device)
+            return
+        # D, where it does not wait elsewhere, and with KL the exponentials of another model
+        count = (grads is not None and not grads.waits) + (folds.kl is not None)
+        self.memory = torch.empty(count * rows, len(policy.weight), dtype=self.dtype, device=policy.weight.device)
 
     def visit(
         self, a: int, b: int, target: Tensor, g_kl: Tensor | None = None, *, g_logp: Tensor | None = None, wanted: bool = False,
@@ -102,8 +106,9 @@ class Visits:
         it was written to the places of `grads`. stats: those of an earlier visit; what D does not need is not found again."""
         places = self.grads.places(a, b) if wanted else None
         if self.no_logits:
-            d = self.d[: b - a] if wanted and places is None else None
-            return self._without_logits(a, b, target, places if d is None else [(0, len(self.policy.weight), d)], g_logp, stats), d
+            d = self.memory[: b - a] if wanted and places is None else None
+            places = places if d is None else [(0, len(self.policy.weight), d)]
+            return self._without_logits(a, b, target, places, g_logp, g_kl, stats), d
         z, ref_z = self.tiles.logits(a, b)
         stats = self.folds.statistics(z, target, ref_z) if stats is None else stats
         if not wanted:
@@ -124,10 +129,17 @@ class Visits:
         nothing, one = torch.zeros_like(stats.logp), torch.ones_like(stats.logp)
         return stats, of_logps, self.folds.gradient(z, target, ref_z, stats, nothing, one, dtype=self.dtype)
 
-    def _without_logits(self, a, b, target, places, g_logp, stats) -> fold.Statistics:
+    def _without_logits(self, a, b, target, places, g_logp, g_kl, stats) -> fold.Statistics:
         from tisdpo.kernels.head import exponentials
+        from tisdpo.kernels.head_kl import divergences
 
-        policy, reference, transform = self.policy, self.reference, self.folds.transform
+        policy, reference, transform, other = self.policy, self.reference, self.folds.transform, self.memory[a - b :]
+        if self.folds.kl is not None:
+            inputs = (policy.take(a, b), policy.weight, reference.take(a, b), reference.weight, target)
+            memory = ([(0, len(policy.weight), other)], None) if places is None else (places, other)
+            return fold.Statistics(
+                *divergences(*inputs, *memory, g_logp, g_kl, self.folds.kl, transform.logit_scale, transform.temperature)
+            )
         lse, logp, factor = exponentials(policy.take(a, b), policy.weight, target, self.folds.bias, places, *transform)
         factor = factor if g_logp is None else factor * g_logp
         ref_lse, ref_logp = (None, None) if stats is None else (stats.ref_lse, stats.ref_logp)
@@ -137,8 +149,12 @@ class Visits:
 
 
 def needs_no_logits(policy: HeadRows, reference: HeadRows | None, folds: fold.Fold) -> bool:
-    """Whether D comes from the product itself, see the head of this module. reference: that of which only log-probs are needed."""
-    if folds.backend != "triton" or folds.kl is not None:
+    """Whether D comes from the product itself, see the head of this module. reference: that of which log-probs, and with KL logits, are
+    needed."""
+    if folds.backend != "triton":
+        return False
+    plain = folds.bias is None and folds.ref_bias is None and folds.transform.softcap is None and folds.transform.logit_scale > 0
+    if folds.kl is not None and not plain:  # not registers enough for more
         return False
     from tisdpo.kernels.head import serves
 
@@ -146,9 +162,9 @@ def needs_no_logits(policy: HeadRows, reference: HeadRows | None, folds: fold.Fo
 
 
 def visit_rows(policy: HeadRows, models: int, no_logits: bool, grads: "GradientSums | None") -> int:
-    """The most rows of a visit. models: whose logits live at a time; grads: for whom D is, None for statistics alone."""
+    """The most rows of a visit. models: whose logits (or exponentials) live at a time; grads: for whom D is, None for statistics alone."""
     rows = policy.chunk_rows(models, grads is None or grads.later, no_logits)
-    if no_logits and (grads is None or grads.waits):  # what is needed then: two float32 partial results a row and tile
+    if no_logits and models == 1 and (grads is None or grads.waits):  # what is needed then: two float32 partial results a row and tile
         sums = 8 * math.ceil(len(policy.weight) / TILE_COLUMNS)
         return max(rows, min(DIRECT_ROWS, backend.chunk_bytes(policy.weight.device.type, 1, True) // sums))
     return rows

@@ -321,7 +321,9 @@ def visits_of_rows(
     policy, reference = heads(hidden, weight, ref_hidden, ref_weight, index)
     name = backends.resolve(backend, hidden.device.type, hidden.dtype)
     folds = fold.Fold(name, kl, fold.Transform(*transform), bias, ref_bias)
-    no_logits, models = needs_no_logits(policy, reference, folds), 1 if reference is None else 2
+    no_logits = needs_no_logits(policy, reference, folds)
+    no_logits = no_logits and not (apart and kl is not None)  # which needs D of each by itself
+    models = 1 if reference is None or (no_logits and kl is None) else 2
     most = policy.chunk_rows(models, True, no_logits)
     if apart:
         grads = _slopes(policy)
