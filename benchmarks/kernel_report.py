@@ -25,7 +25,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tisdpo.kernels import boundaries, configs, fold, head, scale, sequence_sums
+from tisdpo.kernels import boundaries, configs, fold, head, head_kl, scale, sequence_sums
 from tisdpo.kernels.launch import FUSED
 
 VOCABULARIES = (32000, 128256, 151936, 262208)
@@ -138,6 +138,19 @@ def variants() -> list[Variant]:
                 options = [name for name, on in (("D", write), ("bias", bias), ("softcap", softcap)) if on]
                 name = ", ".join(["exponentials", *options])
                 found.append(Variant(name, head.exponentials_kernel, "product", flags, dict(d_ptr="*bf16"), streams=False))
+    models = {
+        "e": dict(SECOND=False, LOG=False, WRITE=True), "reverse": dict(SECOND=True, LOG=True, WRITE=True),
+        "forward": dict(SECOND=True, LOG=False, WRITE=True), "statistics": dict(SECOND=True, LOG=False, WRITE=False),
+    }  # fmt: skip
+    for name, flags in models.items():
+        flags, types = flags | dict(WIDEN=False, PARTS=head_kl.PARTS), dict(e_ptr="*bf16", r_ptr="*fp16" if flags["LOG"] else "*bf16")
+        found.append(Variant(f"product of a model, {name}", head_kl.model_kernel, "product", flags, types, streams=False))
+    for reverse in (False, True):
+        kind, types = "reverse" if reverse else "forward", dict(e_ptr="*bf16", r_ptr="*fp16" if reverse else "*bf16")
+        flags = dict(REVERSE=reverse, HAS_G=True, WRITE=True, ROWS=head.FINISH_ROWS, TILES=head.FINISH_TILES)
+        found.append(Variant(f"finish two models, {kind}", head_kl.finish_kernel, None, flags, {}, streams=False))
+        flags = dict(REVERSE=reverse, COLUMNS=configs.PRODUCT["sm_90"].columns)
+        found.append(Variant(f"combine two models, {kind}", head_kl.combine_kernel, "gradient", flags, types))
     for softcap in (False, True):
         flags, types = dict(SOFTCAP=softcap, HAS_BIAS=softcap), dict(hidden_ptr="*bf16", weight_ptr="*bf16", d_ptr="*bf16")
         label = "softcap" if softcap else "plain"
@@ -161,7 +174,7 @@ def variants() -> list[Variant]:
 
 
 _INTEGERS = {"target_ptr": "*i64", "cu_ptr": "*i64"}
-_FLOATS = ("inner", "outer", "k", "mu_chosen", "mu_rejected", "lower", "upper")
+_FLOATS = ("inner", "outer", "scale", "slope", "k", "mu_chosen", "mu_rejected", "lower", "upper")
 
 
 def _source(variant: Variant, flags: dict) -> ASTSource:

@@ -140,6 +140,8 @@ def two_models(rows, size, vocabulary, extreme):
 )  # fmt: skip
 def test_two_products_equal_the_formulas(kind, rows, size, vocabulary, cuts, kl, transform, dtype, tile):
     """extreme: log-probs down to -200, tiles with shifts of their own; below: all logits far below the 0 that stands beyond the edge."""
+    if vocabulary == 9000 and tile == "small" and not ON_GPU:
+        pytest.skip("takes minutes in the interpreter")
     scale, _, temperature = TRANSFORMS[transform]
     extreme = kind == "extreme"
     hidden, weight, ref_hidden, ref_weight, target = inputs = two_models(rows, size, vocabulary, extreme)
@@ -161,30 +163,28 @@ def test_two_products_equal_the_formulas(kind, rows, size, vocabulary, cuts, kl,
     ]
     for x, y in zip((found[0], found[2], found[1], found[3]), (*lse, *expected)):
         torch.testing.assert_close(x.double()[kept], y.detach()[kept], rtol=3e-6, atol=1e-4 if extreme else 2e-5)
-    # Rounded exponentials: of a row by 2^-8, in the interpreter, which cuts, by 2^-7.
+    # Rounded exponentials: each by 2^-8, in the interpreter, which cuts, by 2^-7; logits by their own size.
     rounding = 0 if exact else 2**-8 if ON_GPU else 2**-7
-    off = (found[4].double() - expected[2].detach()).abs()
-    assert (off <= rounding * (2 * expected[2].detach()).sqrt() + 1e-5 * (1 + expected[2].detach())).all()
+    noise = 1e-5 + 5e-7 * raw.detach().abs().max().item()
+    off, divergence = (found[4].double() - expected[2].detach()).abs(), expected[2].detach().clamp(min=0)
+    assert (off <= rounding * (2 * divergence).sqrt() + noise * (1 + divergence)).all()
     # with log-ratios of hundreds the terms of the gradient are as large as these, and so is their rounding
-    allowed = 2 * rounding * gradient.abs() + (3 * rounding + 1e-5) * apart(raw, inputs, scale / temperature) * (g_kl.abs() + 1e-2)[:, None]
-    assert ((d.double() - gradient).abs() <= allowed + 2 * rounding * g.abs()[:, None] * shares(raw, scale / temperature) + 1e-6).all()
+    policy, both = shares(raw, inputs, scale / temperature)
+    allowed = 2 * rounding * gradient.abs() + (2 * rounding + noise) * (g.abs()[:, None] * policy + (g_kl.abs() + 1e-2)[:, None] * both)
+    assert ((d.double() - gradient).abs() <= allowed + 1e-6).all()
     alone = head_kl.divergences(*inputs, [(0, vocabulary, scratch)], None, None, None, kl, scale, temperature, **options)
     torch.testing.assert_close(alone, found, rtol=3e-6, atol=(2e-5 if exact else 1e-3) * max(1.0, expected[2].max().item()))
     if rows > 2:
         assert all(x[2] == 0 for x in found) and (d[2] == 0).all()
 
 
-def shares(raw, scale):
-    """Probabilities [n, V], of policy and reference whichever is larger."""
-    return (scale * raw.detach()).softmax(-1)
-
-
-def apart(raw, inputs, scale):
-    """What an item of the KL's gradient is made of at most: (p + q) (1 + |x - y|), x and y relative to the target."""
+def shares(raw, inputs, scale):
+    """What an item of D consists of, [n, V] each: p for log p(target), (p + q) (1 + |x - y|) for KL, x and y relative to the target."""
     _, _, ref_hidden, ref_weight, target = inputs
     z, q = scale * raw.detach(), scale * (ref_hidden.double() @ ref_weight.double().T)
     place = target.clamp(min=0)[:, None]
-    return (z.softmax(-1) + q.softmax(-1)) * (1 + ((z - z.gather(1, place)) - (q - q.gather(1, place))).abs()) * scale
+    p, apart = z.softmax(-1), (z - z.gather(1, place)) - (q - q.gather(1, place))
+    return scale * p, scale * (p + q.softmax(-1)) * (1 + apart.abs())
 
 
 @pytest.mark.parametrize("kl", ["reverse", "forward"])
