@@ -130,6 +130,24 @@ def trl(shape: Shape, batch: Batch, weighted: bool):
     return _prepared(DPOTrainer(policy, model(shape, 1), args, train_dataset=rows, processing_class=tokenizer(shape.vocabulary)), policy)
 
 
+def trl_without_its_log(shape: Shape, batch: Batch, weighted: bool):
+    """TRL's trainer without what it computes of every token for its log alone (entropy, mean logit, accuracy), which the others don't."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    policy, loss = trl(shape, batch, weighted)
+    add_fused_lm_head(policy)
+    forward = policy.forward
+
+    def with_zeros(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.entropy = output.mean_logits = output.log_probs.detach().new_zeros(()).expand_as(output.log_probs)
+        output.is_top1 = output.entropy > 0
+        return output
+
+    policy.forward = with_zeros
+    return policy, loss
+
+
 def _prepared(trainer, policy):
     inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     policy.train()
@@ -145,13 +163,13 @@ def unfused(shape: Shape, batch: Batch, weighted: bool):
     return policy, partial(baselines.tis_dpo_loss, policy, reference, inputs, BETA, kl=weighted)
 
 
-PROVIDERS = {"tisdpo": ours, "TRL": trl, "unfused": unfused}
+PROVIDERS = {"tisdpo": ours, "TRL": trl, "TRL, without its log": trl_without_its_log, "unfused": unfused}
 TASKS = {"DPO, online reference": False, "TIS-DPO, KL, online reference": True}
 
 
 def takes_part(provider: str, weighted: bool) -> str:
     """ "" or why not."""
-    return "has no token weights and no sequence KL" if provider == "TRL" and weighted else ""
+    return "has no token weights and no sequence KL" if provider.startswith("TRL") and weighted else ""
 
 
 def tokens(vocabulary: int, batch: Batch) -> int:
@@ -276,10 +294,10 @@ def table(report: dict) -> str:
         lines.append(f"\n{result['model']}, {result['task']}: {result['tokens']} tokens")
         for name, row in sorted(result["rows"].items(), key=lambda item: item[1].get("seconds", 9e9)):
             if "seconds" not in row:
-                lines.append(f"  {name:<10}{row['skipped']}")
+                lines.append(f"  {name:<21}{row['skipped']}")
                 continue
             memory = f"{row['peak_bytes'] / MIB:9.0f} MiB" if "peak_bytes" in row else ""
-            lines.append(f"  {name:<10}{1e3 * row['seconds']:10.1f} ms{row['tokens_per_second']:10.0f} tokens/s{memory}")
+            lines.append(f"  {name:<21}{1e3 * row['seconds']:10.1f} ms{row['tokens_per_second']:10.0f} tokens/s{memory}")
     for result in report["longest"]:
         lines.append(f"\n{result['model']}, one pair within {result['limit_bytes'] / MIB:.0f} MiB, tokens a completion")
         for task, rows in result["rows"].items():
