@@ -20,7 +20,7 @@ PAGE, README = ROOT / "benchmarks/RESULTS.md", ROOT / "README.md"
 
 
 def page(cpu: list[dict], end_to_end: list[dict], gpus: list[tuple[dict, dict | None]]) -> str:
-    """RESULTS.md. later: steps that were measured on the same GPU after `gpu`, see `main`."""
+    """RESULTS.md. gpus: of each the newest report, and a later one of some of its steps or None (`reports.newest_of_each_gpu`)."""
     lines = [
         "# Results", "",
         "Made by `python -m benchmarks.plot` from the JSON files named below. What u is, how to read the tables and how to repeat them: "
@@ -52,7 +52,11 @@ def page(cpu: list[dict], end_to_end: list[dict], gpus: list[tuple[dict, dict | 
             lines += [f"![scaling](plots/scaling-{report['dtype']}.svg)", ""] if "scaling" in drawn else []
             lines += [report["parts_of"]["scaling"], ""] if "scaling" in report["parts_of"] else []
             lines += tables.scaling_table(report["scaling"])
-    lines += ["## Where somebody else is faster", "", "Rows above in which a provider that computes the same task beats one pass:", ""]
+    lines += ["## Where somebody else is faster", ""]
+    lines += [
+        "Providers of the same task that beat one pass in a table above, and how many times as fast they are (~: the ranges overlap):",
+        "",
+    ]
     every = [*cpu, *(report for both in gpus for report in both if report)]
     lines += [*tables.losing_rows(every), ""]
     lines += ["## Where somebody else takes less memory", "", "The smallest of the same task, where that is not one pass:", ""]
@@ -96,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     end_to_end = reports.newest_of_each_cpu("end-to-end")
     gpus = reports.newest_of_each_gpu()
     text = page(cpu, end_to_end, gpus)
-    block = readme.figures([report for report in cpu if reports.of_default_size(report)], end_to_end, gpus)
+    block = readme.figures(cpu, end_to_end, gpus)
     front = readme.with_figures(README.read_text(), block)
     if args.check:
         stale = [path.name for path, new in ((PAGE, text), (README, front)) if not path.exists() or path.read_text() != new]

@@ -8,29 +8,27 @@ from benchmarks.reports import cpu_text, red
 WHOLE = ("plain torch", "torch.compile")
 LOGITS = (*WHOLE, "F.cross_entropy", "F.linear_cross_entropy, one chunk", "TRL selective_log_softmax")
 KEEPS = (
-    "it keeps all logits for the backward, so there are three products of one call each; here there are four, or, for H / 2 to H rows (of "
+    "all logits are kept for the backward, so there are three products of one call each; here there are four, or, for H / 2 to H rows (of "
     "bfloat16 2 H; of float32 since revision 3b0ebc1), three in chunks"
 )
-AT_ONCE = "it holds all logits at once, so each product is one call; here they come in chunks"
+AT_ONCE = "all logits at once, so each product is one call; here they come in chunks"
 REASONS_OF_OPS = {  # by kind of step
     Step(op="log-probs").name: [(LOGITS, KEEPS)],
     **{step.name: [(LOGITS, AT_ONCE)] for step in (Step(op="scores"), Step(op="nll"), Step(op="log-probs", frozen=True))},
 }
 REASONS = [
     (WHOLE, lambda size: size["tokens"] * size["vocabulary"] > 1 << 23,
-     "it holds all logits at once, so each product is one call, and of 16 bits it rounds logits and sums; in chunks the head is packed "
-     "anew for each, and dWeight, where it is summed in float32 (not for up to 2 H rows of 16 bits, nor, since revision 49877a4, H of "
+     "all logits at once, so each product is one call, and of 16 bits logits and sums are rounded; in chunks the head is packed anew "
+     "for each, and dWeight, where it is summed in float32 (not for up to 2 H rows of 16 bits, nor, since revision 49877a4, H of "
      "float32), read and written (NOTES.md). One pass in one chunk is the row of that name, and between it and these rows the order "
      "changes from run to run; the budget is yours: TISDPO_CHUNK_MIB"),
     (WHOLE, lambda size: size["tokens"] * size["vocabulary"] <= 1 << 23,
      "few logits: they fit into the cache, nothing is saved by chunks, and the fixed cost of the operators counts"),
-    (("both products in one program", "logits and folds"), lambda size: True,
-     "another form of one pass on a GPU, tried and given up: faster here by 2 % at most, slower elsewhere (NOTES.md, 2026-11-27)"),
 ]  # fmt: skip
-ON_GPU = (
-    "it rounds its logits to 16 bits, which halves the traffic of the softmax, and holds all of them at once, so that each product is one "
-    "call"
-)
+ON_GPU = "logits rounded to 16 bits, which halves the traffic of the softmax, and all of them at once, so that each product is one call"
+
+# rows of our own beside the one that is compared: forms of one pass on a GPU (NOTES.md, 2026-11-27)
+OWN_FORMS = ("tisdpo", "both products in one program", "logits and folds")
 
 
 def ours_of(result: dict) -> str:
@@ -43,7 +41,7 @@ def lost(result: dict) -> list[tuple[str, float]]:
     ours, found = result["rows"].get(ours_of(result), {}), []
     for name, row in result["rows"].items():
         factors = [ours[by] / row[by] for by in ("seconds", "ratio") if by in ours and by in row]
-        if not name.startswith("tisdpo") and row.get("task") == "TIS-DPO" and max(factors, default=0) > 1:
+        if not name.startswith(OWN_FORMS) and row.get("task") == "TIS-DPO" and max(factors, default=0) > 1:
             found.append((name, max(factors)))
     return found
 
@@ -96,18 +94,26 @@ def step_table(result: dict, ratios: bool = True) -> list[str]:
 
 
 def losing_rows(reports: list[dict]) -> list[str]:
-    """Every row of the published tables in which somebody who computes the same task is faster, by provider and reason."""
-    found: dict[tuple[str, str], list[str]] = {}
+    """Every row of the published tables in which somebody who computes the same task is faster, by reason: table, who, how much."""
+    found: dict[str, dict[str, list[str]]] = {}
     for report in reports:
         curves = [(point, f"curve of {name}") for name, c in report.get("scaling", {}).items() for point in c["points"]]
         for result, where in [(r, r["step"]) for r in report.get("steps", []) + report.get("ops", [])] + curves:
             for name, factor in lost(result):
                 reason = ON_GPU if "sms" in report.get("device", {}) and name.startswith(WHOLE) else why(name, result)
-                close = ", ranges overlap" if result["rows"][name]["p80"] > result["rows"][ours_of(result)]["p20"] else ""
-                much = "not all GPU tests passed, see there" if red(report) else f"{factor:.2f} times as fast{close}"
-                row = f"  - {result['dtype']}{_on(report)}, {where}, {size_text(result['size'])}: {much}"
-                found.setdefault((name, reason), []).append(row)
-    return [line for (name, reason), rows in found.items() for line in (f"- **{name}**: {reason}.", *rows)] or ["None."]
+                close = "~" if result["rows"][name]["p80"] > result["rows"][ours_of(result)]["p20"] else ""
+                much = " (not all GPU tests passed, see there)" if red(report) else f" {factor:.2f}{close}"
+                row = f"{result['dtype']}{_on(report)}, {where}, {size_text(result['size'])}"
+                found.setdefault(reason, {}).setdefault(row, []).append(name + much)
+    told = {reason: [f"  - {row}: {', '.join(who)}" for row, who in rows.items()] for reason, rows in found.items()}
+    return [line for reason, rows in told.items() for line in (f"- {reason[0].upper()}{reason[1:]}.", *rows)] or ["None."]
+
+
+def counted(reports: list[dict]) -> tuple[int, int]:
+    """(kinds of step, each at a size on a machine, in which somebody of the same task was faster, all of them), curves left out."""
+    results = [result for report in reports for result in report.get("steps", []) + report.get("ops", [])]
+    results = [result for result in results if ours_of(result) in result["rows"]]
+    return sum(bool(lost(result)) for result in results), len(results)
 
 
 def rows_with_more_memory(reports: list[dict]) -> list[str]:
@@ -116,7 +122,7 @@ def rows_with_more_memory(reports: list[dict]) -> list[str]:
     for report in reports:
         for result in report.get("steps", []) + report.get("ops", []):
             rows = {name: row for name, row in result["rows"].items() if row.get("extra_bytes") is not None and "seconds" in row}
-            peers = [n for n, row in rows.items() if not n.startswith("tisdpo") and row.get("task") == "TIS-DPO"]
+            peers = [n for n, row in rows.items() if not n.startswith(OWN_FORMS) and row.get("task") == "TIS-DPO"]
             least, ours = min(peers, key=lambda n: rows[n]["extra_bytes"], default=None), rows.get(ours_of(result))
             if least and ours and rows[least]["extra_bytes"] + MIB < ours["extra_bytes"]:
                 mib, times = (f"{x['extra_bytes'] / MIB:,.0f} MiB" for x in (rows[least], ours)), rows[least]["seconds"] / ours["seconds"]

@@ -149,7 +149,7 @@ def freed_heads() -> dict[str, dict]:
                 assert is_sharded(each) and all(hasattr(p, "placements") for p in each.parameters())
             loss = partial(
                 linear_tis_dpo_loss, target=flat.target, cu_seqlens=flat.cu_seqlens, objective=Objective(kl="reverse"),
-                **reference_inputs(reference, batch, flat),
+                **reference_inputs(reference, batch, flat, policy),
             )  # fmt: skip
             output = policy(**model_inputs(batch), head=lambda hidden, head, loss=loss: loss(flat.take(hidden), head.weight))
             output.loss.backward()

@@ -199,12 +199,14 @@ def test_the_readme_shows_a_later_run_of_a_gpu_as_one():
     later = report | {"file": "b.json", "revision": "bbb", "tests": {"passed": False, "summary": "1 failed"}}
     later["steps"] = [step | {"step": "no KL", "products_seconds": 0.02, "rows": {OURS: row | {"seconds": 0.025, "ratio": 1.25}}}]
     alone, both = "\n".join(readme.gpu_figures(report, None)), "\n".join(readme.gpu_figures(report, later))
-    assert "38.4 ms, 5 MiB" in alone and "bbb" not in alone and "not every GPU test" not in alone
-    assert "| **tisdpo one pass**, [bbb](benchmarks/results/b.json) | **25 ms, 5 MiB** |  |" in both
-    assert "the products alone took 20, - ms. At" in both and "At revision bbb not every GPU test was seen to pass (1 failed)" in both
+    assert "**38.4 ms, 5 MiB, 1.10 x**" in alone and "bbb" not in alone and "some GPU tests failed" not in alone
+    assert (
+        "| [bbb](benchmarks/results/b.json): the matrix products alone | 20 ms |  |\n| **tisdpo one pass** | **25 ms, 5 MiB** |  |" in both
+    )
+    assert "At bbb some GPU tests failed" in both and "**38.4 ms, 5 MiB, 1.10 x**" in both
     green = "\n".join(readme.gpu_figures(report, later | {"tests": {"passed": True, "summary": "9 passed"}}))
-    assert "| **25 ms, 5 MiB, 1.25 x** |  |" in green and "not every GPU test" not in green
-    assert "At revision aaa not every" in "\n".join(readme.gpu_figures({k: v for k, v in report.items() if k != "tests"}, later))
+    assert "| **25 ms, 5 MiB, 1.25 x** |  |" in green and "some GPU tests failed" not in green
+    assert "At bbb and aaa some GPU tests failed" in "\n".join(readme.gpu_figures({k: v for k, v in report.items() if k != "tests"}, later))
 
 
 def test_a_gpu_does_not_replace_another(tmp_path, monkeypatch):
@@ -240,15 +242,28 @@ def test_a_step_that_raises_does_not_end_the_run_of_a_gpu(tmp_path, monkeypatch,
 
 def test_the_table_of_log_probs_needs_no_peer():
     row = {"seconds": 0.02, "extra_bytes": 3 << 20}
-    rows = {OUR_OPS: row, "F.cross_entropy": row | {"seconds": 0.05}}
-    told = readme.log_probs({"dtype": "float32", "ops": [{"step": Step(op="from logits").name, "rows": rows}]})
-    assert told[-1] == "| `token_logps`, from logits | **20 ms, 3 MiB** | 50 ms, 3 MiB |  |  |  |"
-    assert readme.log_probs({"dtype": "float32", "ops": []})[-1].endswith("not measured.")
     slow, fast = row | {"seconds": 0.05}, row | {"seconds": 0.04}
-    rows = {OUR_OPS: row, "plain torch": slow, "torch.compile": fast}
-    rows |= {"F.linear_cross_entropy": slow, "F.linear_cross_entropy, one chunk": fast}
-    told = readme.log_probs({"dtype": "float32", "ops": [{"step": Step(op="nll").name, "rows": rows}]})
-    assert told[-1] == "| `linear_nll_loss` | **20 ms, 3 MiB** | 40 ms, 3 MiB |  | 50 ms, 3 MiB | 40 ms, 3 MiB |"
+    told = readme.log_probs(
+        [{"dtype": "float32", "ops": [{"step": Step(op="scores").name, "rows": {OUR_OPS: row, "F.cross_entropy": slow}}]}]
+    )
+    assert told[-1] == "| float32, no gradients | **20 ms, 3 MiB** | 50 ms, 3 MiB |  |  |"
+    assert readme.log_probs([{"dtype": "float32", "ops": []}])[-1].endswith("not measured.")
+    rows = {OUR_OPS: row, "plain torch": slow, "torch.compile": fast, "F.linear_cross_entropy, one chunk": slow}
+    reports = [{"dtype": of, "ops": [{"step": Step(op="log-probs").name, "rows": rows}]} for of in ("float32", "bfloat16", "float32")]
+    told = [line for line in readme.log_probs(reports) if "gradient a token" in line]
+    cells = "any gradient a token | **20 ms, 3 MiB** | 40 ms, 3 MiB |  | 50 ms, 3 MiB |"
+    assert sorted(told) == [f"| bfloat16, {cells}", f"| float32, {cells}"]  # of each dtype one file
+
+
+def test_the_readme_shows_the_newest_of_each_dtype_and_where_others_are_furthest_ahead():
+    def report(dtype: str, ours: float, other: float) -> dict:
+        rows = {name: {"task": "TIS-DPO", "seconds": x, "ratio": x} for name, x in ((OURS, ours), ("plain torch", other))}
+        return {"dtype": dtype, "steps": [{"step": "no KL", "rows": rows}]}
+
+    newest, older, lost, half = (report(*of) for of in (("f", 1.0, 1.1), ("f", 1.0, 0.99), ("f", 1.1, 1.0), ("h", 1.0, 2.0)))
+    assert readme.shown([newest, older, lost, half, {"dtype": "h"}]) == [newest, lost, half]
+    assert readme.shown([newest, half]) == [newest, half] and readme.shown([lost]) == [lost]
+    assert readme.others_ahead([newest, older, lost]).startswith("In 2 of the 3 tables")
 
 
 def test_a_stale_picture_is_found(tmp_path, monkeypatch):
@@ -278,7 +293,7 @@ def test_losing_rows_are_named():
     }  # fmt: skip
     assert tables.lost(result) == [("plain torch", 2.0)]
     reason, line = tables.losing_rows([cpu | {"steps": [result]}])
-    assert reason.startswith("- **plain torch**: it holds all logits at once") and line.endswith("2.00 times as fast")
+    assert reason.startswith("- All logits at once") and line.endswith(": plain torch 2.00")
     close = {"rows": {OURS: row | {"seconds": 1.0, "ratio": 1.02}, "plain torch": row | {"seconds": 1.1, "ratio": 1.0}}}
     assert tables.lost(close) == [("plain torch", 1.02)]  # by the ratio, though not by the time
     whole = result | {"products": 3, "products_seconds": 1.0, "products_tflops": 1.0}
@@ -289,11 +304,13 @@ def test_losing_rows_are_named():
         "rows": {OUR_OPS: row | {"seconds": 2.0}, "TRL chunked": row | {"seconds": 1.0}} | result["rows"],
     }
     reasons = [line for line in tables.losing_rows([cpu | {"ops": [result | alone]}]) if line.startswith("- ")]
-    assert "- **plain torch**: it keeps all logits for the backward" in reasons[1] and reasons[0] == "- **TRL chunked**: not explained yet."
+    assert "- All logits are kept for the backward" in reasons[1] and reasons[0] == "- Not explained yet."
     gpu = tables.losing_rows([{"device": {"name": "H100", "sms": 9}, "tests": {"passed": False}, "steps": [result]}])
-    assert gpu[1].endswith("not all GPU tests passed, see there")
+    assert gpu[1].endswith(": plain torch (not all GPU tests passed, see there)")
     result["rows"]["fast"] = result["rows"].pop("plain torch")
-    assert tables.losing_rows([cpu | {"steps": [result]}])[0] == "- **fast**: not explained yet."
+    assert tables.losing_rows([cpu | {"steps": [result]}])[0] == "- Not explained yet."
+    result["rows"]["logits and folds"] = result["rows"].pop("fast")  # a form of our own
+    assert tables.losing_rows([cpu | {"steps": [result]}]) == ["None."]
     json.dumps(result)
 
 

@@ -26,6 +26,7 @@ FAMILIES = {
     "gemma2": {"final_logit_softcapping": 2.0, "query_pre_attn_scalar": 8},
     "gemma3_text": {"final_logit_softcapping": 1.5, "query_pre_attn_scalar": 8},
     "recurrent_gemma": {"logits_soft_cap": 2.0, "lru_width": 16, "attention_window_size": 16},
+    "xlstm": {"output_logit_soft_cap": 2.0, "num_blocks": 1, "num_heads": 2, "embedding_dim": 16, "chunk_size": 8},
     "nanochat": {"final_logit_softcapping": 2.0},
     "vaultgemma": {"final_logit_softcapping": 2.0, "query_pre_attn_scalar": 8},
     "cohere": {"logit_scale": 0.3},
@@ -44,6 +45,7 @@ FAMILIES = {
 }  # fmt: skip
 SCALED = {
     "recurrent_gemma",
+    "xlstm",
     "nanochat",
     "vaultgemma",
     "gemma2",
@@ -105,4 +107,23 @@ def test_a_head_that_does_something_else_is_refused(dtype):
 
     model._tisdpo_own_forward = scaled.__get__(model)
     with pytest.raises(InputError, match=r"GraniteForCausalLM makes its logits in a way that is not known here .*logit scale 1.0"):
+        verify_head(model)
+
+
+def test_a_cap_that_is_far_above_16_bit_logits_is_seen():
+    """As xLSTM's of 30 would be under another name: of logits up to 11 it takes half a nat."""
+    model = build("llama").to(torch.bfloat16)
+    attach_head(model)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(11 / model(input_ids=torch.arange(8)[None]).logits.abs().max())
+    verify_head(model)
+    own = type(model).forward
+
+    def capped(self, *args, **kwargs):
+        out = own(self, *args, **kwargs)
+        out.logits = 30 * torch.tanh(out.logits / 30)
+        return out
+
+    model._tisdpo_own_forward = capped.__get__(model)
+    with pytest.raises(InputError, match="makes its logits in a way that is not known here"):
         verify_head(model)

@@ -258,7 +258,11 @@ def test_resume_on_other_rows_or_weights_is_refused(tmp_path):
             with pytest.raises(InputError, match=f"was trained with other {what}; go on with the same rows"):
                 trainer(tmp_path, other, **options, **changed).train(resume_from_checkpoint=checkpoint)
     (tmp_path / "checkpoint-2" / "tisdpo_rows.json").unlink()  # of an older version, or killed before it
-    trainer(tmp_path, rows, weighting={"upper": 0.5}, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    t = trainer(tmp_path, rows, weighting={"upper": 0.5}, **options)
+    t.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    t.state.global_step = 9
+    t._save_checkpoint(t.model, None)  # as transformers saves when a job is ended from outside
+    assert (tmp_path / "checkpoint-9" / "tisdpo_rows.json").exists()
 
 
 def test_resume_from_another_reference_is_refused(tmp_path):
@@ -394,6 +398,7 @@ def test_a_copy_of_the_reference_that_no_row_needs_is_told(tmp_path, caplog):
         (dict(kl="reverse", precompute_ref=True), None, "needs the reference's distribution"),
         (dict(remove_unused_columns=True), None, "drop the token weights"),
         (dict(beta=-1.0), None, "beta must be positive"),
+        (dict(average_tokens_across_devices=False), None, "average_tokens_across_devices=False has no effect"),
         (dict(label_smoothing_factor=0.1), None, "label_smoothing_factor=0.1 has no effect; use label_smoothing"),
         (dict(method="sft", nll_coef=1.0, loss_type="ipo"), None, "loss, nll_coef of the preference loss has no effect with method='sft'"),
         (
@@ -493,6 +498,17 @@ def test_several_evaluation_sets_and_prefixes_keep_their_metrics(tmp_path):
     assert tested["test_rewards/margins"] == pytest.approx(alone["b"]["eval_rewards/margins"], rel=1e-5)
 
 
+def test_other_rows_are_evaluated_where_workers_stay(tmp_path):
+    """The Trainer itself would take the loader of the first rows."""
+    options = dict(dataloader_num_workers=1, dataloader_persistent_workers=True)
+    a, b = tiny.rows(24).select(range(4)), tiny.rows(24).select(range(8, 12))
+    alone = trainer(tmp_path, method="dpo", eval_dataset=b, ref_model=tiny.model(seed=1)).evaluate()
+    t = trainer(tmp_path, method="dpo", eval_dataset=a, ref_model=tiny.model(seed=1), **options)
+    first = t.evaluate()
+    assert t.evaluate(b)["eval_rewards/margins"] == pytest.approx(alone["eval_rewards/margins"], rel=1e-5)
+    assert t.evaluate()["eval_rewards/margins"] == first["eval_rewards/margins"] != alone["eval_rewards/margins"]
+
+
 def test_new_rows_after_training_need_a_reference(tmp_path):
     t = trainer(tmp_path, method="dpo")
     t.train()
@@ -504,7 +520,9 @@ def test_attention_dropout_is_off_as_well(tmp_path):
     model = tiny.model()
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.3
+    model.model.layerdrop = 0.5
     assert losses_of(trainer(tmp_path, method="dpo", model=model))[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert model.model.layerdrop == 0
     noisy = tiny.model()
     for layer in noisy.model.layers:
         layer.self_attn.attention_dropout = 0.3

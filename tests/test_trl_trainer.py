@@ -388,10 +388,13 @@ def test_truncation_cuts_weights_with_their_tokens(mode, tmp_path):
         (dict(method="sft"), lambda: oracle.pairs(), ValueError, "method must be 'tis-dpo' or 'dpo', got 'sft'"),
         (dict(loss_type="apo_zero"), lambda: weighted(), ValueError, "loss_type must be one of .*, got apo_zero; for others use trl"),
         (dict(loss_type=["sigmoid", "sft"]), lambda: weighted(), ValueError, "got sigmoid, sft; for 'sft' .* set nll_coef"),
-        (dict(f_divergence_type="js_divergence"), lambda: weighted(), ValueError, "f_divergence_type='js_divergence' has no effect"),
-        (dict(ld_alpha=0.5), lambda: weighted(), ValueError, "ld_alpha=0.5 has no effect"),
+        (dict(f_divergence_type="js_divergence"), lambda: weighted(), ValueError, "f_divergence_type='js_divergence' is not supported"),
+        (dict(ld_alpha=0.5), lambda: weighted(), ValueError, "ld_alpha=0.5 is not supported"),
         (dict(padding_free=True), lambda: weighted(), ValueError, "padding_free=True is not supported .* train with tisdpo.TISDPOTrainer"),
-        (dict(use_weighting=True), lambda: weighted(), ValueError, "use_weighting=True has no effect"),
+        (dict(use_weighting=True), lambda: weighted(), ValueError, "use_weighting=True is not supported"),
+        (dict(label_smoothing_factor=0.1), lambda: weighted(), ValueError, "label_smoothing_factor=0.1 has no effect"),
+        (dict(accelerator_config={"dispatch_batches": True}), lambda: weighted(), ValueError, "dispatch_batches=True would cut pairs"),
+        (dict(train_sampling_strategy="batch_rebalance"), lambda: weighted(), ValueError, "batch_rebalance' makes unequal batches"),
         (dict(kl="sideways"), lambda: weighted(), ValueError, "kl must be None, 'reverse' or 'forward', got 'sideways'"),
         (dict(alpha=0.5), lambda: weighted(), ValueError, "alpha=0.5 has no effect with kl=None"),
         (dict(kl="reverse", precompute_ref_log_probs=True), lambda: weighted(), ValueError, "needs the reference's distribution"),
@@ -416,8 +419,16 @@ def test_a_weight_too_many_is_named(tmp_path):
 
 def test_arguments_of_the_wrong_kind(tmp_path):
     args = trl.DPOConfig(**arguments(tmp_path))
-    with pytest.raises(TypeError, match=r"args must be a tisdpo.integrations.trl.TISDPOConfig, got DPOConfig"):
+    with pytest.raises(TypeError, match=r"a tisdpo.integrations.trl.TISDPOConfig, got trl.trainer.dpo_config.DPOConfig"):
         TISDPOTrainer(oracle.tiny_model(1), oracle.tiny_model(2), args, train_dataset=weighted(), processing_class=tokenizer())
+    args = TISDPOConfig(**arguments(tmp_path))
+    with pytest.raises(ValueError, match="compute_metrics needs logits"):
+        TISDPOTrainer(oracle.tiny_model(1), args=args, train_dataset=weighted(), processing_class=tokenizer(), compute_metrics=len)
+
+
+def test_predictions_are_metrics(tmp_path):
+    run = trainer(tmp_path, weighted())
+    assert run.predict(run.train_dataset).metrics["test_loss"] > 0
 
 
 def test_an_unsupported_trl_says_so_at_import(monkeypatch):

@@ -171,6 +171,8 @@ def token_loader(rows, sides: Sequence[str], collator, args, accelerator, epoch:
         pin_memory=args.dataloader_pin_memory,
         persistent_workers=args.dataloader_persistent_workers,
         prefetch_factor=args.dataloader_prefetch_factor,
+        multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None),  # of newer transformers, like the next
+        in_order=getattr(args, "dataloader_in_order", True),
     )
     # every rank has its share already, so accelerate is only to move the tensors
     return prepare_data_loader(loader, accelerator.device, num_processes=1, process_index=0, put_on_device=True), batches.ends_repeated

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 
 import torch
 
@@ -31,7 +32,7 @@ def model_fingerprint(model: torch.nn.Module, adapters: bool = False) -> str:
         digest.update(_canonical(_without_volatile(config.to_dict())))
     for name, adapter in sorted(model.peft_config.items()) if adapters else ():
         digest.update(_canonical([name, *(getattr(adapter, key, None) for key in ("r", "lora_alpha", "use_rslora", "use_dora"))]))
-    for name, parameter in sorted(list(model.named_parameters()) if adapters else _base_parameters(model)):
+    for name, parameter in sorted(list(model.named_parameters()) if adapters else base_parameters(model)):
         flat = parameter.detach().reshape(-1)
         where = torch.linspace(0, max(flat.numel() - 1, 0), min(SAMPLED, flat.numel()), dtype=torch.float64).long()
         digest.update(_canonical([name, list(parameter.shape), str(parameter.dtype)]))
@@ -39,15 +40,15 @@ def model_fingerprint(model: torch.nn.Module, adapters: bool = False) -> str:
     return digest.hexdigest()[:16]
 
 
-def _base_parameters(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+def base_parameters(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
     """Names and parameters; of a PEFT model those of its base under the names they have without PEFT."""
     if not hasattr(model, "get_base_model"):
         return list(model.named_parameters())
     adapter = getattr(model.base_model, "prefix", None) or "lora_"  # of the adapters' own parameters
     return [
-        (name.replace(".base_layer.", ".").replace(".original_module.", "."), parameter)
+        (re.sub(r"\.(token_adapter|base_layer|original_module)(?=\.)", "", name), parameter)
         for name, parameter in model.get_base_model().named_parameters()
-        if adapter not in name and ".modules_to_save." not in name
+        if not any(part in name for part in (adapter, ".modules_to_save.", ".trainable_tokens_"))
     ]
 
 

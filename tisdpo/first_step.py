@@ -4,10 +4,12 @@ import torch
 from accelerate.utils import is_peft_model
 
 from tisdpo.errors import InputError
+from tisdpo.fingerprints import base_parameters
 
 
-def check_base(model) -> None:
-    """InputError for adapters that change the base they are put on: it is no reference then."""
+def check_base(model, moves: bool) -> None:
+    """InputError for adapters that change the base they are put on: it is no reference then. moves: the reference is computed while
+    training goes on, so that a base which is trained itself is none either."""
     for config in model.peft_config.values() if is_peft_model(model) else ():
         how = getattr(config, "init_lora_weights", True)
         if isinstance(how, str) and how.lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
@@ -15,6 +17,17 @@ def check_base(model) -> None:
                 f"init_lora_weights={how!r} changes the weights of the base, so with its adapters off it is no longer the reference; pass "
                 "the model as it was before as ref_model"
             )
+    trained = trained_base(model) if moves else None
+    if trained is not None:
+        raise InputError(
+            f"{trained}, a weight of the base, is trained (LoraConfig(bias=...)? unfrozen by hand?), so with the adapters off the model is "
+            "no longer the reference; freeze it, or pass the model as it was before as ref_model"
+        )
+
+
+def trained_base(model) -> str | None:
+    """Name of a weight of a PEFT model's base that is trained; None where there is none."""
+    return next((name for name, x in base_parameters(model) if x.requires_grad), None) if is_peft_model(model) else None
 
 
 def is_its_base(model) -> bool:

@@ -75,6 +75,18 @@ class GlobalBatches:
             loss = loss * 0.0  # still a backward, for other processes wait for its gradients
         return loss * self.accelerator.num_processes if summed else loss
 
+    def evaluate(self, eval_dataset=None, *args, **kwargs):
+        """`Trainer.evaluate`. With persistent workers the Trainer keeps one loader for all rows that have no name: other rows than those of
+        the constructor get one of their own here."""
+        if eval_dataset is None or isinstance(eval_dataset, (str, dict)):
+            return super().evaluate(eval_dataset, *args, **kwargs)
+        kept = getattr(self, "_eval_dataloaders", {})
+        self._eval_dataloaders = {}
+        try:
+            return super().evaluate(eval_dataset, *args, **kwargs)
+        finally:
+            self._eval_dataloaders = kept
+
     # Metrics
 
     def _add_metrics(self, mode: str, metrics: dict[str, Tensor], inputs: dict) -> None:

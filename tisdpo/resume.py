@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from datasets import Dataset
-from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from tisdpo.data import ids_fingerprint, token_sums
@@ -19,18 +18,6 @@ from tisdpo.weighting import Weighting
 log = logging.getLogger("tisdpo")
 
 FILE = "tisdpo_rows.json"
-
-
-class RowsInCheckpoints(TrainerCallback):
-    """Writes what the rows are, {name: text, number or list of numbers}, into every checkpoint."""
-
-    def __init__(self, rows: dict):
-        self.rows = rows
-
-    def on_save(self, args, state, control, **kwargs):
-        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        if state.is_world_process_zero and folder.is_dir():
-            write_json(folder / FILE, self.rows)
 
 
 def forget_rows(checkpoint: str | None) -> None:
@@ -85,9 +72,16 @@ class RemembersRows:
             "reference model": reference,
             **(more or {}),
         }
-        self.add_callback(RowsInCheckpoints(self._trained_on))
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self._trained_on is not None and self.is_world_process_zero() and folder.is_dir():
+            write_json(folder / FILE, self._trained_on)
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        if resume_from_checkpoint and getattr(self.args, "sync_ref_model", False):
+            log.warning("sync_ref_model moves the reference, which checkpoints do not hold: it begins again as it was at the start")
         if self._trained_on is not None:
             check_rows_of_checkpoint(resume_from_checkpoint, self.args.output_dir, self._trained_on)
         return super().train(resume_from_checkpoint, *args, **kwargs)

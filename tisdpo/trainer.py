@@ -27,11 +27,12 @@ from tisdpo.cached import FOLDER, ReferenceCache
 from tisdpo.data import PairCollator
 from tisdpo.errors import InputError
 from tisdpo.fingerprints import model_fingerprint
-from tisdpo.first_step import FirstStep, check_base, is_its_base
+from tisdpo.first_step import FirstStep, check_base, is_its_base, trained_base
 from tisdpo.functional import linear_nll_loss, linear_tis_dpo_loss
 from tisdpo.hf import (
     Head,
     attach_head,
+    check_reference_head,
     disable_dropout,
     head_of,
     is_sharded,
@@ -105,6 +106,8 @@ class TISDPOConfig(TrainingArguments):
             raise InputError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
         if self.sft_side not in ("chosen", "rejected"):
             raise InputError(f"sft_side must be 'chosen' or 'rejected', got {self.sft_side!r}")
+        if not self.average_tokens_across_devices:
+            raise InputError("average_tokens_across_devices=False has no effect: losses are those of the whole global batch; leave it out")
         if self.label_smoothing_factor:
             raise InputError(f"label_smoothing_factor={self.label_smoothing_factor} has no effect; use label_smoothing")
         if self.use_liger_kernel:  # Liger's own loss would take the place of the forward that has the head in it
@@ -186,8 +189,6 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, Trainer):
         check_whole_weights(args)
         attach_head(model)
         verify_head(model)
-        if ref_model is None and args.method != "sft":
-            check_base(model)
         if args.disable_dropout:
             disable_dropout(model)
         self.objective = args.objective()
@@ -195,10 +196,16 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, Trainer):
         self.pad_token_id = processing_class.pad_token_id if processing_class.pad_token_id is not None else processing_class.eos_token_id
         starts_at_reference = ref_model is None and self.preference and is_its_base(model)
         precompute = args.precompute_ref if args.precompute_ref is not None else args.kl is None
+        if ref_model is not None:
+            verify_head(attach_head(ref_model))
+        elif self.preference:
+            check_base(model, moves=not precompute)
         given = datasets_in({"train": train_dataset}, eval_dataset)
         for dataset in given:
             check_kind(dataset)
-        bring = given and all(map(brings_reference, given))
+        bring = bool(given) and all(map(brings_reference, given))
+        if ref_model is not None and args.kl is None and any(brings_reference(rows) and home_of(rows) is None for rows in given):
+            log.warning("rows bring reference log-probs, so the ref_model is not asked for them; remove the columns if it should be")
         if args.precompute_ref is False and args.kl is None and bring and ref_model is None and not is_peft_model(model):
             log.warning(
                 "precompute_ref=False keeps a copy of the model in memory, which none of these rows needs: all carry reference log-probs"
@@ -211,7 +218,7 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, Trainer):
             if scorer is None and ref_model is None and not is_peft_model(model) and self.cache is None:
                 ref_model = copy.deepcopy(model)
         resident = ref_model is not None and not precompute and self.cache is None
-        self.ref_model = attach_head(ref_model).eval().requires_grad_(False) if resident else None
+        self.ref_model = ref_model.eval().requires_grad_(False) if resident else None
 
         self._eval_prefix = None
         self._scorer, self._policy_scores = scorer, scorer is model
@@ -260,6 +267,7 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, Trainer):
         if self.ref_model is not None and self.accelerator.state.is_fsdp2:
             self.ref_model = fsdp2_prepare_model(self.accelerator, self.ref_model)
         if self.cache is not None:
+            check_reference_head(head_of(model).transform, self.cache.head)
             self.ref_head = {name: None if x is None else x.to(self.args.device) for name, x in self.cache.tensors.items()}
 
     # Rows and their reference
@@ -386,7 +394,7 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, Trainer):
             )
         off = nullcontext() if self.ref_model is not None else adapters_off(policy)
         with self.accelerator.autocast(), off:  # accelerate's own is around forwards it has prepared, and those without `head`
-            return reference_inputs(self.ref_model if self.ref_model is not None else self.model, inputs, flat)
+            return reference_inputs(self.ref_model if self.ref_model is not None else self.model, inputs, flat, policy)
 
     # Metrics
 
@@ -419,7 +427,8 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, Trainer):
         """Rows that come after the constructor, like those that came with it."""
         check_kind(dataset)
         known = brings_reference(dataset)
-        if self._policy_scores and not is_peft_model(self._scorer) and not known and self.state.global_step > 0:
+        moved = self._policy_scores and (not is_peft_model(self._scorer) or trained_base(self._scorer) is not None)
+        if moved and not known and self.state.global_step > 0:
             raise InputError(
                 "these rows have no reference log-probs, and the reference was the policy before training; give them to the "
                 "constructor as eval_dataset, or give it a ref_model"

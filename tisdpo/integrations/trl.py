@@ -5,11 +5,12 @@
 
 Rows are TRL's preference pairs with `chosen_contrast`, `rejected_contrast` (raw, one number a completion token; the rule is in
 `weighting`) or ready `chosen_weights`, `rejected_weights`; as text, or as ready `prompt_ids`, `chosen_ids`, `rejected_ids`, such as a
-scored set of this library. With method="dpo" and kl=None the losses are TRL's own.
+scored set of this library. With method="dpo" and kl=None the losses are TRL's own; only label_smoothing, which TRL's "sigmoid" ignores,
+has an effect on it here (conservative DPO).
 
 Left out, compared with `trl.DPOTrainer`: metrics that need logits (entropy, logits/*, mean_token_accuracy) and `compute_metrics`; losses
 other than sigmoid, sigmoid_norm, hinge, ipo and robust; f-divergences, LD-DPO, WPO; vision-language models. All but the metrics are
-refused by name. The auxiliary loss of a mixture of experts is added as TRL does it.
+refused by name. The auxiliary loss of a mixture of experts is added in training as TRL does it; evaluation leaves it out.
 """
 
 import logging
@@ -84,7 +85,6 @@ class TISDPOConfig(DPOConfig):
         super().__post_init__()
         if self.method not in ("tis-dpo", "dpo"):
             raise ValueError(f"method must be 'tis-dpo' or 'dpo', got {self.method!r}")
-        self._loss = loss_of(self.loss_type)
         if self.padding_free:  # TRL itself warns and pads
             raise ValueError(
                 "padding_free=True is not supported with TRL's collator, which pads; leave it out, or train with tisdpo.TISDPOTrainer"
@@ -92,9 +92,15 @@ class TISDPOConfig(DPOConfig):
         for name, usual in (("f_divergence_type", "reverse_kl"), ("ld_alpha", None), ("use_weighting", False), ("loss_weights", None)):
             value = getattr(self, name, usual)
             if getattr(value, "value", value) != usual:
-                raise ValueError(f"{name}={value!r} has no effect with token weights and is not supported; leave it at {usual!r}")
+                raise ValueError(f"{name}={value!r} is not supported; leave it at {usual!r}, or use trl.DPOTrainer")
         if self.weighting is not None and self.method == "dpo":
             raise ValueError("weighting has no effect with method='dpo'; use method='tis-dpo' or leave it out")
+        if self.label_smoothing_factor:
+            raise ValueError(f"label_smoothing_factor={self.label_smoothing_factor} has no effect; use label_smoothing")
+        if self.accelerator_config.dispatch_batches:
+            raise ValueError("dispatch_batches=True would cut pairs apart between the processes; leave it out")
+        if getattr(self, "train_sampling_strategy", None) == "batch_rebalance":
+            raise ValueError("train_sampling_strategy='batch_rebalance' makes unequal batches, of which pairs would be lost; leave it out")
         if getattr(self, "precompute_ref_batch_size", None) is not None:
             raise ValueError("precompute_ref_batch_size has no effect: reference log-probs are made in batches by tokens; leave it out")
         Weighting.of(self.weighting)  # raises for what is none
@@ -103,7 +109,9 @@ class TISDPOConfig(DPOConfig):
     @property
     def objective(self) -> Objective:
         """The pairwise loss that these options describe."""
-        return Objective(self._loss, self.beta, self.kl, self.alpha, self.detach_chosen_kl, self.label_smoothing, self.nll_coef)
+        return Objective(
+            loss_of(self.loss_type), self.beta, self.kl, self.alpha, self.detach_chosen_kl, self.label_smoothing, self.nll_coef
+        )
 
 
 @dataclass
@@ -142,14 +150,19 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, DPOTrainer):
     def __init__(self, model, ref_model=None, args=None, *more, **kwargs):
         args = args if args is not None else TISDPOConfig("tis-dpo")
         if not isinstance(args, TISDPOConfig):
-            raise TypeError(f"args must be a tisdpo.integrations.trl.TISDPOConfig, got {type(args).__name__}")
+            raise TypeError(f"args must be a {__name__}.TISDPOConfig, got {type(args).__module__}.{type(args).__qualname__}")
+        if kwargs.get("compute_metrics") is not None:
+            raise ValueError("compute_metrics needs logits, which are never formed here; leave it out or use trl.DPOTrainer")
         if args.kl is not None and args.precompute_ref_log_probs:
             raise ValueError(
                 f"kl={args.kl!r} needs the reference's distribution, not only its log-probs; set precompute_ref_log_probs=False"
             )
         self.objective = args.objective
-        # before TRL shards it, and which log-probs were made here and not read
-        self._given_reference = fingerprint_if_here(ref_model, adapters=True) if isinstance(ref_model, torch.nn.Module) else None
+        self._given_reference = None
+        if isinstance(ref_model, torch.nn.Module):  # before TRL shards or casts it
+            verify_head(attach_head(_base(ref_model)))
+            self._given_reference = fingerprint_if_here(ref_model, adapters=True)
+        # log-probs that were made here and not read
         self._computed_here: list = []
         super().__init__(model, ref_model, args, *more, **kwargs)
         if self._is_vision_dataset:
@@ -163,7 +176,7 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, DPOTrainer):
                 "it from tisdpo.integrations.trl.WeightedCollator, or leave it out"
             )
         if ref_model is None:
-            check_base(self.model)
+            check_base(self.model, moves=not args.precompute_ref_log_probs)
         if args.disable_dropout:
             disable_dropout(self.model)  # also those that attention layers keep as numbers
         copied = is_peft_model(self.model) and "ref" in self.model.peft_config
@@ -285,8 +298,8 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, DPOTrainer):
         """Mean loss of the global batch's pairs, this batch's part of it; where TRL takes the mean over processes and batches of means."""
         return self._compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
-    def prediction_step(self, model, inputs, *args, **kwargs):
-        return super().prediction_step(model, self._unrepeated(inputs), *args, **kwargs)
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        return super().prediction_step(model, self._unrepeated(inputs), True, ignore_keys)  # there are no logits to predict
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
@@ -331,7 +344,7 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, DPOTrainer):
             return {"ref_logps": flat.ref_logps}
         model = self.ref_model if self.ref_model is not None else self.model
         with self.accelerator.autocast(), self._reference_adapter():
-            return reference_inputs(model, batch, flat)
+            return reference_inputs(model, batch, flat, _base(self.accelerator.unwrap_model(self.model)))
 
     def _reference_adapter(self):
         """Adapters off (or the copy of a retrained one) where a PEFT model is its own reference."""
