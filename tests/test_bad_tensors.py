@@ -240,6 +240,18 @@ BAD = [
         ValueError,
         "the weights are token_weights or pos_logps and neg_logps, not both",
     ),
+    (
+        sums,
+        dict(pos_logps=torch.full((N,), 100.0), neg_logps=torch.zeros(N), weighting=Weighting(lower=-math.inf, upper=math.inf)),
+        ValueError,
+        "the weights k * exp(mu * clamp(pos_logps - neg_logps, lower, upper)) must be finite, got inf at position",
+    ),
+    (
+        loss,
+        dict(pos_logps=torch.zeros(N), neg_logps=torch.zeros(N), weighting=Weighting("rank"), cu_seqlens=torch.tensor([0, 3, 7])),
+        ValueError,
+        "cu_seqlens must start at 0 and end at the number of tokens, 8",
+    ),
     (sums, dict(weighting=Weighting()), ValueError, "weighting has no effect without pos_logps and neg_logps"),
     (
         sums,

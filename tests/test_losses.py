@@ -73,6 +73,16 @@ def test_losses_and_derivatives_stay_finite_for_extreme_scores(name):
         assert f(scores, torch.ones(6), BY_HAND[name][0]).isfinite().all()
 
 
+@pytest.mark.parametrize("loss", ["sigmoid", "robust", "hinge"])
+def test_a_pair_that_is_told_apart_for_certain_has_no_loss(loss):
+    """As where the reference forbids a chosen token: not 0 times infinity."""
+    for scores in ([math.inf, 0.0], [0.0, -math.inf]):
+        scores = torch.tensor(scores)
+        assert pairwise_losses(scores, torch.ones(2), Objective(loss)).tolist() == [0.0]
+        assert reference.pairwise_losses(scores, torch.ones(2), loss).tolist() == [0.0]
+        assert score_gradients(scores, torch.ones(2), Objective(loss)).tolist() == [0.0, 0.0]
+
+
 @pytest.mark.parametrize("kl, alpha, sign", [(None, 1.0, 0.0), ("reverse", 0.7, -0.7), ("forward", 0.7, 0.7)])
 def test_scores_and_sign_of_the_kl(kl, alpha, sign):
     D, K = torch.tensor([1.0, 2.0]), torch.tensor([10.0, 20.0])

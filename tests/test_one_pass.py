@@ -372,10 +372,22 @@ def test_a_graph_cannot_depend_on_how_many_rows_carry_loss(monkeypatch):
         assert compute(ignore_index=None).isfinite().all()
 
 
+@pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
+def test_a_forced_backend_is_the_only_one(plan, monkeypatch):
+    from tisdpo.ops import cpp_fold
+
+    for name in ("statistics", "gradient", "sequence_sums", "spread"):
+        monkeypatch.setattr(cpp_fold, name, lambda *args, **options: pytest.fail("not torch's"))
+    case = make_case(dtype=torch.float32)
+    inputs = dict(token_weights=case.token_weights, ref_logps=torch.zeros(len(case.target)), backend="torch", plan=plan)
+    tisdpo.linear_tis_dpo_loss(case.hidden.requires_grad_(), case.weight, case.target, case.cu_seqlens, **inputs).loss.backward()
+    assert case.hidden.grad.isfinite().all()
+
+
 def test_the_budget_can_be_set_and_must_be_a_number(monkeypatch):
     monkeypatch.setenv("TISDPO_CHUNK_MIB", "0.5")
     assert backend.chunk_rows(1024, 2, 4, "cpu") == 64
-    for text in ("0", "-3", "much"):
+    for text in ("0", "-3", "much", "inf"):
         monkeypatch.setenv("TISDPO_CHUNK_MIB", text)
         with pytest.raises(ValueError, match=f"TISDPO_CHUNK_MIB must be a positive number of MiB of logits, got '{text}'"):
             backend.chunk_rows(1024, 2, 4, "cpu")

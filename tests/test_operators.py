@@ -30,7 +30,8 @@ def test_opcheck_token_stats(reference, kl, backend):
     logits = torch.randn(5, 7, requires_grad=True)
     target, ref_logits = torch.tensor([0, -100, 6, 2, 3]), torch.randn(5, 7) if reference else None
     torch.library.opcheck(token_stats.token_stats, (logits, target, ref_logits, kl, *TRANSFORM, -100, False, backend), test_utils=CHECKS)
-    stats = list(token_stats.token_stats(logits.detach(), target, ref_logits, kl, *TRANSFORM, -100, False, backend))
+    stats = token_stats.token_stats(logits.detach(), target, ref_logits, kl, *TRANSFORM, -100, False, backend)
+    stats = list(token_stats.for_backward(stats, kl))
     for g_logps, g_kl in ((torch.randn(5), torch.randn(5) if kl else None), (None, torch.randn(5) if kl else None)):
         args = (g_logps, g_kl, logits.detach(), target, ref_logits, stats, kl, *TRANSFORM, -100, backend)
         torch.library.opcheck(token_stats.token_stats_backward, args, test_utils=CHECKS)
@@ -53,7 +54,7 @@ def test_opcheck_linear_token_stats(bias, reference, kl, transform, needs, backe
     args = (*policy, case.target, *ref, kl, *transform, -100, backend, False, None)
     torch.library.opcheck(token_stats.linear_token_stats, args, test_utils=CHECKS)
     policy = [None if x is None else x.detach() for x in policy]
-    stats = list(token_stats.linear_token_stats(*policy, *args[3:])[:5])
+    stats = list(token_stats.for_backward(token_stats.linear_token_stats(*policy, *args[3:])[:5], kl))
     args = (torch.randn(5), torch.randn(5) if kl else None, *policy, case.target, *ref, stats, kl, *transform, -100, backend, list(needs))
     torch.library.opcheck(token_stats.linear_token_stats_backward, args, test_utils=CHECKS)
 

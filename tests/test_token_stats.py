@@ -152,6 +152,78 @@ def test_smallest_sizes(N, V):
         assert (linear.logps == 0).all() and (stats.kl == 0).all() and (weight.grad == 0).all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(0, 7), (2, 0, 7), (3, 1), (1, 2)], ids=str)
+@pytest.mark.parametrize("kl", [None, "reverse", "forward"])
+def test_smallest_sizes_in_float32(backend, shape, kl):
+    """By every backend: float64, above, is torch's alone."""
+    target = torch.full(shape[:-1], shape[-1] - 1)
+    for overwrite in (False, True):
+        leaf, ref = random_logits(*shape, dtype=torch.float32).requires_grad_(), random_logits(*shape, seed=1, dtype=torch.float32)
+        stats = tisdpo.token_logps(leaf * 1, target, ref_logits=ref, kl=kl, overwrite_logits=overwrite, backend=backend)
+        loss = stats.logps.sum() + (0 if kl is None else stats.kl.sum())
+        loss.backward()
+        wide = leaf.detach().double().reshape(-1, shape[-1]).requires_grad_()
+        truth = reference_stats(wide, target.reshape(-1), ref.double().reshape(-1, shape[-1]), kl, {})
+        (truth[0].sum() + (0 if kl is None else truth[2].sum())).backward()
+        torch.testing.assert_close(leaf.grad.double().reshape(wide.shape), wide.grad, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(stats.logps.double().reshape(-1), truth[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_large_cap_multiplies_no_error(backend):
+    z, target = random_logits(4, 300, dtype=torch.float32), torch.tensor([0, 1, 2, 299])
+    for cap in (30.0, 1e4):
+        truth = reference.token_logps(reference.transform_logits(z.double(), softcap=cap), target)
+        found = tisdpo.token_logps(z, target, softcap=cap, backend=backend).logps
+        torch.testing.assert_close(found.double(), truth, rtol=1e-6, atol=5e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_mass_of_one_model_where_the_other_has_none(backend):
+    """exp(-1e4) is 0 in float32 and in float64: 0 log 0 = 0, not 0 times infinity."""
+    z, q = torch.tensor([[0.0, -1e4, 1.0]]), torch.tensor([[0.0, -math.inf, 0.5]])
+    leaf, target = z.clone().requires_grad_(), torch.tensor([2])
+    stats = tisdpo.token_logps(leaf, target, ref_logits=q, kl="reverse", backend=backend)
+    stats.kl.sum().backward()
+    short = z[:, ::2].double().requires_grad_()
+    truth = reference.token_kl(short, q[:, ::2].double(), "reverse")
+    truth.sum().backward()
+    torch.testing.assert_close(stats.kl.double(), truth, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(leaf.grad[:, ::2].double(), short.grad, rtol=1e-5, atol=1e-7)
+    assert leaf.grad[0, 1] == 0
+    torch.testing.assert_close(reference.token_kl(z.double(), q.double(), "reverse"), truth)
+
+
+@pytest.mark.parametrize("rows", [2, 6, 20])  # of a trained head: two passes, D waits, two passes
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("kl", [None, "reverse"])
+def test_results_may_be_edited_in_place(rows, frozen, kl):
+    case = make_case((rows,), dtype=torch.float32)
+    hidden, weight = case.hidden.requires_grad_(), case.weight.requires_grad_(not frozen)
+    inputs = dict(ref_hidden=case.ref_hidden, ref_weight=case.ref_weight, kl=kl)
+    grads = []
+    for edited in (False, True):
+        stats = tisdpo.linear_token_logps(hidden, weight, case.target, **inputs)
+        keep = torch.arange(rows) > 0
+        results = [x for x in stats if x is not None]
+        if edited:
+            for x in results:
+                x[0] = 0
+        else:
+            results = [x * keep for x in results]
+        grads.append(torch.autograd.grad(sum((i + 1) * x.sum() for i, x in enumerate(results)), hidden)[0])
+    torch.testing.assert_close(*grads)
+    assert (grads[0][0] == 0).all() and (grads[0][1:] != 0).any()
+    leaf = random_logits(rows, 5, dtype=torch.float32).requires_grad_()
+    stats = tisdpo.token_logps(leaf * 1, case.target % 5, ref_logits=random_logits(rows, 5, seed=1, dtype=torch.float32), kl=kl)
+    for x in stats:
+        if x is not None:
+            x[0] = 0
+    sum(x.sum() for x in stats if x is not None and x.requires_grad).backward()
+    assert (leaf.grad[0] == 0).all() and leaf.grad.isfinite().all()
+
+
 def test_leading_shapes_and_non_contiguous_inputs_change_nothing():
     case = make_case((8, 8), ignored=(3,))
     truth = tisdpo.linear_token_logps(case.hidden, case.weight, case.target)

@@ -212,6 +212,7 @@ def test_every_field_is_in_the_table_of_effects():
         (dict(transform="tanh"), "transform must be one of exp, rank, scale, threshold, binary, random, equal, swapped, got 'tanh'"),
         (dict(k=0.0), "k must be positive and finite, got 0.0"),
         (dict(k=math.inf), "k must be positive and finite, got inf"),
+        (dict(mu_chosen=math.nan), "mu_chosen and mu_rejected must be finite, got nan and -1.0"),
         (dict(lower=2.0), "lower must be below upper, got lower=2.0, upper=1.5"),
         (dict(lower=math.nan), "lower must be below upper, got lower=nan, upper=1.5"),
         (dict(transform="threshold"), "needs lower >= 0, got lower=-0.5"),

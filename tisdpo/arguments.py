@@ -138,6 +138,7 @@ def weights(logps, ref_logps, cu_seqlens, token_weights, pos_logps, neg_logps, w
             contrast = pos_logps.detach().to(dtype) - neg_logps.detach().to(dtype)
             if not torch.compiler.is_compiling():
                 values.finite("pos_logps - neg_logps", contrast)
+                values.cu_seqlens(cu_seqlens, len(logps))
             token_weights = contrast_weights(contrast, chosen_tokens(cu_seqlens, len(logps)), w, cu_seqlens=cu_seqlens)
             pos_logps = neg_logps = None
         else:

@@ -261,6 +261,7 @@ def tis_dpo_loss(
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
     ignored: Tensor | None = None,
+    backend: str = "auto",
 ) -> PreferenceOutput:
     """TIS-DPO's loss (arXiv 2410.04350, Eqs. 16-17) from per-token log-probs of the completions::
 
@@ -278,8 +279,9 @@ def tis_dpo_loss(
         came = "missing: pass the per-token KL" if kl is None else "given: drop it or set objective.kl"
         raise ValueError(f"objective.kl is {objective.kl!r}, but kl is {came}")
     sums = sequence_sums(
-        logps, ref_logps, cu_seqlens, token_weights=token_weights, pos_logps=pos_logps, neg_logps=neg_logps, weighting=weighting, kl=kl
-    )
+        logps, ref_logps, cu_seqlens, token_weights=token_weights, pos_logps=pos_logps, neg_logps=neg_logps, weighting=weighting, kl=kl,
+        backend=backend,
+    )  # fmt: skip
     arguments.pairs(cu_seqlens)
     if ignored is not None:
         checks.mask("ignored", ignored, logps.shape)
@@ -373,7 +375,7 @@ def linear_tis_dpo_loss(
         reference = stats.ref_logps if ref_logps is None else ref_logps if every else ref_logps.masked_fill(ignored, 0)
         return tis_dpo_loss(
             stats.logps, reference, boundaries_on(hidden.device, cu_seqlens), token_weights=token_weights, kl=stats.kl, objective=objective,
-            reduction=reduction, normalizer=normalizer, ignored=ignored,
+            reduction=reduction, normalizer=normalizer, ignored=ignored, backend=backend,
         )  # fmt: skip
 
     if not objective.in_one_pass:

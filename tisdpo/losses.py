@@ -147,12 +147,12 @@ def pairwise_losses(scores: Tensor, lengths: Tensor, objective: Objective) -> Te
     difference = _differences(scores, lengths, objective)
     z, e = objective.beta * difference, objective.label_smoothing
     if objective.loss in ("sigmoid", "sigmoid_norm"):
-        return -(1 - e) * F.logsigmoid(z) - e * F.logsigmoid(-z)
+        return -(1 - e) * F.logsigmoid(z) - (e * F.logsigmoid(-z) if e else 0)  # not 0 times infinity
     if objective.loss == "hinge":
         return torch.relu(1 - z)
     if objective.loss == "ipo":
         return (difference - 1 / (2 * objective.beta)) ** 2
-    return (-(1 - e) * F.logsigmoid(z) + e * F.logsigmoid(-z)) / (1 - 2 * e)  # robust
+    return (-(1 - e) * F.logsigmoid(z) + (e * F.logsigmoid(-z) if e else 0)) / (1 - 2 * e)  # robust
 
 
 def score_gradients(scores: Tensor, lengths: Tensor, objective: Objective) -> Tensor:

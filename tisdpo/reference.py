@@ -40,7 +40,7 @@ def token_kl(logits: Tensor, ref_logits: Tensor, kl: str) -> Tensor:
     logp, logq = logits.log_softmax(-1), ref_logits.log_softmax(-1)
     if kl == "forward":
         logp, logq = logq, logp
-    possible = logp > -torch.inf
+    possible = logp.exp() > 0
     difference = logp.where(possible, 0) - logq.where(possible, 0)
     return (logp.exp() * difference).sum(-1)
 
@@ -92,7 +92,7 @@ def pairwise_losses(score: Tensor, lengths: Tensor, loss: str = "sigmoid", beta:
     z = beta * (score[0::2] - score[1::2])
     e = label_smoothing
     if loss == "sigmoid":
-        return -(1 - e) * F.logsigmoid(z) - e * F.logsigmoid(-z)
+        return -(1 - e) * F.logsigmoid(z) - (e * F.logsigmoid(-z) if e else 0)  # not 0 times infinity
     if loss == "sigmoid_norm":
         mean = score / lengths.clamp(min=1)
         return -F.logsigmoid(beta * (mean[0::2] - mean[1::2]))
@@ -102,7 +102,7 @@ def pairwise_losses(score: Tensor, lengths: Tensor, loss: str = "sigmoid", beta:
         mean = score / lengths.clamp(min=1)
         return (mean[0::2] - mean[1::2] - 1 / (2 * beta)) ** 2
     if loss == "robust":
-        return (-(1 - e) * F.logsigmoid(z) + e * F.logsigmoid(-z)) / (1 - 2 * e)
+        return (-(1 - e) * F.logsigmoid(z) + (e * F.logsigmoid(-z) if e else 0)) / (1 - 2 * e)
     raise ValueError(f"unknown loss {loss!r}")
 
 

@@ -55,6 +55,8 @@ class Weighting:
             raise ValueError(f"transform must be one of {', '.join(TRANSFORMS)}, got {self.transform!r}")
         if not (self.k > 0 and math.isfinite(self.k)):
             raise ValueError(f"k must be positive and finite, got {self.k}")
+        if not (math.isfinite(self.mu_chosen) and math.isfinite(self.mu_rejected)):
+            raise ValueError(f"mu_chosen and mu_rejected must be finite, got {self.mu_chosen} and {self.mu_rejected}")
         if not self.lower < self.upper:
             raise ValueError(f"lower must be below upper, got lower={self.lower}, upper={self.upper}")
         if self.transform == "threshold" and self.lower < 0:

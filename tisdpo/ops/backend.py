@@ -116,7 +116,7 @@ def chunk_bytes(device: str, models: int, later: bool = False) -> int:
         return _for(device, CHUNK_BYTES_LATER if later else CHUNK_BYTES)[models - 1]
     try:
         size = int(float(text) * (1 << 20))
-    except ValueError:
+    except (ValueError, OverflowError):
         size = 0
     if size <= 0:
         raise ValueError(f"TISDPO_CHUNK_MIB must be a positive number of MiB of logits, got {text!r}")

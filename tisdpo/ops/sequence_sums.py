@@ -40,6 +40,8 @@ def sequence_sums(
     name = backends.resolve(backend, logps.device.type, logps.dtype)
     weighting = (k, mu_chosen, mu_rejected, lower, upper)
     sums, weights = weighted_sums(name, logps, ref_logps, kl, cu_seqlens, token_weights, pos_logps, neg_logps, *weighting)
+    if pos_logps is not None:
+        values.finite("the weights k * exp(mu * clamp(pos_logps - neg_logps, lower, upper))", weights)
     return sums[0].clone(), sums[1].clone(), weights  # outputs of an operator share no memory
 
 

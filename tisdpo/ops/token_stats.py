@@ -48,9 +48,16 @@ def _scatter(outputs: Statistics5, place, stats: fold.Statistics) -> None:
             out[place] = value
 
 
-def _gathered(saved: Statistics5, place) -> fold.Statistics:
-    logp, lse, ref_logp, ref_lse, kl = (None if not s.numel() else s[place] for s in saved)
-    return fold.Statistics(lse, logp, ref_lse, ref_logp, kl)
+def for_backward(output: Statistics5, kl: str | None) -> tuple[Tensor, ...]:
+    """What the gradient of some outputs reads of them: lse, and with KL ref_lse and kl. Never what the caller has in hand and may edit."""
+    return (output[1],) if kl is None else (output[1], output[3], output[4].clone())
+
+
+def _gathered(saved: tuple[Tensor, ...], place) -> fold.Statistics:
+    """Rows of `for_backward`; nothing needs the log-probs again."""
+    lse, *of_kl = (x[place] for x in saved)
+    ref_lse, divergence = of_kl or (None, None)
+    return fold.Statistics(lse, lse, ref_lse, ref_lse, divergence)
 
 
 # From logits
@@ -86,7 +93,7 @@ def token_stats_backward(
     g_logps: Tensor | None, g_kl: Tensor | None, logits: Tensor, target: Tensor, ref_logits: Tensor | None, stats: list[Tensor],
     kl: str | None, logit_scale: float, softcap: float | None, temperature: float, ignore_index: int, backend: str,
 ) -> Tensor:  # fmt: skip
-    """Gradient with respect to the logits, in their shape and dtype."""
+    """Gradient with respect to the logits, in their shape and dtype; stats: `for_backward` of the forward's outputs."""
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
     folds = _folds(logits, kl, logit_scale, softcap, temperature, backend)
     g_logps, g_kl = _upstream(g_logps, g_kl, stats, kl)
@@ -135,7 +142,7 @@ def _setup_token_stats(ctx, inputs, output):
         ref_logits = None  # log-probs of the reference are constants: nothing reads its logits any more
     ctx.mark_non_differentiable(output[1], output[2], output[3])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, target, ref_logits, *output)
+    ctx.save_for_backward(logits, target, ref_logits, *for_backward(output, ctx.options[0]))
 
 
 def _backward_token_stats(ctx, g_logps, g_lse, g_ref_logps, g_ref_lse, g_kl):
@@ -366,7 +373,7 @@ def _setup_linear_token_stats(ctx, inputs, output):
     elif ctx.waits:
         ctx.save_for_backward(*output[5:], hidden, weight, target)
     else:
-        ctx.save_for_backward(*tensors, *output[:5])
+        ctx.save_for_backward(*tensors, *for_backward(output, kl))
 
 
 def _backward_linear_token_stats(ctx, g_logps, g_lse, g_ref_logps, g_ref_lse, g_kl, *_):

@@ -120,7 +120,7 @@ def _block_statistics(z, target, ref_z, kl):
         return lse, logp, ref_lse, ref_logp, None
     if kl == "forward":
         shifted, mass, total, ref_shifted, ref_total = ref_shifted, ref_mass, ref_total, shifted, total
-    divergence = mass.mul_(_difference(shifted, ref_shifted)).sum(-1) / total - (total / ref_total).log()
+    divergence = mass.mul_(_difference(shifted, ref_shifted, mass)).sum(-1) / total - (total / ref_total).log()
     return lse, logp, ref_lse, ref_logp, divergence
 
 
@@ -133,9 +133,9 @@ def _shifted(z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return shifted, mass, total, largest[:, 0] + total.log()
 
 
-def _difference(x: Tensor, y: Tensor) -> Tensor:
-    """x - y, and 0 where x is -inf: it will be multiplied by exp(x), and 0 log 0 = 0. Where only y is -inf it stays infinite."""
-    return torch.sub(x, y).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=0.0)
+def _difference(x: Tensor, y: Tensor, mass: Tensor) -> Tensor:
+    """x - y, and 0 where the mass of x, which it will be multiplied by, is 0: 0 log 0 = 0. Elsewhere it is infinite where y is -inf."""
+    return torch.sub(x, y).masked_fill_(mass == 0, 0)
 
 
 def _block_gradient_(z, target, q, lse, logp, ref_lse, ref_logp, divergence, g_logp, g_kl, bias, kl, transform):
@@ -148,9 +148,10 @@ def _block_gradient_(z, target, q, lse, logp, ref_lse, ref_logp, divergence, g_l
         slope = (logits * (temperature / softcap)).square_().neg_().add_(1).mul_(slope)
     factor = -1.0 if g_logp is None else -g_logp
     if kl == "reverse":
-        difference = _difference(logits, q).mul_(g_kl[:, None])
+        p = torch.sub(logits, lse[:, None]).exp_()
+        difference = _difference(logits, q, p).mul_(g_kl[:, None])
         difference.add_((factor - g_kl * (lse - ref_lse + divergence))[:, None])
-        torch.sub(logits, lse[:, None], out=z).exp_().mul_(difference)
+        torch.mul(p, difference, out=z)
     elif kl == "forward":
         q = (q - ref_lse[:, None]).exp_().mul_(g_kl[:, None])
         torch.sub(logits, lse[:, None], out=z).exp_().mul_((g_kl + factor)[:, None]).sub_(q)
