@@ -1,4 +1,4 @@
-"""The code in README.md runs as it stands."""
+"""The code in README.md and docs/usage.md runs as it stands."""
 
 import json
 import math
@@ -17,7 +17,8 @@ from tisdpo.scored import make_provenance, save_scored
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-USAGE = re.findall(r"```python\n(.*?)```", (README.parent / "docs/usage.md").read_text(), flags=re.DOTALL)
+PAGE = (README.parent / "docs/usage.md").read_text()
+USAGE = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def test_the_loss_functions_example():
 
 
 def test_the_trainer_example(demo):
-    exec(BLOCKS[1], {})
+    exec(USAGE[3], {})
     shutil.rmtree(demo / "out", ignore_errors=True)
 
 
@@ -65,7 +66,7 @@ def test_lora_as_the_usage_page_has_it(tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "_quiet", lambda debug: None)
     save_model(tiny.model(), tiny.tokenizer(), tmp_path / "my-7b")
     (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(pair) for pair in tiny.pairs(24)[:16]))
-    commands = re.findall(r"^tisdpo ((?:plan|score) .*)$", (README.parent / "docs/usage.md").read_text(), flags=re.MULTILINE)
+    commands = re.findall(r"^tisdpo ((?:plan|score) .*)$", PAGE[: PAGE.index("## Step by step")], flags=re.MULTILINE)
     assert [cli.main(command.split()) for command in commands] == [0, 0]
     exec(USAGE[2], scope := {})
     trainer = scope["trainer"]
@@ -76,14 +77,16 @@ def test_lora_as_the_usage_page_has_it(tmp_path, monkeypatch):
 
 def test_the_trl_example_and_the_example_script(demo):
     pytest.importorskip("trl", reason="needs the extra trl")
-    exec(BLOCKS[2], {})
+    exec(BLOCKS[1], {})
     script = runpy.run_path(str(README.parent / "examples/trl_tisdpo.py"))
     script["main"]("runs/demo/seed-0/base/model", "runs/demo/seed-0/scored/S", "out-of-the-script")
     assert (demo / "out-of-the-script/model.safetensors").exists()
 
 
-def test_every_command_of_the_readme_is_one_that_exists():
+def test_every_command_of_the_pages_is_one_that_exists():
     from tisdpo.cli import _parser
 
     names = set(_parser()._subparsers._group_actions[0].choices)
-    assert set(re.findall(r"^tisdpo (\w+)", README.read_text(), flags=re.MULTILINE)) <= names
+    for page in (README.read_text(), PAGE):
+        found = set(re.findall(r"^tisdpo (\w+)", page, flags=re.MULTILINE))
+        assert found and found <= names

@@ -10,7 +10,7 @@ from test_trainer import batch_of, trainer
 from transformers import GraniteConfig, GraniteForCausalLM
 
 from tisdpo import cached
-from tisdpo.batches import flatten_batch
+from tisdpo.batches import flatten_batch, interleaved
 from tisdpo.errors import InputError
 from tisdpo.hf import Head
 from tisdpo.scored import load_scored
@@ -124,10 +124,8 @@ def test_trl_refuses_a_base_that_is_trained(tmp_path):
 
 def test_the_reference_of_trl_has_no_dropout(tmp_path):
     trl = pytest.importorskip("test_trl_oracle", reason="needs the extra trl")
-    from tisdpo.integrations.trl import _interleaved
-
     t = of_trl(tmp_path, lora(noisy(trl.tiny_model(1))), kl="reverse", disable_dropout=False, sanity_check=False)
-    batch = _interleaved(next(iter(t.get_train_dataloader())))
+    batch = interleaved(next(iter(t.get_train_dataloader())))
     t.model.train()
     found = [t._reference(batch, flatten_batch(batch))["ref_hidden"] for _ in "ab"]
     assert torch.equal(*found) and t.model.training

@@ -40,12 +40,20 @@ class FlatBatch(NamedTuple):
 
 
 def flatten_batch(batch: dict) -> FlatBatch:
-    """The flat form of a batch with `input_ids` [S, T] and `completion_mask` [S, T] (bool), optionally `token_weights` and `ref_logps`
-    [S, T] in the coordinates of `input_ids`; of a padding-free batch all are [1, T].
+    """The flat form of a batch with `input_ids` [S, T] and `completion_mask` [S, T] (bool), or in its place `labels` [S, T] that are -100
+    elsewhere, optionally `token_weights` and `ref_logps` [S, T]; of a padding-free batch all are [1, T].
 
-    The first position of a sequence is never a target: nothing predicts it.
+    All are in the coordinates of `input_ids`, not shifted. The first position of a sequence is never a target: nothing predicts it.
+    InputError for a batch with neither a mask nor labels.
     """
-    mask = batch["completion_mask"].bool()
+    if "completion_mask" in batch:
+        mask = batch["completion_mask"].bool()
+    elif "labels" in batch:
+        mask = batch["labels"] != -100
+    else:
+        raise InputError(
+            f"which tokens are completions? Give completion_mask, or labels with -100 elsewhere; the batch has {', '.join(batch)}"
+        )
     where = mask[:, 1:]
     bounds = batch.get("cu_seq_lens_q")
     counts = where.sum(1) if bounds is None else mask[0]
@@ -59,6 +67,15 @@ def flatten_batch(batch: dict) -> FlatBatch:
         return batch[name].flatten()[index + 1] if batch.get(name) is not None else None
 
     return FlatBatch(index, following("input_ids"), cu_seqlens, following("token_weights"), following("ref_logps"), tuple(mask.shape))
+
+
+def interleaved(batch: dict) -> dict:
+    """A batch of all chosen rows, then all rejected ones, as TRL and others make them, in the order chosen_0, rejected_0, chosen_1, ..."""
+    rows = len(batch["input_ids"])
+    if rows % 2:
+        raise InputError(f"a batch of chosen rows, then as many rejected ones, has an even number of rows, got {rows}")
+    order = torch.arange(rows, device=batch["input_ids"].device).view(2, -1).T.flatten()
+    return {name: x[order] if isinstance(x, Tensor) and x.dim() and len(x) == rows else x for name, x in batch.items()}
 
 
 def sequences(batch: dict) -> int:

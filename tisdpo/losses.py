@@ -4,7 +4,7 @@ Sizes: P pairs, S = 2P sequences interleaved chosen_0, rejected_0, chosen_1, rej
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from numbers import Real
 from typing import NamedTuple
 
@@ -82,6 +82,11 @@ class Objective:
         if name not in _PRESETS:
             raise ValueError(f"preset must be one of {', '.join(_PRESETS)}, got {name!r}")
         return replace(_PRESETS[name], **changes)
+
+    @classmethod
+    def of_trainer(cls, args) -> "Objective":
+        """From the fields of a trainer's configuration that have the same names; `loss` is its `loss_type`, as TRL writes it."""
+        return cls(loss_of(args.loss_type), **{f.name: getattr(args, f.name) for f in fields(cls) if f.name != "loss"})
 
     @property
     def kl_sign(self) -> float:

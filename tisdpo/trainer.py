@@ -40,7 +40,7 @@ from tisdpo.hf import (
     reference_inputs,
     verify_head,
 )
-from tisdpo.losses import Objective, loss_of
+from tisdpo.losses import Objective
 from tisdpo.processes import GlobalBatches, check_parallelism, check_whole_weights
 from tisdpo.provenance import check_rows, home_of
 from tisdpo.resume import RemembersRows
@@ -146,9 +146,7 @@ class TISDPOConfig(TrainingArguments):
 
     def objective(self) -> Objective:
         """The loss on sequence sums that these fields describe."""
-        return Objective(
-            loss_of(self.loss_type), self.beta, self.kl, self.alpha, self.detach_chosen_kl, self.label_smoothing, self.nll_coef
-        )
+        return Objective.of_trainer(self)
 
 
 class TISDPOTrainer(RemembersRows, GlobalBatches, Trainer):

@@ -23,12 +23,12 @@ from datasets import Dataset
 from packaging.version import Version
 from torch import Tensor
 
-from tisdpo.batches import flatten_batch
+from tisdpo.batches import flatten_batch, interleaved
 from tisdpo.errors import InputError
 from tisdpo.first_step import FirstStep, check_base, is_its_base
 from tisdpo.functional import linear_tis_dpo_loss
 from tisdpo.hf import Head, attach_head, disable_dropout, model_inputs, reference_inputs, verify_head
-from tisdpo.losses import Objective, loss_of
+from tisdpo.losses import Objective
 from tisdpo.processes import REPEATED, GlobalBatches, check_parallelism
 from tisdpo.provenance import check_rows, home_of, load_provenance
 from tisdpo.resume import RemembersRows
@@ -109,9 +109,7 @@ class TISDPOConfig(DPOConfig):
     @property
     def objective(self) -> Objective:
         """The pairwise loss that these options describe."""
-        return Objective(
-            loss_of(self.loss_type), self.beta, self.kl, self.alpha, self.detach_chosen_kl, self.label_smoothing, self.nll_coef
-        )
+        return Objective.of_trainer(self)
 
 
 @dataclass
@@ -311,7 +309,7 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, DPOTrainer):
         if return_outputs:
             raise ValueError("compute_metrics needs logits, which are never formed here; leave it out or use trl.DPOTrainer")
         mode = "train" if self.model.training else "eval"
-        batch = _interleaved(inputs)
+        batch = interleaved(inputs)
         flat = flatten_batch(batch)
         reference = self._reference(batch, flat)
 
@@ -356,13 +354,6 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, DPOTrainer):
 
 def _base(model):
     return model.get_base_model() if is_peft_model(model) else model
-
-
-def _interleaved(inputs: dict) -> dict:
-    """TRL's batch holds all chosen rows, then all rejected ones; here chosen_0, rejected_0, chosen_1, ..."""
-    rows = len(inputs["input_ids"])
-    order = torch.arange(rows, device=inputs["input_ids"].device).view(2, -1).T.flatten()
-    return {name: x[order] if isinstance(x, Tensor) and x.dim() and len(x) == rows else x for name, x in inputs.items()}
 
 
 def _cut(prompt: list[int], completion: list[int], max_length: int | None, mode: str) -> tuple[list[int], list[int], int, int]:
