@@ -75,30 +75,9 @@ const Kernels& kernels() {
   return default_kernels;
 }
 
-// While one lives, numbers below 1.2e-38 are zeros to this thread: Intel's CPUs take a hundred times as long for an operation with one, and
-// the slope of a pair that is told apart for certain is so small.
-class NoSubnormals {
-#ifdef __x86_64__
-  const unsigned before = __builtin_ia32_stmxcsr();
-
- public:
-  NoSubnormals() { __builtin_ia32_ldmxcsr(before | 0x8040); }
-  ~NoSubnormals() { __builtin_ia32_ldmxcsr(before); }
-#endif
-};
-
-// f(first, last) for shares of 0..count, of `grain` or more each, in torch's threads.
-template <class F>
-void in_threads(int64_t count, int64_t grain, const F& f) {
-  torch::stable::parallel_for(0, count, grain, [&](int64_t first, int64_t last) {
-    [[maybe_unused]] NoSubnormals off;
-    f(first, last);
-  });
-}
-
 template <class F>
 void over_rows(int64_t rows, int64_t row_size, const F& f) {
-  in_threads(rows, std::max<int64_t>(1, GRAIN / std::max<int64_t>(row_size, 1)), f);
+  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, GRAIN / std::max<int64_t>(row_size, 1)), f);
 }
 
 std::string shape(const Tensor& x) {
@@ -302,14 +281,35 @@ std::string multiplied() {
   return types;
 }
 
+// While one lives, numbers below 1.2e-38 are zeros to this thread: Intel's CPUs take a hundred times as long for an operation with one, and
+// of a pair that is told apart for certain the slope is so small. (Those of float16 are normal numbers of float32.)
+class NoSubnormals {
+#ifdef __x86_64__
+  const unsigned before = __builtin_ia32_stmxcsr();
+
+ public:
+  NoSubnormals() { __builtin_ia32_ldmxcsr(before | 0x8040); }
+  ~NoSubnormals() { __builtin_ia32_ldmxcsr(before); }
+#endif
+};
+
+// f(first, last) for shares of 0..count in torch's threads.
+template <class F>
+void in_threads(int64_t count, const F& f) {
+  torch::stable::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
+    [[maybe_unused]] NoSubnormals off;
+    f(first, last);
+  });
+}
+
 // A product by shares of rows, for which all of b is packed.
 void multiply_by_rows(const ProductKernels& run, const Product& p) {
   int64_t threads = torch::stable::get_num_threads(), columns = parts(p.N, run.columns), depths = parts(p.K, run.depth);
   Scratch packed(columns * depths * run.tile_bytes);
-  in_threads(columns, 1, [&](int64_t first, int64_t last) { run.pack_columns(p, first, last, packed.data); });
+  in_threads(columns, [&](int64_t first, int64_t last) { run.pack_columns(p, first, last, packed.data); });
   int64_t group = p.out_is_transposed ? 8 * GROUP : GROUP;  // whole cache lines of out
   int64_t height = parts(parts(p.M, threads), group) * group;
-  in_threads(parts(p.M, height), 1, [&](int64_t first, int64_t last) {
+  in_threads(parts(p.M, height), [&](int64_t first, int64_t last) {
     Scratch scratch(depths * run.rows * run.row_bytes);
     run.multiply_rows(p, first * height, std::min(last * height, p.M), packed.data, scratch.data);
   });
@@ -351,7 +351,7 @@ void mm(const Tensor& a, const Tensor& b, const Tensor& out, bool add) {
   int64_t wanted = std::min(columns, parts(parts(columns, 8), threads) * threads), width = parts(columns, wanted);
   int64_t groups = parts(columns, width), shares = std::clamp<int64_t>(threads / groups, 1, parts(M, GROUP));
   int64_t height = parts(parts(M, shares), GROUP) * GROUP;
-  in_threads(groups * shares, 1, [&](int64_t first, int64_t last) {
+  in_threads(groups * shares, [&](int64_t first, int64_t last) {
     Scratch scratch(2 * width * run.tile_bytes + run.block_rows * run.row_bytes);
     for (int64_t i = first; i < last; i++) {
       int64_t group = i / shares * width, top = i % shares * height;

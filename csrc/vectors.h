@@ -38,9 +38,10 @@ INLINE Half to_bfloat16(Float x) {
 INLINE Float from_float16(Half h) {
   Bits u = __builtin_convertvector(h, Bits);
   Bits magnitude = (u & 0x7fffu) << 13;
-  Bits scaled = (Bits)((Float)magnitude * 0x1p112f);  // the exponents' biases differ by 112; subnormals come out right
+  Bits normal = magnitude + (112u << 23);  // the exponents' biases differ by 112
+  Bits subnormal = (Bits)((Float)(magnitude + (113u << 23)) - every(0x1p-14f));  // 2^-14 (1 + m / 1024) less 2^-14
   Bits special = magnitude | 0x7f800000u;
-  return (Float)((magnitude >= (0x7c00u << 13) ? special : scaled) | ((u & 0x8000u) << 16));
+  return (Float)((magnitude >= (0x7c00u << 13) ? special : magnitude >= (1u << 23) ? normal : subnormal) | ((u & 0x8000u) << 16));
 }
 
 INLINE Half to_float16(Float x) {
