@@ -406,7 +406,7 @@ class Provider:
         if step is not None and step.kl is not None and not self.kl:
             return "has no KL"
         if step is not None and step.op is None and self.modes is not None and step not in self.modes:
-            return "computes " + " or ".join(mode.name for mode in self.modes) + " only"
+            return "takes part only in steps with " + " or ".join(mode.name for mode in self.modes)
         if size is not None and size.masked and not (self.masked and step is not None and step.op is None):
             return "not measured with masked tokens"
         return ""

@@ -312,3 +312,21 @@ def test_presets():
 def test_bad_fields(fields, message):
     with pytest.raises(ValueError, match=message):
         Objective(**fields)
+
+
+# Losses of others, as docs/usage.md has them
+
+
+def test_simpo_without_a_margin_and_ld_dpo():
+    logps, ref_logps, _, _ = tensors()
+    lengths = CU.diff()
+    means = torch.stack([x.mean() for x in logps.split(lengths.tolist())])
+    found = tisdpo.tis_dpo_loss(logps, torch.zeros(N), CU, objective=Objective("sigmoid_norm", beta=2.0)).losses
+    torch.testing.assert_close(found, -F.logsigmoid(2.0 * (means[0::2] - means[1::2])))
+
+    a = 0.3  # TRL: the log-ratios of what both lengths share, and a times those of the tail
+    shared = torch.minimum(lengths[0::2], lengths[1::2]).repeat_interleave(2)
+    sums = [x[:n].sum() + a * x[n:].sum() for x, n in zip((logps - ref_logps).split(lengths.tolist()), shared)]
+    expected = -F.logsigmoid(0.1 * torch.stack([w - l for w, l in zip(sums[0::2], sums[1::2])]))
+    weights = torch.cat([torch.where(torch.arange(length) < n, 1.0, a) for length, n in zip(lengths, shared)]).double()
+    torch.testing.assert_close(tisdpo.tis_dpo_loss(logps, ref_logps, CU, token_weights=weights).losses, expected)

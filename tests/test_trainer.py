@@ -9,7 +9,7 @@ import tiny
 import torch
 
 from tisdpo import TISDPOConfig, TISDPOTrainer, reference
-from tisdpo.batches import flatten_batch
+from tisdpo.batches import flatten_batch, interleaved
 from tisdpo.data import Counts
 from tisdpo.errors import InputError
 from tisdpo.fingerprints import model_fingerprint
@@ -453,6 +453,14 @@ def test_flat_batches():
     assert flat.token_weights.tolist() == [1, 2, 6, 7]
     hidden = torch.arange(8.0).reshape(2, 4, 1)
     assert flat.take(hidden)[:, 0].tolist() == [0, 1, 5, 6]  # the position before predicts the token
+    of_labels = flatten_batch({"input_ids": batch["input_ids"], "labels": batch["input_ids"].masked_fill(~mask, -100)})
+    assert of_labels.target.tolist() == [1, 2, 6, 7] and of_labels.cu_seqlens.tolist() == [0, 2, 4]
+    with pytest.raises(InputError, match=r"completion_mask, or labels with -100 elsewhere; the batch has input_ids, attention_mask"):
+        flatten_batch({"input_ids": batch["input_ids"], "attention_mask": mask})
+    halves = {"input_ids": torch.tensor([[1], [2], [3], [4]]), "lengths": torch.ones(2), "name": "x"}  # chosen 1 and 2, rejected 3 and 4
+    assert interleaved(halves)["input_ids"].flatten().tolist() == [1, 3, 2, 4] and len(interleaved(halves)["lengths"]) == 2
+    with pytest.raises(InputError, match="an even number of rows, got 3"):
+        interleaved({"input_ids": torch.zeros(3, 1)})
 
 
 def test_ids_outside_the_vocabulary_are_refused(tmp_path):

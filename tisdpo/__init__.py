@@ -1,7 +1,15 @@
 """tisdpo: preference training with a weight for every token.
 
-TIS-DPO (arXiv 2410.04350) and its relatives, exact and without the [tokens, vocabulary] logits. The parts, and who may import whom
-(an import goes from right to left, never against the arrows; tests/test_arrows.py holds them):
+TIS-DPO (arXiv 2410.04350) and its relatives, exact and without the [tokens, vocabulary] logits.
+
+    linear_tis_dpo_loss                 the loss from hidden states and the LM head, in one pass; options in Objective
+    linear_token_logps, linear_nll_loss   log-probs (and KL) of every token for a loss of your own; weighted cross-entropy
+    token_logps, tis_dpo_loss           the same from logits, and from log-probs that are there
+    token_weights, sequence_sums        weights from the contrast of two models; weighted sums of sequences; options in Weighting
+    TISDPOTrainer, TISDPOConfig         on transformers.Trainer; on TRL's DPOTrainer: tisdpo.integrations.trl
+
+These names, and those that docs/usage.md imports from tisdpo.batches, data, hf, rows and scored, are kept; all else may change. The
+parts, and who may import whom (an import goes from right to left, never against the arrows; tests/test_arrows.py holds them):
 
     errors -> files, fingerprints, intervals, kernels, losses, prompts, weighting
     -> ops -> checks -> arguments -> functional -> attention, world
@@ -53,6 +61,10 @@ __all__ = [
     "token_logps",
     "token_weights",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def __getattr__(name: str):

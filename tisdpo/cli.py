@@ -180,17 +180,19 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument(
         "--full", action="store_true", help="with the section `full` of the file on top: longer than the file itself promises"
     )
-
     study.add_argument("--smoke", action="store_true", help="as small as it can be, to see that everything runs")
 
     score = _command(commands, "score", _score, "token weights and a cache of the reference from models of your own, resumable")
     score.add_argument("pairs", help="file (.json, .jsonl, .parquet, also .gz), directory or hub id of preference pairs")
     score.add_argument("out", help="directory of the scored set, made when all is done")
-    score.add_argument("--positive", metavar="MODEL", help="pi+, a directory or hub id; without it and pi- no contrast is stored")
-    score.add_argument("--negative", metavar="MODEL", help="pi-, a directory or hub id; may be the same under a --task")
+    score.add_argument("--positive", metavar="MODEL", help="the model that prefers chosen responses (pi+), a directory or hub id")
+    score.add_argument(
+        "--negative", metavar="MODEL",
+        help="the one that prefers rejected responses (pi-), or the same under a --task; without the two only the reference is stored",
+    )  # fmt: skip
     score.add_argument("--task", choices=("harmless", "helpful", "summary"), help="put the task's system prompts in front (construction P)")
-    score.add_argument("--positive-prompt", metavar="TEXT", help="system prompt of pi+, instead of the task's")
-    score.add_argument("--negative-prompt", metavar="TEXT", help="system prompt of pi-, instead of the task's")
+    score.add_argument("--positive-prompt", metavar="TEXT", help="system prompt of the positive model, instead of the task's")
+    score.add_argument("--negative-prompt", metavar="TEXT", help="system prompt of the negative model, instead of the task's")
     score.add_argument("--reference", metavar="MODEL", help="store the log-probs of this reference, for training without it")
     score.add_argument("--reference-hidden", action="store_true", help="store its hidden states and its head, for training with a KL term")
     score.add_argument("--hidden-dtype", choices=("bfloat16", "float16", "float32"), help="of these hidden states (default: bfloat16)")
