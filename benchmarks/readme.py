@@ -3,7 +3,7 @@
 from benchmarks.measure import MIB
 from benchmarks.registry import OUR_OPS, OURS, Step
 from benchmarks.reports import cpu_text, measured_where, of_default_size, red, size_of
-from benchmarks.tables import counted, longest_text, lost, ms, size_text
+from benchmarks.tables import counted, longest_text, ms, others, size_text
 
 MARKS = ("<!-- figures: begin (python -m benchmarks.plot) -->", "<!-- figures: end -->")
 
@@ -40,13 +40,16 @@ def figures(every: list[dict], end_to_end: list[dict], gpus: list[tuple[dict, di
 
 
 def shown(reports: list[dict]) -> list[dict]:
-    """Of each dtype the newest, and the one in which another provider is furthest ahead (or least behind)."""
+    """Of each dtype the newest, and the one in which another provider is furthest ahead, or least behind."""
 
     def ahead(report: dict) -> float:
-        return max((factor for result in report["steps"] for _, factor in lost(result)), default=0)
+        return max((factor for result in report["steps"] for _, factor in others(result)), default=0)
 
-    found = [report for report in reports if report.get("steps")]
-    return [r for r in found if r is next(x for x in found if x["dtype"] == r["dtype"]) or r is max(found, key=ahead)]
+    of = {}
+    for report in reports:
+        if report.get("steps"):
+            of.setdefault(report["dtype"], []).append(report)
+    return [report for same in of.values() for report in same if report in (same[0], max(same, key=ahead))]
 
 
 def steps(reports: list[dict]) -> list[str]:
@@ -55,7 +58,7 @@ def steps(reports: list[dict]) -> list[str]:
     lines = [
         f"Loss steps from hidden states on two cores of a CPU ({size_text(size_of(reports[0]))}): time of forward and backward divided by "
         "that of the matrix products they cannot do without, in `torch.mm` (below 1: ours are faster), and peak MiB beyond the gradients. "
-        "Of each dtype the newest machine, and the one on which another provider is furthest ahead:",
+        "Of each dtype the newest machine, and the one on which another provider is furthest ahead, or least behind:",
         "",
         *_header("", *columns),
     ]
@@ -63,10 +66,13 @@ def steps(reports: list[dict]) -> list[str]:
         rows = [_fastest(step["rows"], names, by="ratio") for names in columns.values()]
         cells = ["" if r is None else f"{r['ratio']:.2f} x, {r['extra_bytes'] / MIB:,.0f} MiB" for r in rows]
         lines.append(_row(f"{report['dtype']}, {cpu_text(report)} ({_link(report)}), {step['step']}", cells))
-    notes = ["Bold is this library, not the best of a row; of plain torch and torch.compile the faster form, logits in 16 or in 32 bits."]
+    notes = [
+        "Bold is this library, not the best of a row; of plain torch and torch.compile the faster form, logits in the head's dtype or in "
+        "float32 (of those within 1 % the one with less memory)."
+    ]
     of_trl = [step["rows"].get("TRL chunked", {}).get("extra_bytes") or 0 for _, step in found if step["step"] == "no KL"]
     if max(of_trl, default=0) > 500 * MIB:
-        notes.append("Where TRL's log-probs take more than 500 MiB their chunks were larger than those that were the fastest later.")
+        notes.append("Where TRL's log-probs take more than 500 MiB their chunks were larger than the ones found fastest later.")
     half = [step["rows"] for report, step in found if report["dtype"] == "bfloat16"][:2]
     if len(half) == 2:
         names = {OURS: "one pass", "torch.compile": "torch.compile", "plain torch": "plain torch"}
@@ -94,9 +100,9 @@ def log_probs(reports: list[dict]) -> list[str]:
 def others_ahead(reports: list[dict]) -> str:
     ahead, of = counted(reports)
     return (
-        f"In {ahead} of the {of} tables of RESULTS.md with ratios another provider of the same task is ahead, by time or by ratio, and in "
-        "some one takes less memory: [which, and why](benchmarks/RESULTS.md#where-somebody-else-is-faster). How to read all this, and how "
-        "far a rerun moves it: [docs/benchmarks.md](docs/benchmarks.md)."
+        f"In {ahead} of the {of} tables of RESULTS.md with ratios another provider of the same task is ahead, by time or by ratio; in "
+        "some, another takes less memory: [which, and why](benchmarks/RESULTS.md#where-somebody-else-is-faster). How to read all this, and "
+        "how far a rerun moves it: [docs/benchmarks.md](docs/benchmarks.md)."
     )
 
 
@@ -122,16 +128,19 @@ def gpu_figures(report: dict, later: dict | None) -> list[str]:
                 cells = ["" if row is None else _cell(row, ratio=not red(of) and title == ONE_PASS) for row in rows]
                 lines.append(_row(title, cells, bold=range(len(cells)) if title == ONE_PASS else ()))
     notes = ["What is left empty was not timed, or computes no KL."]
-    not_green = [r["revision"] for r in (later, report) if r is not None and red(r)]
-    if not_green:
-        notes.append(f"At {' and '.join(not_green)} some GPU tests failed, or none were run, so there are no ratios.")
+    for r in (later, report):
+        if r is not None and red(r):
+            what = "some GPU tests failed" if "tests" in r else "the GPU tests were not run"
+            notes.append(f"At {r['revision']} {what}, so there are no ratios.")
     return [*lines, "", " ".join([*notes, "Which tests, and why, other heads, and everybody else: [RESULTS.md](benchmarks/RESULTS.md)."])]
 
 
 def whole_steps(reports: list[dict]) -> list[str]:
     """Speed and memory of the first whole training step of each file, and of the newest the longest pair."""
     step, lines = reports[0]["steps"][0], []
-    names = {"**tisdpo**": "tisdpo", "TRL's trainer": "TRL", "without its log": "TRL, without its log", "plain torch": "unfused"}
+    names = {"**tisdpo**": "tisdpo", "TRL's trainer": "TRL", "the same without its log": "TRL, without its log", "plain torch": "unfused"}
+    names = {title: name for title, name in names.items() if any(name in report["steps"][0]["rows"] for report in reports)}
+    without = " (the next column is without them)" if "TRL, without its log" in names.values() else ""
     for report in reports:
         rows = [report["steps"][0]["rows"].get(n) for n in names.values()]
         cells = ["" if r is None else f"{r['tokens_per_second']:.0f} tokens/s, {r['peak_bytes'] / MIB:,.0f} MiB" for r in rows]
@@ -145,7 +154,7 @@ def whole_steps(reports: list[dict]) -> list[str]:
         f"Whole DPO training steps with an online reference of a small {step['model']} that is nearly all head (H = {shape['hidden']}, "
         f"{shape['layers']} layers, V = {shape['vocabulary']:,}, float32, two CPU cores) on the same batch; MiB beyond weights and "
         "reference, gradients included; lengths are interpolated. TRL's trainer also computes entropy, mean logit and accuracy of every "
-        "token for its log, in the next column it doesn't; on a CPU both it and plain torch project prompts and padding, too:",
+        f"token for its log{without}; on a CPU TRL and plain torch project prompts and padding, too:",
         "",
         *_header("", *names),
         *lines,
@@ -153,8 +162,11 @@ def whole_steps(reports: list[dict]) -> list[str]:
 
 
 def _fastest(rows: dict, names: tuple[str, ...], by: str = "seconds") -> dict | None:
-    """Of the rows with these names the one with the least time, or ratio. None where none was timed."""
-    return min((rows[name] for name in names if by in rows.get(name, {})), key=lambda row: row[by], default=None)
+    """Of the rows with these names the one with the least time, or ratio; of those within 1 % of it the one with the least memory. None
+    where none was timed."""
+    timed = [rows[name] for name in names if by in rows.get(name, {})]
+    least = min((row[by] for row in timed), default=0)
+    return min((row for row in timed if row[by] <= 1.01 * least), key=lambda row: row["extra_bytes"], default=None)
 
 
 def _link(report: dict) -> str:

@@ -36,14 +36,19 @@ def ours_of(result: dict) -> str:
     return OUR_OPS if result.get("op") else OURS
 
 
-def lost(result: dict) -> list[tuple[str, float]]:
-    """Providers of the same task that were faster, by the medians of the times or by those of the ratios, with the larger factor."""
+def others(result: dict) -> list[tuple[str, float]]:
+    """Providers of the same task, and how many times as fast they were, by the medians of the times or of the ratios, whichever is more."""
     ours, found = result["rows"].get(ours_of(result), {}), []
     for name, row in result["rows"].items():
         factors = [ours[by] / row[by] for by in ("seconds", "ratio") if by in ours and by in row]
-        if not name.startswith(OWN_FORMS) and row.get("task") == "TIS-DPO" and max(factors, default=0) > 1:
+        if factors and not name.startswith(OWN_FORMS) and row.get("task") == "TIS-DPO":
             found.append((name, max(factors)))
     return found
+
+
+def lost(result: dict) -> list[tuple[str, float]]:
+    """Those of `others` that were faster."""
+    return [(name, factor) for name, factor in others(result) if factor > 1]
 
 
 def why(name: str, result: dict) -> str:

@@ -6,8 +6,9 @@ import pytest
 import tiny
 import torch
 from test_adapters import lora
+from test_cached import scored
 from test_trainer import batch_of, trainer
-from transformers import GraniteConfig, GraniteForCausalLM
+from transformers import GraniteConfig, GraniteForCausalLM, LlamaForCausalLM
 
 from tisdpo import cached
 from tisdpo.batches import flatten_batch, interleaved
@@ -50,8 +51,6 @@ def test_log_probs_of_a_reference_that_scales_its_logits_differently(tmp_path):
 
 
 def test_a_cached_reference_that_scales_its_logits_differently_is_refused(tmp_path, monkeypatch):
-    from test_cached import scored
-
     rows = load_scored(scored(tmp_path / "set", tiny.rows(4), tiny.model()))
     trainer(tmp_path, rows, kl="reverse")
     monkeypatch.setattr(cached, "Head", lambda weight, bias, **transform: Head(weight, bias, 0.5))
@@ -69,11 +68,18 @@ def test_a_base_that_is_trained_is_no_reference(tmp_path):
         with pytest.raises(InputError, match=r"model.norm.weight, a weight of the base, is trained"):
             trainer(tmp_path, model=model(), method="dpo", **options)
     trainer(tmp_path, model=model(), ref_model=tiny.model(), method="dpo", kl="reverse")
+    rows = load_scored(scored(tmp_path / "set", tiny.rows(4), tiny.model()))  # brings log-probs, and hidden states
+    trainer(tmp_path, rows, model=model(), kl="reverse").train()
+    trainer(tmp_path, rows, model=model(), precompute_ref=False).train()
     t = trainer(tmp_path, model=model(), method="dpo")  # log-probs of the rows are made before it moves
     t.train()
     with pytest.raises(InputError, match="the reference was the policy before training"):
         t.evaluate(tiny.rows().select(range(4)))
     trainer(tmp_path, model=lora(tiny.model(), trainable_token_indices=[3]), method="dpo", kl="reverse")  # the adapter's own
+    config = tiny.model().config
+    config.attention_bias = True
+    with pytest.raises(InputError, match=r"bias, a weight of the base, is trained \(LoraConfig\(bias=...\)"):
+        trainer(tmp_path, model=lora(LlamaForCausalLM(config), bias="all"), method="dpo", kl="reverse")
 
 
 def test_the_reference_has_no_dropout(tmp_path):
@@ -120,6 +126,10 @@ def test_trl_refuses_a_base_that_is_trained(tmp_path):
     model.get_base_model().model.norm.weight.requires_grad_()
     with pytest.raises(InputError, match=r"model.norm.weight, a weight of the base, is trained"):
         of_trl(tmp_path, copy.deepcopy(model))
+    t = of_trl(tmp_path, model, precompute_ref_log_probs=True)
+    t.train()
+    with pytest.raises(InputError, match="the reference was the model before its base was trained"):
+        t.evaluate(trl.pairs())
 
 
 def test_the_reference_of_trl_has_no_dropout(tmp_path):

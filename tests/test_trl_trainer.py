@@ -392,6 +392,7 @@ def test_truncation_cuts_weights_with_their_tokens(mode, tmp_path):
         (dict(ld_alpha=0.5), lambda: weighted(), ValueError, "ld_alpha=0.5 is not supported"),
         (dict(padding_free=True), lambda: weighted(), ValueError, "padding_free=True is not supported .* train with tisdpo.TISDPOTrainer"),
         (dict(use_weighting=True), lambda: weighted(), ValueError, "use_weighting=True is not supported"),
+        (dict(average_tokens_across_devices=False), lambda: weighted(), ValueError, "average_tokens_across_devices=False has no effect"),
         (dict(label_smoothing_factor=0.1), lambda: weighted(), ValueError, "label_smoothing_factor=0.1 has no effect"),
         (dict(accelerator_config={"dispatch_batches": True}), lambda: weighted(), ValueError, "dispatch_batches=True would cut pairs"),
         (dict(train_sampling_strategy="batch_rebalance"), lambda: weighted(), ValueError, "batch_rebalance' makes unequal batches"),
@@ -424,6 +425,15 @@ def test_arguments_of_the_wrong_kind(tmp_path):
     args = TISDPOConfig(**arguments(tmp_path))
     with pytest.raises(ValueError, match="compute_metrics needs logits"):
         TISDPOTrainer(oracle.tiny_model(1), args=args, train_dataset=weighted(), processing_class=tokenizer(), compute_metrics=len)
+
+
+def test_other_rows_are_evaluated_where_workers_stay(tmp_path):
+    options = dict(method="dpo", dataloader_num_workers=1, dataloader_persistent_workers=True, per_device_eval_batch_size=3)
+    a, b = oracle.pairs().select([0]), oracle.pairs().select([1, 2])
+    run = trainer(tmp_path, oracle.pairs(), **options)
+    found = run.evaluate({"a": a, "b": b})
+    alone = {name: trainer(tmp_path, oracle.pairs(), **options).evaluate(rows)["eval_loss"] for name, rows in (("a", a), ("b", b))}
+    assert {name: found[f"eval_{name}_loss"] for name in "ab"} == pytest.approx(alone) and alone["a"] != pytest.approx(alone["b"])
 
 
 def test_predictions_are_metrics(tmp_path):

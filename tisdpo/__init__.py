@@ -8,7 +8,7 @@ TIS-DPO (arXiv 2410.04350) and its relatives, exact and without the [tokens, voc
     token_weights, sequence_sums        weights from the contrast of two models; weighted sums of sequences; options in Weighting
     TISDPOTrainer, TISDPOConfig         on transformers.Trainer; on TRL's DPOTrainer: tisdpo.integrations.trl
 
-These names, and those that docs/usage.md imports from tisdpo.batches, data, hf, rows and scored, are kept; all else may change. The
+These names, and those that docs/usage.md names of tisdpo.batches, data, hf, rows and scored, are kept; all else may change. The
 parts, and who may import whom (an import goes from right to left, never against the arrows; tests/test_arrows.py holds them):
 
     errors -> files, fingerprints, intervals, kernels, losses, prompts, weighting

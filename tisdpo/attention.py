@@ -59,14 +59,14 @@ def flat_masks(flat: bool) -> Iterator[None]:
 @contextmanager
 def evaluating(*models):
     """The models in evaluation mode; afterwards each in the mode it had."""
-    modes = [model.training for model in models]
-    for model in models:
+    training = [model for model in models if model.training]  # a change of mode may cost something (kernels of the hub)
+    for model in training:
         model.eval()
     try:
         yield
     finally:
-        for model, mode in zip(models, modes):
-            model.train(mode)
+        for model in training:
+            model.train()
 
 
 @contextmanager

@@ -44,11 +44,12 @@ def base_parameters(model: torch.nn.Module) -> list[tuple[str, torch.nn.Paramete
     """Names and parameters; of a PEFT model those of its base under the names they have without PEFT."""
     if not hasattr(model, "get_base_model"):
         return list(model.named_parameters())
-    adapter = getattr(model.base_model, "prefix", None) or "lora_"  # of the adapters' own parameters
+    prefix = getattr(model.base_model, "prefix", None)  # of the adapters' own parameters
+    adapters = [prefix] if isinstance(prefix, str) else ["lora_", "adaption_"]
     return [
         (re.sub(r"\.(token_adapter|base_layer|original_module)(?=\.)", "", name), parameter)
         for name, parameter in model.get_base_model().named_parameters()
-        if not any(part in name for part in (adapter, ".modules_to_save.", ".trainable_tokens_"))
+        if not any(part in name for part in (*adapters, ".modules_to_save.", ".trainable_tokens_"))
     ]
 
 

@@ -75,15 +75,14 @@ class GlobalBatches:
             loss = loss * 0.0  # still a backward, for other processes wait for its gradients
         return loss * self.accelerator.num_processes if summed else loss
 
-    def evaluate(self, eval_dataset=None, *args, **kwargs):
-        """`Trainer.evaluate`. With persistent workers the Trainer keeps one loader for all rows that have no name: other rows than those of
-        the constructor get one of their own here."""
-        if eval_dataset is None or isinstance(eval_dataset, (str, dict)):
-            return super().evaluate(eval_dataset, *args, **kwargs)
+    def get_eval_dataloader(self, eval_dataset=None):
+        """The Trainer's, which with persistent workers keeps one loader for all rows without a name; rows given here get their own."""
+        if eval_dataset is None or isinstance(eval_dataset, str):
+            return super().get_eval_dataloader(eval_dataset)
         kept = getattr(self, "_eval_dataloaders", {})
         self._eval_dataloaders = {}
         try:
-            return super().evaluate(eval_dataset, *args, **kwargs)
+            return super().get_eval_dataloader(eval_dataset)
         finally:
             self._eval_dataloaders = kept
 

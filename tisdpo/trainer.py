@@ -196,8 +196,6 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, Trainer):
         precompute = args.precompute_ref if args.precompute_ref is not None else args.kl is None
         if ref_model is not None:
             verify_head(attach_head(ref_model))
-        elif self.preference:
-            check_base(model, moves=not precompute)
         given = datasets_in({"train": train_dataset}, eval_dataset)
         for dataset in given:
             check_kind(dataset)
@@ -209,6 +207,8 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, Trainer):
                 "precompute_ref=False keeps a copy of the model in memory, which none of these rows needs: all carry reference log-probs"
             )
         self.cache = self._open_cache(train_dataset, eval_dataset) if self.preference and args.kl is not None else None
+        if self.preference and ref_model is None:
+            check_base(model, moves=not precompute and self.cache is None and not (args.kl is None and bring))
         self._reference_name = fingerprint_if_here(model) if ref_model is None else fingerprint_if_here(ref_model, adapters=True)
         scorer = None
         if self.preference:

@@ -5,7 +5,7 @@
 
 Rows are TRL's preference pairs with `chosen_contrast`, `rejected_contrast` (raw, one number a completion token; the rule is in
 `weighting`) or ready `chosen_weights`, `rejected_weights`; as text, or as ready `prompt_ids`, `chosen_ids`, `rejected_ids`, such as a
-scored set of this library. With method="dpo" and kl=None the losses are TRL's own; only label_smoothing, which TRL's "sigmoid" ignores,
+scored set of this library. With method="dpo" and kl=None the losses are TRL's own; but label_smoothing, which TRL's "sigmoid" ignores,
 has an effect on it here (conservative DPO).
 
 Left out, compared with `trl.DPOTrainer`: metrics that need logits (entropy, logits/*, mean_token_accuracy) and `compute_metrics`; losses
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from tisdpo.batches import flatten_batch, interleaved
 from tisdpo.errors import InputError
-from tisdpo.first_step import FirstStep, check_base, is_its_base
+from tisdpo.first_step import FirstStep, check_base, is_its_base, trained_base
 from tisdpo.functional import linear_tis_dpo_loss
 from tisdpo.hf import Head, attach_head, disable_dropout, model_inputs, reference_inputs, verify_head
 from tisdpo.losses import Objective
@@ -95,6 +95,8 @@ class TISDPOConfig(DPOConfig):
                 raise ValueError(f"{name}={value!r} is not supported; leave it at {usual!r}, or use trl.DPOTrainer")
         if self.weighting is not None and self.method == "dpo":
             raise ValueError("weighting has no effect with method='dpo'; use method='tis-dpo' or leave it out")
+        if not self.average_tokens_across_devices:
+            raise ValueError("average_tokens_across_devices=False has no effect: losses are those of the whole global batch; leave it out")
         if self.label_smoothing_factor:
             raise ValueError(f"label_smoothing_factor={self.label_smoothing_factor} has no effect; use label_smoothing")
         if self.accelerator_config.dispatch_batches:
@@ -149,8 +151,6 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, DPOTrainer):
         args = args if args is not None else TISDPOConfig("tis-dpo")
         if not isinstance(args, TISDPOConfig):
             raise TypeError(f"args must be a {__name__}.TISDPOConfig, got {type(args).__module__}.{type(args).__qualname__}")
-        if kwargs.get("compute_metrics") is not None:
-            raise ValueError("compute_metrics needs logits, which are never formed here; leave it out or use trl.DPOTrainer")
         if args.kl is not None and args.precompute_ref_log_probs:
             raise ValueError(
                 f"kl={args.kl!r} needs the reference's distribution, not only its log-probs; set precompute_ref_log_probs=False"
@@ -163,6 +163,8 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, DPOTrainer):
         # log-probs that were made here and not read
         self._computed_here: list = []
         super().__init__(model, ref_model, args, *more, **kwargs)
+        if self.compute_metrics is not None:
+            raise ValueError("compute_metrics needs logits, which are never formed here; leave it out or use trl.DPOTrainer")
         if self._is_vision_dataset:
             raise ValueError("vision-language pairs are not supported: their collation happens elsewhere in TRL; use trl.DPOTrainer")
         if type(self.data_collator) is DataCollatorForPreference:
@@ -174,7 +176,8 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, DPOTrainer):
                 "it from tisdpo.integrations.trl.WeightedCollator, or leave it out"
             )
         if ref_model is None:
-            check_base(self.model, moves=not args.precompute_ref_log_probs)
+            asked = args.kl is not None or not all(map(brings_reference, self._datasets()))
+            check_base(self.model, moves=asked and not args.precompute_ref_log_probs)
         if args.disable_dropout:
             disable_dropout(self.model)  # also those that attention layers keep as numbers
         copied = is_peft_model(self.model) and "ref" in self.model.peft_config
@@ -266,6 +269,11 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, DPOTrainer):
         if brings_reference(dataset):
             _check_lengths(dataset, "ref_logps")
             return dataset
+        if self.ref_model is None and self.state.global_step > 0 and trained_base(self.accelerator.unwrap_model(self.model)) is not None:
+            raise InputError(
+                "these rows have no reference log-probs, and the reference was the model before its base was trained; give them to the "
+                "constructor as eval_dataset, or give it a ref_model"
+            )
         reference = self.ref_model if self.ref_model is not None else self.model
         attach_head(_base(self.accelerator.unwrap_model(reference)))
         with self._reference_adapter():
