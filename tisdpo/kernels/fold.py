@@ -33,13 +33,14 @@ _KL = {None: NONE, "reverse": REVERSE, "forward": FORWARD}
 
 
 @triton.jit
-def _tanh(x):
-    # near 0, where 1 - 2 / (1 + e^2x) would lose digits (a large cap multiplies what is lost), the polynomial of csrc/fold_kernels.h
-    s = x * x
-    p = ((2.06390887954e-2 - 5.70498872745e-3 * s) * s - 5.37397155531e-2) * s + 1.33314422036e-1
-    near = x + x * (s * (p * s - 3.33332819422e-1))
+def _tanh(x, EXACT: tl.constexpr = True):
     # exp(2x) overflows to inf for large x, and 1 - 2 / inf = 1 is right
-    return tl.where(tl.abs(x) < 0.625, near, 1.0 - 2.0 / (1.0 + tl.exp(2.0 * x)))
+    y = 1.0 - 2.0 / (1.0 + tl.exp(2.0 * x))
+    if EXACT:  # near 0 that loses digits, and a large cap multiplies what is lost: the polynomial of csrc/fold_kernels.h
+        s = x * x
+        p = ((2.06390887954e-2 - 5.70498872745e-3 * s) * s - 5.37397155531e-2) * s + 1.33314422036e-1
+        y = tl.where(tl.abs(x) < 0.625, x + x * (s * (p * s - 3.33332819422e-1)), y)
+    return y
 
 
 @triton.jit
