@@ -332,7 +332,7 @@ def head_bytes(shape: Shape, plan: Plan) -> int:
     if alone:
         return logits + v * h * b + 2 * 4 * n * h + states
     if waits:
-        buffer = min(v * h * 4, products.IN_PLACE_BYTES if whole else products.SLICE_BYTES)
+        buffer = min(v * h * 4, products.in_place_bytes(h) if whole else products.SLICE_BYTES)
         beside = n * products.WaitingRows.columns_without_room((v, h), n, not cpu) * b
         if whole and 8 * buffer <= v * h * 4:
             beside, buffer = buffer, 0

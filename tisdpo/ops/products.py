@@ -167,7 +167,7 @@ class WaitingRows:
     @staticmethod
     def step(weight: Tensor) -> int:
         """Columns of a slice, or more."""
-        size = IN_PLACE_BYTES if weight.device.type == "cpu" and not rounds_itself(weight) else 4 * SLICE_BYTES
+        size = in_place_bytes(weight.shape[1]) if weight.device.type == "cpu" else 4 * SLICE_BYTES
         return math.ceil(max(1, size // (max(weight.shape[1], 1) * 4)) / ALIGNED) * ALIGNED
 
     @staticmethod
@@ -300,6 +300,11 @@ def _works(product, device: torch.device) -> bool:
     except (RuntimeError, TypeError, NotImplementedError):
         return False
     return True
+
+
+def in_place_bytes(hidden_size: int) -> int:
+    """Of a float32 slice of dWeight that a CPU makes at a time: IN_PLACE_BYTES, or 2048 rows. For each all of hidden is packed anew."""
+    return max(IN_PLACE_BYTES, (IN_PLACE_BYTES >> 12) * 4 * hidden_size)
 
 
 def _slices(weight: Tensor, dtype: torch.dtype, size: int = SLICE_BYTES):
