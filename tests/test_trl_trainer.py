@@ -424,7 +424,7 @@ def test_arguments_of_the_wrong_kind(tmp_path):
         TISDPOTrainer(oracle.tiny_model(1), oracle.tiny_model(2), args, train_dataset=weighted(), processing_class=tokenizer())
     args = TISDPOConfig(**arguments(tmp_path))
     with pytest.raises(ValueError, match="compute_metrics needs logits"):
-        TISDPOTrainer(oracle.tiny_model(1), args=args, train_dataset=weighted(), processing_class=tokenizer(), compute_metrics=len)
+        TISDPOTrainer(oracle.tiny_model(1), oracle.tiny_model(2), args, None, weighted(), None, tokenizer(), len)
 
 
 def test_other_rows_are_evaluated_where_workers_stay(tmp_path):
