@@ -23,7 +23,7 @@ OPS = {
 }
 OTHERS = {
     "**`linear_token_logps`**": (OUR_OPS,),
-    "all logits at once, the fastest": (*STEPS["plain torch"], *STEPS["torch.compile"], "F.cross_entropy", "TRL selective_log_softmax"),
+    "all logits at once, the best": (*STEPS["plain torch"], *STEPS["torch.compile"], "F.cross_entropy", "TRL selective_log_softmax"),
     "TRL chunked": ("TRL chunked",),
     **ONE_CHUNK,
 }
@@ -128,10 +128,11 @@ def gpu_figures(report: dict, later: dict | None) -> list[str]:
                 cells = ["" if row is None else _cell(row, ratio=not red(of) and title == ONE_PASS) for row in rows]
                 lines.append(_row(title, cells, bold=range(len(cells)) if title == ONE_PASS else ()))
     notes = ["What is left empty was not timed, or computes no KL."]
+    of = {}
     for r in (later, report):
         if r is not None and red(r):
-            what = "some GPU tests failed" if "tests" in r else "the GPU tests were not run"
-            notes.append(f"At {r['revision']} {what}, so there are no ratios.")
+            of.setdefault("some GPU tests failed" if "tests" in r else "the GPU tests were not run", []).append(r["revision"])
+    notes += [f"At {' and '.join(revisions)} {what}, so there are no ratios." for what, revisions in of.items()]
     return [*lines, "", " ".join([*notes, "Which tests, and why, other heads, and everybody else: [RESULTS.md](benchmarks/RESULTS.md)."])]
 
 
