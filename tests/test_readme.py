@@ -90,3 +90,22 @@ def test_every_command_of_the_pages_is_one_that_exists():
     for page in (README.read_text(), PAGE):
         found = set(re.findall(r"^tisdpo (\w+)", page, flags=re.MULTILINE))
         assert found and found <= names
+
+
+def test_links_between_pages_lead_somewhere():
+    root, found = README.parent, 0
+    pages = [README, *root.glob("docs/*.md"), *root.glob("benchmarks/*.md")]
+
+    def anchors(page: Path) -> set[str]:
+        titles = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
+        return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+    for page in pages:
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+            if not re.match(r"\w+:", link):
+                name, _, anchor = link.partition("#")
+                target = (page.parent / name) if name else page
+                assert target.exists(), f"{page.name}: {link}"
+                assert not anchor or anchor in anchors(target), f"{page.name}: {link}"
+                found += 1
+    assert found > 50
