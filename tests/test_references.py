@@ -124,8 +124,13 @@ def test_trl_refuses_a_base_that_is_trained(tmp_path):
     trl = pytest.importorskip("test_trl_oracle", reason="needs the extra trl")
     model = lora(trl.tiny_model(1))
     model.get_base_model().model.norm.weight.requires_grad_()
-    with pytest.raises(InputError, match=r"model.norm.weight, a weight of the base, is trained"):
-        of_trl(tmp_path, copy.deepcopy(model))
+    try:
+        t = of_trl(tmp_path, copy.deepcopy(model))
+    except InputError as error:
+        assert "model.norm.weight, a weight of the base, is trained" in str(error)
+    else:  # PEFT 0.18 freezes the base anew where TRL adds its copy of the adapters: then it does not move
+        assert not t.model.get_base_model().model.norm.weight.requires_grad
+        return
     t = of_trl(tmp_path, model, precompute_ref_log_probs=True)
     t.train()
     with pytest.raises(InputError, match="the reference was the model before its base was trained"):
