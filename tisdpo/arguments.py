@@ -89,7 +89,7 @@ def reference_logps(ref_logps, ref_hidden, objective, target):
     if ref_logps.shape != target.shape:
         raise ValueError(f"ref_logps must have the shape {tuple(target.shape)} of target, got {tuple(ref_logps.shape)}")
     checks.constants(ref_logps=ref_logps)
-    return ref_logps.to(torch.float64 if ref_logps.dtype == torch.float64 else torch.float32)
+    return ref_logps
 
 
 def kl_and_reference(kl, reference, name):

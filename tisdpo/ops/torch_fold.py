@@ -65,10 +65,10 @@ def spread(g_D, g_K, weights, cu_seqlens):
     """Gradients [N] of the log-probs and of the KL from those of the sums [S]: the sequence's gradient times the weight of the token."""
     lengths, tokens = cu_seqlens.diff(), len(weights)
 
-    def spread(g):
+    def over_tokens(g):
         return torch.zeros_like(weights) if g is None else torch.repeat_interleave(g, lengths, output_size=tokens) * weights
 
-    return spread(g_D), spread(g_K)
+    return over_tokens(g_D), over_tokens(g_K)
 
 
 def segment_sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:
