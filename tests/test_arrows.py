@@ -99,3 +99,11 @@ def test_operators_and_small_maths_need_torch_alone():
 def test_importing_the_package_loads_no_trainer():
     code = "import sys, tisdpo; print(sorted({m.split('.')[0] for m in sys.modules} & {'transformers', 'datasets', 'trl', 'matplotlib'}))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_importing_it_beside_a_clone_of_its_name(tmp_path):
+    """A folder `tisdpo` without an __init__.py, as a clone is to a script next to it, hides nothing."""
+    (tmp_path / "tisdpo" / "tests").mkdir(parents=True)
+    code = "import tisdpo; print(tisdpo.linear_tis_dpo_loss.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == "linear_tis_dpo_loss", done.stderr

@@ -113,5 +113,5 @@ def test_hidden_states_of_another_length_are_refused():
     batch = {"input_ids": torch.arange(10).view(2, 5), "completion_mask": torch.tensor([[0, 0, 1, 1, 0], [0, 1, 1, 1, 1]]).bool()}
     flat = flatten_batch(batch)
     assert torch.equal(flat.take(batch["input_ids"][..., None])[:, 0] + 1, flat.target)
-    with pytest.raises(InputError, match=r"made hidden states \[2, 7\] of a batch of \[2, 5\] tokens"):
+    with pytest.raises(InputError, match=r"hidden states \[2, 7\] of a batch of \[2, 5\] tokens"):
         flat.take(torch.zeros(2, 7, 3))

@@ -7,6 +7,7 @@ import datasets
 import pytest
 import tiny
 import torch
+from transformers import TrainingArguments
 
 from tisdpo import TISDPOConfig, TISDPOTrainer, reference
 from tisdpo.batches import flatten_batch, interleaved
@@ -15,7 +16,7 @@ from tisdpo.errors import InputError
 from tisdpo.fingerprints import model_fingerprint
 from tisdpo.hf import load_model, model_inputs
 from tisdpo.ops.rows import Tiles
-from tisdpo.rows import apply_weighting
+from tisdpo.rows import add_reference_logps, apply_weighting
 from tisdpo.scoring import completion_logps
 from tisdpo.weighting import Weighting
 
@@ -426,6 +427,20 @@ def test_a_stream_whose_columns_are_not_known(tmp_path):
         t.evaluate(stream)
 
 
+def test_arguments_of_another_trainer_and_one_model_twice(tmp_path):
+    rest = dict(train_dataset=tiny.rows(), processing_class=tiny.tokenizer())
+    with pytest.raises(TypeError, match=r"a tisdpo.TISDPOConfig, got transformers.training_args.TrainingArguments; for TRL's"):
+        TISDPOTrainer(tiny.model(), TrainingArguments(str(tmp_path)), **rest)
+    args, model = TISDPOConfig(str(tmp_path), kl="reverse", method="dpo", use_cpu=True), tiny.model()
+    with pytest.raises(InputError, match="model and ref_model are the same object"):
+        TISDPOTrainer(model, args, ref_model=model, **rest)
+    assert model.lm_head.weight.requires_grad
+    with pytest.raises(InputError, match=r"a model, not its name: tisdpo.hf.load_model\('gpt2'\)"):
+        TISDPOTrainer("gpt2", args, **rest)
+    with pytest.raises(InputError, match="the rows carry chosen_ref_logps already"):
+        add_reference_logps(add_reference_logps(tiny.rows(4), model, 0), model, 0)
+
+
 def test_processing_class_is_required(tmp_path):
     with pytest.raises(InputError, match=r"must be a datasets.Dataset, got list; tisdpo.data.load_pairs makes one"):
         TISDPOTrainer(tiny.model(), TISDPOConfig(str(tmp_path), use_cpu=True), [{"prompt": "a"}], processing_class=tiny.tokenizer())
@@ -455,6 +470,18 @@ def test_flat_batches():
     assert flat.take(hidden)[:, 0].tolist() == [0, 1, 5, 6]  # the position before predicts the token
     of_labels = flatten_batch({"input_ids": batch["input_ids"], "labels": batch["input_ids"].masked_fill(~mask, -100)})
     assert of_labels.target.tolist() == [1, 2, 6, 7] and of_labels.cu_seqlens.tolist() == [0, 2, 4]
+    for other, told in (
+        ({"labels": batch["input_ids"][:, 1:]}, r"labels must have the shape of input_ids, \[2, 4\], .* got \[2, 3\]"),
+        ({"labels": batch["input_ids"].roll(-1, 1)}, r"labels must be input_ids, .* these differ; were they shifted"),
+        ({"completion_mask": mask, "token_weights": torch.ones(2, 6)}, r"token_weights must have the shape of input_ids, .* got \[2, 6\]"),
+        ({"completion_mask": [[True] * 4] * 2}, r"the batch's completion_mask must be a tensor .*, got list"),
+    ):
+        with pytest.raises(InputError, match=told):
+            flatten_batch({"input_ids": batch["input_ids"], **other})
+    with pytest.raises(InputError, match=r"the batch's input_ids must be a tensor .*, got NoneType"):
+        interleaved({"labels": mask})
+    with pytest.raises(InputError, match=r"hidden states \[2, 3\] of a batch of \[2, 4\] tokens: give the model's whole"):
+        flat.take(hidden[:, :-1])
     with pytest.raises(InputError, match=r"completion_mask, or labels with -100 elsewhere; the batch has input_ids, attention_mask"):
         flatten_batch({"input_ids": batch["input_ids"], "attention_mask": mask})
     halves = {"input_ids": torch.tensor([[1], [2], [3], [4]]), "lengths": torch.ones(2), "name": "x"}  # chosen 1 and 2, rejected 3 and 4

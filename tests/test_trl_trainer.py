@@ -420,7 +420,7 @@ def test_a_weight_too_many_is_named(tmp_path):
 
 def test_arguments_of_the_wrong_kind(tmp_path):
     args = trl.DPOConfig(**arguments(tmp_path))
-    with pytest.raises(TypeError, match=r"a tisdpo.integrations.trl.TISDPOConfig, got trl.trainer.dpo_config.DPOConfig"):
+    with pytest.raises(TypeError, match=r"trl.TISDPOConfig, which takes DPOConfig.s arguments, got trl.trainer.dpo_config.DPOConfig"):
         TISDPOTrainer(oracle.tiny_model(1), oracle.tiny_model(2), args, train_dataset=weighted(), processing_class=tokenizer())
     args = TISDPOConfig(**arguments(tmp_path))
     with pytest.raises(ValueError, match="compute_metrics needs logits"):

@@ -33,8 +33,8 @@ class FlatBatch(NamedTuple):
         """The hidden states that predict completion tokens: [S, T, H] -> [N, H]."""
         if hidden.shape[:2] != self.shape:
             raise InputError(
-                f"the model made hidden states {list(hidden.shape[:2])} of a batch of {list(self.shape)} tokens; models that add or drop "
-                f"positions (prompt tuning does) are not supported"
+                f"hidden states {list(hidden.shape[:2])} of a batch of {list(self.shape)} tokens: give the model's whole [S, T, H], "
+                "neither flattened nor shifted; models that add or drop positions (prompt tuning does) are not supported"
             )
         return hidden.flatten(0, 1).index_select(0, self.index)
 
@@ -44,12 +44,21 @@ def flatten_batch(batch: dict) -> FlatBatch:
     elsewhere, optionally `token_weights` and `ref_logps` [S, T]; of a padding-free batch all are [1, T].
 
     All are in the coordinates of `input_ids`, not shifted. The first position of a sequence is never a target: nothing predicts it.
-    InputError for a batch with neither a mask nor labels.
+    InputError for a batch with neither a mask nor labels, for tensors of another shape than `input_ids`, and for labels that were shifted.
     """
+    ids = _tensor(batch, "input_ids")
+    for name in ("completion_mask", "labels", "token_weights", "ref_logps"):
+        if batch.get(name) is not None and _tensor(batch, name).shape != ids.shape:
+            raise InputError(
+                f"{name} must have the shape of input_ids, {list(ids.shape)}, and its coordinates (not shifted), got "
+                f"{list(batch[name].shape)}"
+            )
     if "completion_mask" in batch:
         mask = batch["completion_mask"].bool()
     elif "labels" in batch:
         mask = batch["labels"] != -100
+        if (batch["labels"] != ids)[mask].any():
+            raise InputError("labels must be input_ids, with -100 outside of the completions: these differ; were they shifted?")
     else:
         raise InputError(
             f"which tokens are completions? Give completion_mask, or labels with -100 elsewhere; the batch has {', '.join(batch)}"
@@ -69,9 +78,17 @@ def flatten_batch(batch: dict) -> FlatBatch:
     return FlatBatch(index, following("input_ids"), cu_seqlens, following("token_weights"), following("ref_logps"), tuple(mask.shape))
 
 
+def _tensor(batch: dict, name: str) -> Tensor:
+    x = batch.get(name)
+    if not isinstance(x, Tensor) or x.dim() != 2:
+        came = f"{type(x).__name__}" if not isinstance(x, Tensor) else f"shape {list(x.shape)}"
+        raise InputError(f"the batch's {name} must be a tensor [S, T], one row a sequence, got {came}")
+    return x
+
+
 def interleaved(batch: dict) -> dict:
     """A batch of all chosen rows, then all rejected ones, as TRL and others make them, in the order chosen_0, rejected_0, chosen_1, ..."""
-    rows = len(batch["input_ids"])
+    rows = len(_tensor(batch, "input_ids"))
     if rows % 2:
         raise InputError(f"a batch of chosen rows, then as many rejected ones, has an even number of rows, got {rows}")
     order = torch.arange(rows, device=batch["input_ids"].device).view(2, -1).T.flatten()

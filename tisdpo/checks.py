@@ -106,8 +106,8 @@ def constants(**tensors: Tensor | None) -> None:
     for name, x in tensors.items():
         if x is not None and x.requires_grad and torch.is_grad_enabled():
             raise ValueError(
-                f"{name} requires a gradient, but the reference is a constant of the loss: pass {name}.detach() or compute it under "
-                "torch.no_grad()"
+                f"{name} requires a gradient, but the reference is a constant of the loss: pass {name}.detach()"
+                + ("" if x.is_leaf else " or compute it under torch.no_grad()")
             )
 
 

@@ -97,10 +97,17 @@ EXAMPLES = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command (default: that of sys.argv) and return its exit code."""
-    arguments = _parse(argv)
+    try:
+        arguments = _parse(argv)
+    except ModuleNotFoundError as error:
+        return _left_out(error)
     try:
         arguments.command(arguments)
         return 0
+    except ModuleNotFoundError as error:
+        if arguments.debug:
+            traceback.print_exc()
+        return _left_out(error)
     except KeyboardInterrupt:
         pass  # told below, when the frames are gone and with them the progress bars
     except BrokenPipeError:  # the reader of our output has seen enough, as in `tisdpo show ... | head`
@@ -122,6 +129,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     print(f"\n{arguments.interrupted}", file=sys.stderr)
     return 130
+
+
+def _left_out(error: ModuleNotFoundError) -> int:
+    """Of an installation without dependencies."""
+    told = f"tisdpo: this needs {error.name}, which is not installed; in the clone run: pip install -e . --no-build-isolation"
+    print(told, file=sys.stderr)
+    return 2
 
 
 def _sentence(error: Exception) -> str:

@@ -180,8 +180,8 @@ def check_reference_head(transform: dict, reference: Head) -> None:
     if reference.transform != transform:
         raise InputError(
             f"the reference scales or caps its logits differently ({reference.transform}, the policy {transform}), which the loss does not "
-            "know; without a KL term give the rows its log-probs (`tisdpo score PAIRS OUT --reference MODEL`), with one take a reference "
-            "of the policy's family"
+            "know; without a KL term give the rows its log-probs (`tisdpo score PAIRS OUT --reference MODEL`), with a KL term take a "
+            "reference of the policy's family"
         )
 
 

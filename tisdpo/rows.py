@@ -98,7 +98,8 @@ def cut_completions(dataset, side: str, max_length: int, vocab_size: int):
 
 
 def apply_weighting(dataset, weighting: Weighting, eos_token_id: int | None):
-    """Columns chosen_weights and rejected_weights from the stored raw contrast, for all rows at once."""
+    """Columns chosen_weights and rejected_weights from the stored raw contrast, for all rows at once; InputError for rows with weights."""
+    _without(dataset, "chosen_weights")
     contrasts = {side: dataset[f"{side}_contrast"] for side in ("chosen", "rejected")}
     sequences = [values for pair in zip(contrasts["chosen"], contrasts["rejected"]) for values in pair]
     ids = [values for pair in zip(dataset["chosen_ids"], dataset["rejected_ids"]) for values in pair]
@@ -114,11 +115,18 @@ def apply_weighting(dataset, weighting: Weighting, eos_token_id: int | None):
 
 
 def add_reference_logps(dataset, reference, pad_token_id: int, accelerator=None):
-    """Columns chosen_ref_logps and rejected_ref_logps: per-token log-probs under the reference, see `shared_logps`."""
+    """Columns chosen_ref_logps and rejected_ref_logps: per-token log-probs under the reference, see `shared_logps`; InputError for rows
+    that have them."""
+    _without(dataset, "chosen_ref_logps")
     for side in ("chosen", "rejected"):
         logps = shared_logps(reference, dataset["prompt_ids"], dataset[f"{side}_ids"], pad_token_id, accelerator)
         dataset = dataset.add_column(f"{side}_ref_logps", logps)
     return dataset
+
+
+def _without(dataset, name: str) -> None:
+    if name in dataset.column_names:
+        raise InputError(f"the rows carry {name} already; use them as they are, or remove the columns")
 
 
 def brings_reference(rows) -> bool:

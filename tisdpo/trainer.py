@@ -179,8 +179,17 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, Trainer):
         **kwargs,
     ):
         args = args or TISDPOConfig()
+        if not isinstance(args, TISDPOConfig):
+            raise TypeError(
+                f"args must be a tisdpo.TISDPOConfig, got {type(args).__module__}.{type(args).__qualname__}; for TRL's arguments there are "
+                "TISDPOConfig and TISDPOTrainer of tisdpo.integrations.trl"
+            )
+        if isinstance(model, str):
+            raise InputError(f"model must be a model, not its name: tisdpo.hf.load_model({model!r})")
+        if ref_model is model:
+            raise InputError("model and ref_model are the same object; leave ref_model out: the reference is the model as training begins")
         if processing_class is None:
-            raise InputError("processing_class is missing: pass the model's tokenizer")
+            raise InputError("processing_class is missing: pass the model's tokenizer as processing_class=...")
         for name in UNUSED:
             if kwargs.get(name) is not None:
                 raise InputError(f"{name} has no effect: there are no logits to give it; leave it out, or use transformers.Trainer")

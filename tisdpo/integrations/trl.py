@@ -150,7 +150,10 @@ class TISDPOTrainer(RemembersRows, GlobalBatches, DPOTrainer):
     def __init__(self, model, ref_model=None, args=None, *more, **kwargs):
         args = args if args is not None else TISDPOConfig("tis-dpo")
         if not isinstance(args, TISDPOConfig):
-            raise TypeError(f"args must be a {__name__}.TISDPOConfig, got {type(args).__module__}.{type(args).__qualname__}")
+            raise TypeError(
+                f"args must be a {__name__}.TISDPOConfig, which takes DPOConfig's arguments, got "
+                f"{type(args).__module__}.{type(args).__qualname__}"
+            )
         if args.kl is not None and args.precompute_ref_log_probs:
             raise ValueError(
                 f"kl={args.kl!r} needs the reference's distribution, not only its log-probs; set precompute_ref_log_probs=False"
