@@ -119,6 +119,22 @@ def test_unfused_equations_at_one_pair():
     torch.testing.assert_close(baselines.score(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})[0], expected)
 
 
+def test_trl_without_its_log_computes_log_probs_alone(monkeypatch):
+    utils = pytest.importorskip("trl.trainer.utils", reason="needs the extra trl")
+    if not hasattr(utils, "_ChunkedLogProbFunction"):
+        pytest.skip("TRL before 1.15, which Python 3.10 gets: its head is another one, and the benchmark leaves it out")
+    asked, own = [], utils._ChunkedLogProbFunction.apply
+    monkeypatch.setattr(utils._ChunkedLogProbFunction, "apply", lambda *args: (asked.append(args[-1]), own(*args))[1])
+    shape, batch = end_to_end.SMOKE, end_to_end.Batch(2, 6)
+    losses, outputs = [], []
+    for make in (end_to_end.trl, end_to_end.trl_without_its_log):
+        losses.append(make(shape, batch, False)[1]().item())
+        outputs.append(set(asked))
+        asked.clear()
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert any("entropy" in names for names in outputs[0]) and outputs[1] == {("log_probs",)}
+
+
 def test_where_memory_reaches_the_limit():
     assert end_to_end._crossing([(256, 10), (512, 30)], 20) == 384
     assert end_to_end._crossing([(256, 10), (512, 15)], 20) is None

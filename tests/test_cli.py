@@ -122,6 +122,22 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(calls, config, capsys):
     assert calls == []
 
 
+@pytest.mark.parametrize("where", ["_doctor", "_parser"])  # in the command, and where the words are read
+def test_an_installation_without_dependencies_says_what_it_lacks(where, monkeypatch, capsys):
+    def lacks(name):
+        def raises(*args):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+        monkeypatch.setattr(cli, where, raises)
+
+    lacks("datasets.arrow")
+    assert cli.main(["doctor"]) == 2
+    assert "this needs datasets.arrow, which is not installed; in the clone run: pip install -e ." in capsys.readouterr().err
+    lacks("something_else")  # a fault of ours, or of a library
+    with pytest.raises(ModuleNotFoundError):
+        cli.main(["doctor"])
+
+
 def test_debug_shows_the_traceback(config, capsys):
     assert cli.main(["run", config, "trian.steps=1", "--debug"]) == 2
     err = capsys.readouterr().err

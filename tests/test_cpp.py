@@ -1,6 +1,7 @@
 """The C++ kernels against the plain formulas in float64: every vector width of this CPU, any shape, value and number of threads."""
 
 import math
+import platform
 import re
 import subprocess
 import sys
@@ -325,6 +326,21 @@ def test_products_keep_their_float32_sums(name, sizes, layouts, types, add, coun
     expected = a.double() @ b.double() + (0.5 if add else 0.0)
     torch.testing.assert_close(out[:, :N].double(), expected, rtol=2e-7, atol=4e-7 * max(K, 1))
     assert (out[:, N:] == 0.5).all()
+
+
+@levels
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+def test_numbers_below_the_normal_ones_are_zeros_to_the_products_alone(name, layout):
+    """Of a pair that is told apart for certain the slope is so small; with one such factor a product took a hundred times as long."""
+    for dtype, value in ((torch.float32, 1e-39), (torch.bfloat16, 1e-39), (torch.float16, 2.0**-24)):
+        a, b, out = torch.ones(70, 40, dtype=dtype), torch.full((40, 70), value, dtype=dtype), torch.empty(70, 70)
+        with level(name):
+            torch.ops.tisdpo_cpp.mm(a if layout == "rows" else a.T.contiguous().T, b, out, False)
+        assert (b.float() > 0).all() and (torch.full((9,), 1e-39) * 0.5 > 0).all()
+        if dtype == torch.float16:  # whose small numbers are normal ones of float32
+            assert (out == 40 * value).all()
+        elif platform.machine() == "x86_64":
+            assert (out == 0).all()
 
 
 @levels

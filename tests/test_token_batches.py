@@ -1,4 +1,4 @@
-"""Batches formed by tokens: what they hold, on every rank and after a resume; the loss and the step of batches formed by rows."""
+"""Batches made flat, and formed by tokens: what they hold, on every rank and after a resume; their loss and step, as of rows."""
 
 import math
 
@@ -8,7 +8,7 @@ from families import llama
 from test_padding_free import uneven
 from test_trainer import losses_of, trainer
 
-from tisdpo.batches import TokenBatches, sequences
+from tisdpo.batches import TokenBatches, flatten_batch, interleaved, sequences
 from tisdpo.errors import InputError
 
 
@@ -106,10 +106,38 @@ def test_options_that_contradict_are_refused(tmp_path, options, message):
         trainer(tmp_path, method="dpo", **{"per_device_train_batch_size": 8, **options})
 
 
+def test_flat_batches():
+    mask = torch.tensor([[0, 1, 1, 0], [0, 0, 1, 1]], dtype=torch.bool)
+    batch = {"input_ids": torch.arange(8).reshape(2, 4), "completion_mask": mask, "token_weights": torch.arange(8.0).reshape(2, 4)}
+    flat = flatten_batch(batch)
+    assert flat.target.tolist() == [1, 2, 6, 7] and flat.cu_seqlens.tolist() == [0, 2, 4] and flat.ref_logps is None
+    assert flat.token_weights.tolist() == [1, 2, 6, 7]
+    hidden = torch.arange(8.0).reshape(2, 4, 1)
+    assert flat.take(hidden)[:, 0].tolist() == [0, 1, 5, 6]  # the position before predicts the token
+    of_labels = flatten_batch({"input_ids": batch["input_ids"], "labels": batch["input_ids"].masked_fill(~mask, -100)})
+    assert of_labels.target.tolist() == [1, 2, 6, 7] and of_labels.cu_seqlens.tolist() == [0, 2, 4]
+    for other, told in (
+        ({"labels": batch["input_ids"][:, 1:]}, r"labels must have the shape of input_ids, \[2, 4\], .* got \[2, 3\]"),
+        ({"labels": batch["input_ids"].roll(-1, 1)}, r"labels must be input_ids, .* these differ; were they shifted"),
+        ({"completion_mask": mask, "token_weights": torch.ones(2, 6)}, r"token_weights must have the shape of input_ids, .* got \[2, 6\]"),
+        ({"completion_mask": [[True] * 4] * 2}, r"the batch's completion_mask must be a tensor .*, got list"),
+    ):
+        with pytest.raises(InputError, match=told):
+            flatten_batch({"input_ids": batch["input_ids"], **other})
+    with pytest.raises(InputError, match=r"the batch's input_ids must be a tensor .*, got NoneType"):
+        interleaved({"labels": mask})
+    with pytest.raises(InputError, match=r"hidden states \[2, 3\] of a batch of \[2, 4\] tokens: give the model's whole"):
+        flat.take(hidden[:, :-1])
+    with pytest.raises(InputError, match=r"completion_mask, or labels with -100 elsewhere; the batch has input_ids, attention_mask"):
+        flatten_batch({"input_ids": batch["input_ids"], "attention_mask": mask})
+    halves = {"input_ids": torch.tensor([[1], [2], [3], [4]]), "lengths": torch.ones(2), "name": "x"}  # chosen 1 and 2, rejected 3 and 4
+    assert interleaved(halves)["input_ids"].flatten().tolist() == [1, 3, 2, 4] and len(interleaved(halves)["lengths"]) == 2
+    with pytest.raises(InputError, match="an even number of rows, got 3"):
+        interleaved({"input_ids": torch.zeros(3, 1)})
+
+
 def test_hidden_states_of_another_length_are_refused():
     """As prompt tuning makes them, which puts tokens in front."""
-    from tisdpo.batches import flatten_batch
-
     batch = {"input_ids": torch.arange(10).view(2, 5), "completion_mask": torch.tensor([[0, 0, 1, 1, 0], [0, 1, 1, 1, 1]]).bool()}
     flat = flatten_batch(batch)
     assert torch.equal(flat.take(batch["input_ids"][..., None])[:, 0] + 1, flat.target)

@@ -10,7 +10,7 @@ import torch
 from transformers import TrainingArguments
 
 from tisdpo import TISDPOConfig, TISDPOTrainer, reference
-from tisdpo.batches import flatten_batch, interleaved
+from tisdpo.batches import flatten_batch
 from tisdpo.data import Counts
 from tisdpo.errors import InputError
 from tisdpo.fingerprints import model_fingerprint
@@ -458,36 +458,6 @@ def test_a_copied_model_runs_its_own_forward():
             p.zero_()
     ids = torch.tensor([[5, 6, 7]])
     assert twin(ids).logits.abs().sum() == 0 and model(ids).logits.abs().sum() > 0
-
-
-def test_flat_batches():
-    mask = torch.tensor([[0, 1, 1, 0], [0, 0, 1, 1]], dtype=torch.bool)
-    batch = {"input_ids": torch.arange(8).reshape(2, 4), "completion_mask": mask, "token_weights": torch.arange(8.0).reshape(2, 4)}
-    flat = flatten_batch(batch)
-    assert flat.target.tolist() == [1, 2, 6, 7] and flat.cu_seqlens.tolist() == [0, 2, 4] and flat.ref_logps is None
-    assert flat.token_weights.tolist() == [1, 2, 6, 7]
-    hidden = torch.arange(8.0).reshape(2, 4, 1)
-    assert flat.take(hidden)[:, 0].tolist() == [0, 1, 5, 6]  # the position before predicts the token
-    of_labels = flatten_batch({"input_ids": batch["input_ids"], "labels": batch["input_ids"].masked_fill(~mask, -100)})
-    assert of_labels.target.tolist() == [1, 2, 6, 7] and of_labels.cu_seqlens.tolist() == [0, 2, 4]
-    for other, told in (
-        ({"labels": batch["input_ids"][:, 1:]}, r"labels must have the shape of input_ids, \[2, 4\], .* got \[2, 3\]"),
-        ({"labels": batch["input_ids"].roll(-1, 1)}, r"labels must be input_ids, .* these differ; were they shifted"),
-        ({"completion_mask": mask, "token_weights": torch.ones(2, 6)}, r"token_weights must have the shape of input_ids, .* got \[2, 6\]"),
-        ({"completion_mask": [[True] * 4] * 2}, r"the batch's completion_mask must be a tensor .*, got list"),
-    ):
-        with pytest.raises(InputError, match=told):
-            flatten_batch({"input_ids": batch["input_ids"], **other})
-    with pytest.raises(InputError, match=r"the batch's input_ids must be a tensor .*, got NoneType"):
-        interleaved({"labels": mask})
-    with pytest.raises(InputError, match=r"hidden states \[2, 3\] of a batch of \[2, 4\] tokens: give the model's whole"):
-        flat.take(hidden[:, :-1])
-    with pytest.raises(InputError, match=r"completion_mask, or labels with -100 elsewhere; the batch has input_ids, attention_mask"):
-        flatten_batch({"input_ids": batch["input_ids"], "attention_mask": mask})
-    halves = {"input_ids": torch.tensor([[1], [2], [3], [4]]), "lengths": torch.ones(2), "name": "x"}  # chosen 1 and 2, rejected 3 and 4
-    assert interleaved(halves)["input_ids"].flatten().tolist() == [1, 3, 2, 4] and len(interleaved(halves)["lengths"]) == 2
-    with pytest.raises(InputError, match="an even number of rows, got 3"):
-        interleaved({"input_ids": torch.zeros(3, 1)})
 
 
 def test_ids_outside_the_vocabulary_are_refused(tmp_path):
